@@ -1,0 +1,69 @@
+# `make` alone lists what there is.  Packages go into .venv and .venvs here, never
+# into the machine's own Python; a file `ready` in each says that it is complete.
+
+# The pytest that is there, else the one in .venv; the Pythons that can make an
+# environment, one for each version; $(call install,FOLDER,PYTHON,PACKAGES).
+pytest  = PATH="$$PWD/.venv/bin:$$PATH" python3 -m pytest
+pythons = for v in $(1); do \
+	    for p in python3.$$v "$$HOME"/.pyenv/versions/3.$$v.*/bin/python python3; do \
+	      "$$p" -c "import sys, ssl, ensurepip; sys.exit(sys.version_info[1] != $$v)" \
+	        2>/dev/null && echo "$$p" && break; done; done
+install = { test -e $(1)/ready || { rm -rf $(1); $(2) -m venv $(1) && \
+	  $(1)/bin/python -m pip -q --disable-pip-version-check install --only-binary :all: \
+	    $(3) && touch $(1)/ready; }; }
+up      = 8 9 10 11 12 13 14 15
+down    = 15 14 13 12 11 10 9 8
+sdks    = openai-0.28.1 openai-1.0.0 openai-1 openai requests
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+
+run: ## serve the echo backend on http://127.0.0.1:8000/v1
+	python3 openai_compat.py
+
+test: pytest ## the tests, with the pytest that is there or one in .venv
+	$(pytest)
+
+test-all: ## the tests on every Python from 3.8 on that is found
+	@found=`$(call pythons,$(up))`; failed=; for python in $$found; do \
+	  version=`$$python -c 'import platform; print(platform.python_version())'`; \
+	  echo "== Python $$version, $$python"; \
+	  $(call install,.venvs/$$version,$$python,pytest) && \
+	  .venvs/$$version/bin/python -m pytest -q || failed="$$failed $$version"; done; \
+	echo "== found:" $${found:-no Python that can make environments}; \
+	test -n "$$found" && { test -z "$$failed" || { echo "== failed:$$failed"; false; }; }
+
+interop: pytest $(sdks:%=.venvs/%/ready) .venvs/node/ready ## the tests with the SDKs of others
+	$(pytest) -m interop
+
+system: pytest ## the tests with nginx, Chromium and openssl, which must be installed
+	$(pytest) -m system
+
+stress: pytest ## the tests that take long: many clients, many fixtures, much load
+	$(pytest) -m stress
+
+bench: ## how many requests and events a second, as client.py sees it
+	python3 openai_compat.py --quiet -- python3 client.py bench --requests 2000
+
+clean: ## remove the environments and whatever the tests left behind
+	rm -rf .venv .venvs .pytest_cache __pycache__
+
+pytest:
+	@$(pytest) --version >/dev/null 2>&1 || $(call install,.venv,python3,pytest) || { echo \
+	  "no pytest: install it, or python3 with venv and a package index in reach" >&2; exit 1; }
+
+.venvs/openai-0.28.1/ready: packages = openai==0.28.1
+.venvs/openai-1.0.0/ready:  packages = openai==1.0.0 'httpx<0.28'
+.venvs/openai-1/ready:      packages = 'openai>=1,<2'
+.venvs/openai/ready:        packages = openai pytest
+.venvs/requests/ready:      packages = requests
+$(sdks:%=.venvs/%/ready): # on the newest Python on which it installs and imports
+	@for python in `$(call pythons,$(down))`; do \
+	  echo "$(@D): $(packages) on $$python"; $(call install,$(@D),$$python,$(packages)) && \
+	  $(@D)/bin/python -c "import $(firstword $(subst -, ,$(notdir $(@D))))" && exit 0; \
+	  rm -rf $(@D); done; echo "$(@D): cannot be made" >&2; exit 1
+
+.venvs/node/ready:
+	npm install --silent --no-save --prefix $(@D) openai && touch $@
+
+.PHONY: help run test test-all interop system stress bench clean pytest

@@ -1,0 +1,3159 @@
+#!/usr/bin/env python3
+"""An OpenAI-compatible server in one file, on nothing but Python's standard library.
+
+    $ python3 openai_compat.py                        # the echo backend, on port 8000
+    $ curl http://127.0.0.1:8000/v1/chat/completions -d '{
+        "model": "echo", "messages": [{"role": "user", "content": "Hello!"}]}'
+
+As a fixture, for any client in any language:
+
+    with Server(say("Hello", " world")) as server:
+        client = openai.OpenAI(base_url=server.base_url, api_key="any")
+        ...
+
+It reads from top to bottom in the order in which the bytes of a request become the
+bytes of a reply.  Each stage is a plain function over what the one before it returns:
+
+    request bytes
+        | parse_chat, parse_completion        a dict, every known field present and checked
+    request
+        | backend                             pieces: str, ToolCall
+    pieces
+        | up_to, until_stop                   cut short; the last thing is Finish(reason)
+    choices
+        | chat_chunks, completion_chunks      one dict per piece
+    chunks ------ fold ------> completion     when "stream" is false: the same chunks, joined
+        | events                              server-sent events, then [DONE]
+    writes
+        | quirk                               only where a test asks for a fault
+    transfer chunks
+
+They all meet in `Server.complete`.  Everything above the HTTP section is pure: bytes,
+dicts and generators, and no socket but for the one question whether the client is
+still there.
+
+A backend is any function of the request that returns text or yields it in pieces:
+
+    def backend(request):
+        for word in request["text"].split():
+            yield word[::-1] + " "
+
+What it does not do: run a model, embeddings, images, audio, files, /v1/responses,
+HTTP/2.  It keeps nothing between two requests but the journal and a script's place.
+"""
+import base64
+import codecs
+import collections
+import contextlib
+import errno
+import functools
+import hmac
+import http.client
+import importlib
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import random
+import re
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from contextlib import closing, suppress
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+__version__ = "1.0.0"
+__all__ = """Server APIError Reply ToolCall echo say command Script Relay Replay
+             sample tokenize QUIRKS""".split()
+
+log = logging.getLogger("openai_compat")
+
+
+# ----------------------------------------------------------------------------------
+# Errors.  One type for everything that is refused, wherever it is noticed.  Raise it
+# anywhere; the handler alone catches it, and every refusal has the API's one shape.
+
+class APIError(Exception):
+    """A refusal as the API words it: an HTTP status and an error object.
+
+    APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
+
+    `param` names the field at fault, `code` the fault for programs; `type` follows
+    from the status unless it is given.  `headers` go out with the reply.
+    """
+
+    def __init__(self, status, message, param=None, code=None, type=None, headers=None):
+        super().__init__(message)
+        if not 400 <= int(status) <= 599:
+            raise ValueError(f"an error's status is 400 to 599, not {status}")
+        kind, usual_code = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
+        self.status, self.message, self.param = int(status), message, param
+        self.code = code or usual_code
+        self.type = type or ("insufficient_quota" if code == "insufficient_quota" else kind)
+        self.headers = dict(headers or {})
+        if self.code == "insufficient_quota":   # waiting does not fill an account
+            self.headers.setdefault("x-should-retry", "false")
+
+    def body(self):
+        """The error envelope; all four keys always, as clients read them unasked."""
+        return {"error": {"message": self.message, "type": self.type,
+                          "param": self.param, "code": self.code}}
+
+
+ERROR_KINDS = {  # status: (type, code); the hundreds stand for all of theirs
+    400: ("invalid_request_error", None),
+    429: ("requests", "rate_limit_exceeded"),
+    500: ("server_error", None),
+    503: ("service_unavailable_error", None),
+}
+
+
+def server_error():
+    """What a client is told of a fault that is none of its own."""
+    return APIError(500, "The server had an error while processing your request. "
+                         "Sorry about that!")
+
+
+# ----------------------------------------------------------------------------------
+# JSON, strictly.  The standard parser takes NaN, 1e999 and bytes in UTF-16; the
+# wire does not.  What goes out is compact UTF-8, as the API itself sends it.
+
+def parse_json(body):
+    """Bytes -> dict, or a 400 that says what is wrong (RFC 8259)."""
+    try:
+        value = _decode(body.decode("utf-8-sig"))
+    except RecursionError:
+        raise body_is_no_json("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise body_is_no_json(f"it is not UTF-8 (byte {error.start})") from None
+    except ValueError as error:
+        raise body_is_no_json(str(error)[:200]) from None
+    if type(value) is not dict:
+        raise body_is_no_json(f"it is {JSON_NAMES[type(value)]}, not an object")
+    return value
+
+
+def body_is_no_json(why):
+    return APIError(400, "We could not parse the JSON body of your request. "
+                         f"(HINT: the body is to be one JSON object in UTF-8; {why}.)")
+
+
+def _finite(text):
+    number = float(text)
+    return number if math.isfinite(number) else _not_json(text)
+
+
+def _not_json(text):
+    raise ValueError(f"{text[:20]} is no number of JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite).decode
+JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
+              list: "an array", dict: "an object", type(None): "null"}
+
+_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
+                            separators=(",", ":")).encode
+_escaped = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+# Lone surrogates have no UTF-8; at the other three, old clients end a line.
+_AWKWARD = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+
+
+def to_json(value):
+    """A value as compact JSON bytes."""
+    text = _compact(value)
+    if not text.isascii() and _AWKWARD.search(text):
+        text = _escaped(value)
+    return text.encode()
+
+
+# ----------------------------------------------------------------------------------
+# Requests.  A body is checked against a table, one row a field, and comes out as a
+# dict in which every known field is present.  null is absence; unknown fields pass.
+#
+# What a value has to be is said by a spec, and `check` reads specs:
+#     "string"                  that type of JSON
+#     ("low", "high")           one of these words
+#     [spec]                    an array of such
+#     {"a": spec, "b!": spec}   an object; "!" has to be there, "?" too, but may be null
+#     a function                called with where and value, as `tagged` and `name` are
+
+TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
+         "array": (list,), "object": (dict,)}       # exact: True is no integer here
+
+
+def invalid(message, param, code=None):
+    return APIError(400, message, param, code)
+
+
+def missing(param):
+    return invalid(f"Missing required parameter: '{param}'.", param,
+                   "missing_required_parameter")
+
+
+def check(where, value, spec, least=None, most=None):
+    """Refuse a value that is not as the spec says; `least`, `most`: of a number or length."""
+    if callable(spec):
+        return spec(where, value)
+    kind = spec if type(spec) is str else SPEC_TYPES[type(spec)]
+    if type(value) not in TYPES[kind]:
+        article = "an" if kind[0] in "aio" else "a"
+        raise invalid(f"Invalid type for '{where}': expected {article} {kind}, but got "
+                      f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
+    if least is not None or most is not None:
+        check_bounds(where, value, kind, least, most)
+    if type(spec) is tuple:
+        check_word(where, value, spec)
+    elif type(spec) is list:
+        for i, item in enumerate(value):
+            check(f"{where}[{i}]", item, spec[0])
+    elif type(spec) is dict:
+        check_object(where, value, spec)
+
+
+SPEC_TYPES = {tuple: "string", list: "array", dict: "object"}
+
+
+def check_bounds(where, value, kind, least, most):
+    size = value if kind in ("integer", "decimal") else len(value)
+    if least is not None and size < least:
+        side, sign, bound = "below minimum", ">=", least
+    elif most is not None and size > most:
+        side, sign, bound = "above maximum", "<=", most
+    else:
+        return
+    code = f"{kind}_{side.replace(' ', '_')[:9]}"
+    if size is value:
+        raise invalid(f"Invalid '{where}': {kind} {side} value. Expected a value {sign} {bound}, "
+                      f"but got {value} instead.", where, f"{code}_value")
+    name, length = JSON_NAMES[type(value)], f"{side[6:]} length {bound}"
+    if size == 0:
+        raise invalid(f"Invalid '{where}': empty {kind}. Expected {name} with {length}, but got "
+                      f"an empty {kind} instead.", where, f"empty_{kind}")
+    raise invalid(f"Invalid '{where}': {kind} too long. Expected {name} with {length}, but got "
+                  f"{name} with length {size} instead.", where, f"{code}_length")
+
+
+def check_word(where, value, words):
+    if value not in words:
+        *others, last = map(repr, words)
+        raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
+                      f"{', '.join(others)}{', and ' if others else ''}{last}.", where,
+                      "invalid_value")
+
+
+def check_object(where, value, spec):
+    for key, field_spec in spec.items():
+        name, mark = key.rstrip("!?"), key[-1]
+        field = value.get(name)
+        if field is not None:
+            check(f"{where}.{name}", field, field_spec)
+        elif mark == "!" or mark == "?" and name not in value:
+            raise missing(f"{where}.{name}")
+
+
+def tagged(tag, **specs):
+    """A spec for objects of several shapes; the field `tag` says of which an object is."""
+    def check_tagged(where, value):
+        check(where, value, {tag + "!": tuple(specs)})
+        check_object(where, value, specs[value[tag]])
+    return check_tagged
+
+
+def either(text, other):
+    """A spec for what may be a string or an array or object."""
+    kind = SPEC_TYPES.get(type(other), "object")
+
+    def check_either(where, value):
+        if type(value) not in (str, *TYPES[kind]):
+            raise invalid(f"Invalid type for '{where}': expected one of a string or an {kind}, "
+                          f"but got {JSON_NAMES[type(value)]} instead.", where, "invalid_type")
+        check(where, value, text if type(value) is str else other)
+    return check_either
+
+
+def mapping(spec, least=None, most=None):
+    """A spec for an object with any keys and such values."""
+    def check_mapping(where, value):
+        check(where, value, "object")
+        for key, item in value.items():
+            check(f"{where}.{key[:64]}", item, spec, least, most)
+    return check_mapping
+
+
+def limited(spec, least, most):
+    return lambda where, value: check(where, value, spec, least, most)
+
+
+def name(where, value):
+    """The spec for names of functions, tools and schemas."""
+    check(where, value, "string", None, 64)
+    if not re.fullmatch("[a-zA-Z0-9_-]+", value):
+        raise invalid(f"Invalid '{where}': string does not match pattern. Expected a string "
+                      "that matches the pattern '^[a-zA-Z0-9_-]+$'.", where, "invalid_value")
+
+
+FUNCTION = {"name!": name, "description": "string", "parameters": "object", "strict": "boolean"}
+CUSTOM = {"name!": name, "description": "string", "format": "object"}
+TOOL = tagged("type", function={"function!": FUNCTION}, custom={"custom!": CUSTOM})
+CHOSEN = {"function": {"function!": {"name!": name}}, "custom": {"custom!": {"name!": name}}}
+ALLOWED = {"mode!": ("auto", "required"), "tools!": [tagged("type", **CHOSEN)]}
+CALL = tagged("type", function={"id!": "string", "function!": {"name!": "string"}},
+              custom={"id!": "string", "custom!": {"name!": "string"}})
+PART = tagged("type", text={"text!": "string"}, refusal={"refusal!": "string"},
+              image_url={"image_url!": {"url!": "string"}}, file={"file!": "object"},
+              input_audio={"input_audio!": {"data!": "string", "format!": ("wav", "mp3")}})
+SPOKEN = {"content?": either("string", [PART]), "name": "string"}
+MESSAGE = tagged(
+    "role", system=SPOKEN, developer=SPOKEN, user=SPOKEN,
+    assistant={"content": either("string", [PART]), "name": "string", "refusal": "string",
+               "tool_calls": [CALL], "function_call": {"name!": "string"}},
+    tool={"content?": either("string", [PART]), "tool_call_id!": "string"},
+    function={"content?": "string", "name!": "string"})
+RESPONSE_FORMAT = tagged("type", text={}, json_object={}, json_schema={"json_schema!": {
+    "name!": name, "description": "string", "schema": "object", "strict": "boolean"}})
+STREAM_OPTIONS = {"include_usage": "boolean", "include_obfuscation": "boolean"}
+STOP = limited("string", None, 1000)
+TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class Fields(dict):
+    """A table of fields, name: (spec, default, least, most), and all the defaults."""
+
+    def __init__(self, *rows):
+        super().__init__({row[0]: row[1:] for row in rows})
+        self.defaults = {name: default for name, _, default, _, _ in rows}
+
+
+REQUIRED = object()             # as a default: the field has none
+MODEL = ("model", "string", REQUIRED, None, None)
+
+#    name                      spec                          default   least    most
+SHARED_FIELDS = (      # by both endpoints
+    ("max_tokens",             "integer",                    None,     0,       None),
+    ("n",                      "integer",                    1,        1,       128),
+    ("temperature",            "decimal",                    1,        0,       2),
+    ("top_p",                  "decimal",                    1,        0,       1),
+    ("presence_penalty",       "decimal",                    0,        -2,      2),
+    ("frequency_penalty",      "decimal",                    0,        -2,      2),
+    ("logit_bias",             mapping("decimal", -100, 100), None,    None,    None),
+    ("stop",                   either(STOP, [STOP]),         (),       None,    None),
+    ("user",                   "string",                     None,     None,    None),
+    ("seed",                   "integer",                    None,     -2**63,  2**63 - 1),
+    ("stream",                 "boolean",                    False,    None,    None),
+    ("stream_options",         STREAM_OPTIONS,               None,     None,    None),
+)
+CHAT_FIELDS = Fields(
+    MODEL,
+    ("messages",               [MESSAGE],                    REQUIRED, 1,       None),
+    ("functions",              [FUNCTION],                   (),       1,       128),
+    ("tools",                  [TOOL],                       (),       None,    128),
+    ("tool_choice",            either(("none", "auto", "required"), tagged(
+                                   "type", **CHOSEN, allowed_tools={
+                                       "allowed_tools!": ALLOWED})), None, None, None),
+    ("function_call",          either(("none", "auto"), {"name!": name}), None, None, None),
+    ("parallel_tool_calls",    "boolean",                    True,     None,    None),
+    ("response_format",        RESPONSE_FORMAT,              None,     None,    None),
+    ("max_completion_tokens",  "integer",                    None,     1,       None),
+    *SHARED_FIELDS,
+    ("logprobs",               "boolean",                    False,    None,    None),
+    ("top_logprobs",           "integer",                    None,     0,       20),
+    ("safety_identifier",      "string",                     None,     None,    64),
+    ("prompt_cache_key",       "string",                     None,     None,    None),
+    ("prompt_cache_retention", ("in_memory", "24h"),         None,     None,    None),
+    ("prompt_cache_options",   "object",                     None,     None,    None),
+    ("service_tier",           TIERS,                        "auto",   None,    None),
+    ("modalities",             [("text", "audio")],          ("text",), 1,      2),
+    ("audio",                  "object",                     None,     None,    None),
+    ("prediction",             "object",                     None,     None,    None),
+    ("reasoning_effort",       EFFORTS,                      None,     None,    None),
+    ("verbosity",              ("low", "medium", "high"),    None,     None,    None),
+    ("store",                  "boolean",                    False,    None,    None),
+    ("metadata",               mapping("string", None, 512), None,     None,    None),
+    ("web_search_options",     "object",                     None,     None,    None),
+    ("moderation",             "object",                     None,     None,    None),
+)
+COMPLETION_FIELDS = Fields(
+    MODEL,
+    *SHARED_FIELDS,
+    ("best_of",                "integer",                    None,     0,       20),
+    ("echo",                   "boolean",                    False,    None,    None),
+    ("logprobs",               "integer",                    None,     0,       5),
+    ("suffix",                 "string",                     None,     None,    None),
+)
+NEEDS = (  # a field, another that has to be there and true with it, the API's words for it
+    ("stream_options", "stream", "The 'stream_options' parameter is only allowed when 'stream' "
+                                 "is enabled."),
+    ("top_logprobs", "logprobs", "The 'top_logprobs' parameter is only allowed when 'logprobs' "
+                                 "is enabled."),
+    ("tool_choice", "tools", "Invalid value for 'tool_choice': 'tool_choice' is only allowed "
+                             "when 'tools' are specified."),
+    ("function_call", "functions", "Invalid value for 'function_call': 'function_call' is only "
+                                   "allowed when 'functions' are specified."),
+)
+
+
+def checked(body, fields):
+    """The body with every field of the table in it: checked, or its default."""
+    given = {field: value for field, value in body.items() if value is not None}
+    if not given.get("model"):
+        raise invalid("you must provide a model parameter", None)
+    for field in fields:
+        if field in given:
+            spec, _, least, most = fields[field]
+            check(field, given[field], spec, least, most)
+        elif fields[field][1] is REQUIRED:
+            raise missing(field)
+    for field, other, words in NEEDS:
+        if field in given and not given.get(other):
+            raise invalid(words, field)
+    stop = given.get("stop") or ()
+    given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
+    return {**body, **fields.defaults, **given}
+
+
+def parse_chat(body, strict=True):
+    """The body of POST /v1/chat/completions -> the request that a backend gets.
+
+    `strict` also checks the conversation: each tool call answered, each answer called.
+    """
+    request = checked(body, CHAT_FIELDS)
+    if strict:
+        check_conversation(request["messages"])
+    check_chosen(request)
+    if "audio" in request["modalities"]:
+        raise invalid("Unsupported value: 'modalities' does not support 'audio' with this "
+                      "model.", "modalities", "unsupported_value")
+    check("metadata", list(request["metadata"] or ()), [limited("string", None, 64)], None, 16)
+    text = asked(request["messages"])
+    return {**request, "endpoint": "chat", "body": body, "prompt": text, "text": text}
+
+
+def parse_completion(body, strict=True):
+    """The body of POST /v1/completions -> the request that a backend gets.
+
+    Its "prompts" is a list of texts or of lists of token ids, from any of the four
+    forms of "prompt".
+    """
+    request = checked(body, COMPLETION_FIELDS)
+    if "prompt" not in body:            # null is a prompt of its own: see parse_prompts
+        raise missing("prompt")
+    n = request["n"]
+    best_of = n if request["best_of"] is None else request["best_of"]
+    if best_of < n:
+        raise invalid("You requested that the server return more choices than it will "
+                      f"generate (HINT: you must set 'n' (currently {n}) to be at most "
+                      f"'best_of' (currently {best_of}), or omit either parameter if you do "
+                      "not specifically want to use them.)", "best_of")
+    if request["stream"] and best_of > n:
+        raise invalid("Cannot stream results with best_of > n.", "best_of")
+    return {**request, "endpoint": "completion", "body": body, "best_of": best_of,
+            "prompts": parse_prompts(body["prompt"], best_of)}
+
+
+def check_conversation(messages):
+    """Every tool call is answered at once, every answer has its call, as the API insists."""
+    called, waiting = [], []            # ids of the turn's calls; those without an answer
+    for i, message in enumerate([*messages, {"role": None}]):
+        if message["role"] == "tool":
+            check_answer(i, message["tool_call_id"], called)
+            waiting = [id for id in waiting if id != message["tool_call_id"]]
+            continue
+        if waiting:
+            raise invalid("An assistant message with 'tool_calls' must be followed by tool "
+                          "messages responding to each 'tool_call_id'. The following "
+                          "tool_call_ids did not have response messages: "
+                          f"{', '.join(waiting)}",
+                          f"messages.[{min(i, len(messages) - 1)}].role")
+        calls = message["role"] == "assistant" and message.get("tool_calls") or []
+        for j, call in enumerate(calls):
+            field = CALL_INPUT[call["type"]]
+            check(f"messages[{i}].tool_calls[{j}].{call['type']}", call[call["type"]],
+                  {f"{field}!": "string"})
+        called = waiting = [call["id"] for call in calls]
+
+
+def check_answer(i, id, called):
+    if not called:
+        raise invalid("Invalid parameter: messages with role 'tool' must be a response to a "
+                      "preceeding message with 'tool_calls'.", f"messages.[{i}].role")
+    if id not in called:
+        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id}' not found in "
+                      "'tool_calls' of previous message.", f"messages.[{i}].tool_call_id")
+
+
+CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
+
+
+def check_chosen(request):
+    """A tool or function that is chosen by name has to be there."""
+    names = [tool[tool["type"]]["name"] for tool in request["tools"]]
+    for chosen in chosen_tools(request["tool_choice"]):
+        if chosen not in names:
+            raise invalid(f"Tool choice '{chosen}' not found in 'tools' parameter.",
+                          "tool_choice")
+    names = [function["name"] for function in request["functions"]]
+    choice = request["function_call"]
+    if type(choice) is dict and choice["name"] not in names:
+        raise invalid(f"Invalid value for 'function_call': no function named "
+                      f"'{choice['name']}' was specified in the 'functions' parameter.",
+                      "function_call")
+
+
+def chosen_tools(choice):
+    """The names of the tools that a "tool_choice" speaks of."""
+    if type(choice) is not dict:
+        return []
+    chosen = choice["allowed_tools"]["tools"] if choice["type"] == "allowed_tools" else [choice]
+    return [each[each["type"]]["name"] for each in chosen]
+
+
+def parse_prompts(prompt, best_of):
+    """The four forms of "prompt" -> a list of texts or of lists of token ids.
+
+    Example: "a" -> ["a"]    ["a", "b"] -> the same    [17, 18] -> [[17, 18]]
+    """
+    prompt = "<|endoftext|>" if prompt is None else prompt
+    if type(prompt) is list:
+        check("prompt", prompt, "array", 1)
+    one = type(prompt) is str or type(prompt) is list and type(prompt[0]) is int
+    prompts = [prompt] if one else prompt
+    if type(prompts) is not list or not (all(type(each) is str for each in prompts)
+                                         or all(map(is_token_ids, prompts))):
+        raise invalid("Invalid type for 'prompt': expected one of a string, array of strings, "
+                      "array of integers, or array of integer arrays, but got "
+                      f"{JSON_NAMES[type(prompt)]} instead.", "prompt", "invalid_type")
+    if len(prompts) * best_of > 128:
+        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices each are "
+                      "more than 128 choices.", "prompt", "array_above_max_length")
+    return prompts
+
+
+def is_token_ids(prompt):
+    return (type(prompt) is list and len(prompt) > 0
+            and all(type(id) is int and id >= 0 for id in prompt))
+
+
+def text_of(content):
+    """The text of a content: as it is, joined from its parts, or "" for null."""
+    if type(content) is list:
+        return "".join(part.get("text") or part.get("refusal") or "" for part in content)
+    return content or ""
+
+
+def asked(messages):
+    """What is being asked: the text of the last user message, else of the last message."""
+    users = [message for message in messages if message["role"] == "user"]
+    return text_of((users or messages)[-1].get("content"))
+
+
+# ----------------------------------------------------------------------------------
+# Tokens.  No vocabulary is at hand, so a token is what a reader would call a word, a
+# sign or a mark.  An estimate, and a stable one; `Server(tokenize=...)` takes a real one.
+
+_CJK = "⺀-鿿ꀀ-꓏가-힯豈-﫿𠀀-𿿿"
+_TOKEN = re.compile(
+    rf" ?[^\W{_CJK}]+"                          # a word, with the space before it
+    r"| ?[🇦-🇿]{2}"            # a flag is two letters that combine
+    r"| ?\S"                                    # a CJK character, a sign, an emoji
+    r"|\s+(?!\S)|\s+")                          # white space, but for a word's own space
+
+
+def tokenize(text):
+    """Split a text into tokens whose join is the text.
+
+    Example: "Hello, 世界 again" -> ["Hello", ",", " 世", "界", " again"]
+
+    Never inside a code point, nor between a character and what combines with it.
+    """
+    tokens = _TOKEN.findall(text)
+    return tokens if text.isascii() else _recombined(tokens)
+
+
+def _recombined(tokens):
+    """Join each token that starts with a combining character to the one before."""
+    whole = []
+    for token in tokens:
+        if whole and (_combines(token[0]) or whole[-1][-1] == ZERO_WIDTH_JOINER):
+            whole[-1] += token
+        else:
+            whole.append(token)
+    return whole
+
+
+ZERO_WIDTH_JOINER = "‍"
+
+
+def _combines(character):
+    return (character == ZERO_WIDTH_JOINER or unicodedata.category(character)[0] == "M"
+            or "🏻" <= character <= "🏿"        # the skin of an emoji
+            or "󠀠" <= character <= "󠁿")       # the tail of a flag
+
+
+def tokens_of(prompt, tokenize):
+    """The tokens of one prompt, a text or a list of token ids.
+
+    A tokenizer may bring `decode(id) -> str`; an id that nobody can decode reads <|17|>.
+    """
+    if type(prompt) is str:
+        return tokenize(prompt)
+    decode = getattr(tokenize, "decode", "<|{}|>".format)
+    return [decode(id) for id in prompt]
+
+
+def prompt_tokens(request, tokenize):
+    """The tokens of each message or prompt, a list each."""
+    if request["endpoint"] == "chat":
+        return [tokenize(text_of(message.get("content"))) for message in request["messages"]]
+    return [tokens_of(prompt, tokenize) for prompt in request["prompts"]]
+
+
+# ----------------------------------------------------------------------------------
+# Schema samples.  A forced tool call and a structured output need an instance of a
+# JSON Schema; this makes the smallest honest one, or says which keyword it cannot obey.
+
+def sample(schema):
+    """The smallest honest instance of a JSON Schema (draft 2020-12, as the API uses it).
+
+    Example: {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}},
+              "required": ["n"]} -> {"n": 3}
+
+    Required properties only; the first branch of anyOf or oneOf that works; `pattern` is
+    not looked at.  Raises APIError(400) with the keyword that cannot be satisfied.
+    """
+    try:
+        return Sampler(schema).instance(schema, frozenset("#"))
+    except RecursionError:
+        raise unsatisfiable("type", "it is nested too deeply") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise unsatisfiable("type", f"it is no JSON Schema ({error})") from None
+
+
+def unsatisfiable(keyword, why="it cannot be satisfied"):
+    return APIError(400, f"No instance of this schema can be made, for its keyword "
+                         f"'{keyword}': {why}.", code="invalid_json_schema")
+
+
+class Sampler:
+    """The walk through one schema: its root, for references, and how much may be made."""
+
+    def __init__(self, root):
+        self.root, self.left = root, 10_000     # definitions that double end here
+
+    def instance(self, schema, refs):
+        """The first candidate that obeys the schema; `refs`: those that we are inside of."""
+        schema, refs = self.flat(schema, refs)
+        fault = unsatisfiable("type", "none of JSON is left")
+        for variant, inner in self.variants(schema, refs):
+            for maker in makers(variant):
+                try:
+                    for value in maker(self, variant, inner):
+                        broken = first_broken(value, variant)
+                        if broken is None:
+                            return value
+                        fault = unsatisfiable(broken)
+                except APIError as error:
+                    fault = error
+        raise fault
+
+    def flat(self, schema, refs):
+        """A schema with its references followed and its allOf merged, and all those refs."""
+        self.left -= 1
+        if self.left < 0:
+            raise unsatisfiable("$ref", "the instance would be too large")
+        if type(schema) is bool:
+            schema = {} if schema else {"enum": []}
+        parts, seen, inside = list(schema.get("allOf", ())), refs, refs
+        if "$ref" in schema:
+            ref = schema["$ref"]
+            if ref in refs:
+                raise unsatisfiable("$ref", f"{ref} contains itself without an end")
+            inside = refs | {ref}
+            parts.insert(0, self.target(ref))
+        whole = {key: schema[key] for key in schema if key not in ("allOf", "$ref", "$defs")}
+        for part in parts:
+            part, met = self.flat(part, inside)
+            whole, seen = merged(whole, part), seen | met
+        return whole, seen
+
+    def target(self, ref):
+        place = self.root
+        for step in unquote(ref).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            place = place.get(step) if type(place) is dict else None
+        if place is None or ref[0] != "#":
+            raise unsatisfiable("$ref", f"there is no {ref}")
+        return place
+
+    def variants(self, schema, refs):
+        """The schema itself, or merged with one branch of its anyOf or oneOf after another."""
+        keyword = next((key for key in ("anyOf", "oneOf") if key in schema), None)
+        if keyword is None:
+            yield schema, refs
+            return
+        rest = {key: value for key, value in schema.items() if key != keyword}
+        fault = unsatisfiable(keyword, "it is empty")
+        for branch in schema[keyword]:
+            try:
+                yield from self.variants(*self.flat({"allOf": [rest, branch]}, refs))
+                fault = None
+            except APIError as error:
+                fault = fault and error
+        if fault:
+            raise fault
+
+    def listed(self, schema, refs):
+        keyword = "const" if "const" in schema else "enum"
+        values = [schema["const"]] if keyword == "const" else schema["enum"]
+        obeying = [value for value in values if first_broken(value, schema) is None]
+        if not obeying:
+            raise unsatisfiable(keyword, "no value of it obeys the rest")
+        return obeying
+
+    def object(self, schema, refs):
+        properties, other = schema.get("properties", {}), schema.get("additionalProperties", {})
+        for name in schema.get("required", ()):
+            if name not in properties and other is False:
+                raise unsatisfiable("required", f"no other property than those named, not {name}")
+        yield {name: self.instance(properties.get(name, other), refs)
+               for name in schema.get("required", ())}
+
+    def array(self, schema, refs):
+        if schema.get("minItems", 0) > 10_000:
+            raise unsatisfiable("minItems", "that is too much")
+        items = itertools.chain(schema.get("prefixItems", ()),
+                                itertools.repeat(schema.get("items", {})))
+        yield [self.instance(item, refs)
+               for item in itertools.islice(items, schema.get("minItems", 0))]
+
+    def string(self, schema, refs):
+        if schema.get("minLength", 0) > 100_000:
+            raise unsatisfiable("minLength", "that is too much")
+        text = FORMATS.get(schema.get("format"), "")
+        yield text if text else "x" * schema.get("minLength", 0)
+
+    def number(self, schema, refs):
+        """0, and what lies next to the bounds, as multiples where they have to be."""
+        step = schema.get("multipleOf") or 1
+        bounds = [schema[key] for key in BOUNDS if key in schema]
+        yield from [0] * ("const" not in schema)
+        for bound in bounds:
+            below = math.floor(bound / step) * step
+            yield from (below, below + step, below - step, below + 2 * step)
+        if "multipleOf" not in schema:
+            yield from bounds
+            yield sum(bounds) / max(len(bounds), 1)
+
+    def integer(self, schema, refs):
+        return (int(number) for number in self.number(schema, refs) if number == int(number))
+
+    def boolean(self, schema, refs):
+        return False, True
+
+    def null(self, schema, refs):
+        return None,
+
+
+BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+FORMATS = {
+    "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
+    "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
+    "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "uri": "https://example.com/",
+    "uuid": "00000000-0000-4000-8000-000000000000",
+}
+IMPLIED = {  # what a schema without a type speaks of
+    "array": ("items", "prefixItems", "minItems", "maxItems"),
+    "string": ("format", "pattern", "minLength", "maxLength"),
+    "number": (*BOUNDS, "multipleOf"),
+}
+
+
+def makers(schema):
+    """The Sampler's methods that can make an instance, the likeliest first."""
+    if "const" in schema or "enum" in schema:
+        return [Sampler.listed]
+    implied = (kind for kind, keywords in IMPLIED.items() if schema.keys() & set(keywords))
+    types = schema.get("type", next(implied, "object"))
+    types = [types] if type(types) is str else types
+    unknown = [each for each in types if each not in JSON_TYPES]
+    if unknown:
+        raise unsatisfiable("type", f"{unknown[0]} is none of JSON's")
+    return [getattr(Sampler, each) for each in types]
+
+
+JSON_TYPES = {
+    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+    "integer": int, "number": (int, float),
+}
+
+
+def first_broken(value, schema):
+    """The first keyword of the schema that a value does not obey, or None."""
+    return next((keyword for keyword, argument in schema.items()
+                 if keyword in OBEYS and not OBEYS[keyword](value, argument)), None)
+
+
+def _is_of(value, types):
+    return any(isinstance(value, JSON_TYPES[each]) and (type(value) is not bool or each == "boolean")
+               for each in ([types] if type(types) is str else types))
+
+
+def _is_one(value, values):
+    return any(type(value) is type(each) and value == each for each in values)
+
+
+def _number(compare):
+    return lambda value, bound: type(value) not in (int, float) or compare(value, bound)
+
+
+def _length(kind, compare):
+    return lambda value, bound: type(value) is not kind or compare(len(value), bound)
+
+
+OBEYS = {  # keyword: does a value obey it?  What is not here is obeyed by construction ...
+    "type": _is_of,
+    "enum": _is_one,
+    "const": lambda value, only: _is_one(value, [only]),
+    "minimum": _number(operator.ge),
+    "maximum": _number(operator.le),
+    "exclusiveMinimum": _number(operator.gt),
+    "exclusiveMaximum": _number(operator.lt),
+    "multipleOf": _number(lambda value, step: abs(value / step - round(value / step)) < 1e-9),
+    "minLength": _length(str, operator.ge),
+    "maxLength": _length(str, operator.le),
+    "minItems": _length(list, operator.ge),
+    "maxItems": _length(list, operator.le),
+    "minProperties": _length(dict, operator.ge),
+    "maxProperties": _length(dict, operator.le),
+    "uniqueItems": lambda value, wanted: not wanted or type(value) is not list or len(value) < 2,
+    # ... or never, as far as we know.
+    **dict.fromkeys(("not", "if", "contains", "dependentRequired", "dependentSchemas",
+                     "$dynamicRef"), lambda value, argument: False),
+}
+MERGED = {  # what one keyword becomes when two schemas both have to hold
+    "properties": lambda a, b: {**a, **{name: {"allOf": [a[name], b[name]]} if name in a
+                                        else b[name] for name in b}},
+    "required": lambda a, b: [*a, *(name for name in b if name not in a)],
+    "enum": lambda a, b: [value for value in a if _is_one(value, b)],
+    "type": lambda a, b: common_types(a, b),
+    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems"), max),
+    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems"), min),
+    **dict.fromkeys(("title", "description", "default", "examples", "$schema", "$id", "$comment",
+                     "pattern", "strict", "definitions"), lambda a, b: b),
+}
+
+
+def merged(a, b):
+    """One schema for two that both have to hold."""
+    whole = {**a, **b}
+    for key in a.keys() & b.keys():
+        if key in MERGED:
+            whole[key] = MERGED[key](a[key], b[key])
+        elif a[key] != b[key]:
+            raise unsatisfiable(key, "two different ones have to hold")
+    return whole
+
+
+def common_types(a, b):
+    a, b = ([types] if type(types) is str else types for types in (a, b))
+    both = [each for each in a if each in b]
+    both += ["integer"] * ("integer" not in both and "integer" in {*a, *b} and "number" in {*a, *b}
+                           and ("number" in a) != ("number" in b))
+    if not both:
+        raise unsatisfiable("type", "two different ones have to hold")
+    return both
+
+
+# ----------------------------------------------------------------------------------
+# Waiting.  A connection has a thread of its own, and the thread knows its client: so
+# whatever waits in it, for time or for a source, ends at once when the client leaves.
+
+class ClientLeft(Exception):
+    """The client has closed its side; nobody is there to read on."""
+
+
+_here = threading.local()               # .client: the socket; .selector: on that socket
+
+
+# A selector with no limit at descriptor 1,024, where the platform has one.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+def watch(client):
+    """Make `client` the socket of the one for whom this thread works."""
+    _here.client, _here.selector = client, _Selector()
+    _here.selector.register(client, selectors.EVENT_READ)
+
+
+def wait(seconds, source=None):
+    """Sleep, at most until `source` can be read; raises ClientLeft when the client goes.
+
+    wait(0) only looks.  math.inf waits until `source`, or else the client, is done.
+    """
+    selector = getattr(_here, "selector", None)
+    if selector is None:
+        return time.sleep(seconds) if source is None else None
+    end = time.monotonic() + seconds
+    if source is not None:
+        selector.register(source, selectors.EVENT_READ)
+    try:
+        while not _ready(selector, source, end) and time.monotonic() < end:
+            pass
+    finally:
+        if source is not None:
+            selector.unregister(source)
+
+
+def _ready(selector, source, end):
+    left = end - time.monotonic()
+    ready = selector.select(None if left == math.inf else max(left, 0))
+    if any(key.fileobj is source for key, _ in ready):
+        return True
+    if ready and has_left(_here.client):
+        raise ClientLeft
+    if ready and left > 0:  # bytes of a next request: until they are read, look now and then
+        time.sleep(min(left, 0.02))
+    return False
+
+
+def has_left(client):
+    """Has the client closed, or half-closed?  Under TLS only a bare close is seen."""
+    try:
+        return socket.socket.recv(client, 1, socket.MSG_PEEK) == b""
+    except (BlockingIOError, InterruptedError, socket.timeout):
+        return False
+    except OSError:
+        return True
+
+
+def paced(items, delay):
+    """The items, each `delay` seconds after the one before; (first, between) or one number."""
+    first, between = delay if type(delay) in (tuple, list) else (delay, delay)
+    pauses = itertools.chain([first], itertools.repeat(between))
+    for pause, item in zip(pauses, items):
+        wait(pause)
+        yield item
+
+
+# ----------------------------------------------------------------------------------
+# Backends.  Any function of the request; it returns a str, a Reply, or an iterable of
+# pieces (str or ToolCall).  It is called once per choice, and may raise APIError.
+
+class ToolCall:
+    """A piece that calls a tool: ToolCall("get_weather", {"city": "Bern"}).
+
+    `arguments`: a dict, or the JSON text of one as it is to go out.  An id is made up
+    where none is given.  For a custom tool the arguments are its input, a str.
+    """
+
+    def __init__(self, name, arguments=None, id=None):
+        self.name, self.id = name, id
+        if not isinstance(arguments, str):
+            arguments = to_json({} if arguments is None else arguments).decode()
+        self.arguments = arguments or "{}"          # "" is no JSON, and clients parse it
+
+    def __repr__(self):
+        return f"ToolCall({self.name!r}, {self.arguments!r})"
+
+
+class Reply:
+    """What a backend says, with all that can be said about it.
+
+    delay: seconds between pieces, or (first, between).  quirk: a name of QUIRKS.
+    usage: fields that replace the counted ones.  headers: go out with the reply.
+    expect: for a Script, a subset of the body to be asked, or a function of it.
+    """
+
+    def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
+                 usage=None, delay=0, quirk=None, headers=None, expect=None):
+        one_call = isinstance(tool_calls, ToolCall)
+        self.text, self.refusal = text, refusal
+        self.tool_calls = [tool_calls] if one_call else list(tool_calls)
+        self.finish_reason, self.usage, self.delay = finish_reason, usage or {}, delay
+        self.quirk, self.headers, self.expect = quirk, dict(headers or {}), expect
+        self.pieces = None                          # instead of text, as they come
+        if quirk is not None:
+            parse_quirk(quirk)                      # a wrong name shall fail here
+
+    def is_at_hand(self):
+        """Is all of it there already, so that several pieces may share a send?"""
+        return not self.delay and (self.pieces is None or type(self.pieces) in (list, tuple))
+
+
+def as_reply(result):
+    """Whatever a backend returned, as a Reply."""
+    if isinstance(result, Reply):
+        return result
+    if isinstance(result, str):
+        return Reply(result)
+    if isinstance(result, ToolCall):
+        return Reply(tool_calls=[result])
+    if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
+        raise backend_fault("a backend returns a str, a Reply or an iterable of pieces, "
+                            f"not {type(result).__name__}")
+    reply = Reply()
+    reply.pieces = result
+    return reply
+
+
+def backend_fault(message):
+    """A 500 that tells the author of a backend what is wrong with it."""
+    return APIError(500, message[0].upper() + message[1:] + ".")
+
+
+def echo(request):
+    """The default backend: what was asked.  It obeys a forced tool, and a schema."""
+    name = forced_tool(request)
+    if name is not None:
+        return ToolCall(name, sample_input(request, name))
+    form = request.get("response_format") or {"type": "text"}
+    if form["type"] == "json_object":
+        return to_json({"text": request["text"]}).decode()
+    if form["type"] == "json_schema":
+        return to_json(sample(form["json_schema"].get("schema") or {})).decode()
+    return request["text"]
+
+
+def forced_tool(request):
+    """The name of the tool that the request insists on, or None."""
+    choice, call = request.get("tool_choice"), request.get("function_call")
+    if choice == "required":
+        return request["tools"][0][request["tools"][0]["type"]]["name"]
+    if type(choice) is dict and choice.get("allowed_tools", {}).get("mode") != "auto":
+        return next(iter(chosen_tools(choice)), None)
+    return call["name"] if type(call) is dict else None
+
+
+def sample_input(request, name):
+    """Arguments that fit the schema of the tool of that name; text for a custom one."""
+    if name in custom_tools(request):
+        return request["text"]
+    functions = [tool["function"] for tool in request["tools"] if tool["type"] == "function"]
+    parameters = [function.get("parameters") for function in [*functions, *request["functions"]]
+                  if function["name"] == name]
+    return sample(parameters[0] or {})
+
+
+def custom_tools(request):
+    return [tool["custom"]["name"] for tool in request["tools"] if tool["type"] == "custom"]
+
+
+def say(*pieces):
+    """A backend that always says these pieces."""
+    def backend(request):
+        return list(pieces)
+    backend.model = "say"
+    return backend
+
+
+class Script:
+    """A backend that takes one step per request, in order, and is strict about it.
+
+    A step: a str, a ToolCall or a list of them, a Reply, an APIError to be raised, or a
+    function of the request.  A request past the end, or unlike its step's `expect`, gets
+    a 500 that says so, and fails `check`; so does a step left over.
+    """
+
+    model = "script"
+
+    def __init__(self, *steps):
+        self.steps, self.taken, self.faults = steps, 0, []
+        self._lock, self._here = threading.Lock(), threading.local()
+
+    @classmethod
+    def from_file(cls, path):
+        """A JSON list of steps: a str, or an object with Reply's fields, or `error`."""
+        with open(path, encoding="utf-8") as file:
+            steps = json.load(file)
+        if type(steps) is not list:
+            raise ValueError(f"{path}: a script is a JSON list of steps")
+        return cls(*(step_from_json(i, step) for i, step in enumerate(steps, 1)))
+
+    def __call__(self, request):
+        if request["index"] == 0:                   # all the choices say the same
+            self._here.step = self._take(request["body"])
+        step = self._here.step
+        if isinstance(step, APIError):
+            raise step
+        if isinstance(step, (list, tuple)):
+            return Reply(tool_calls=step)
+        if callable(step):
+            return step(request)
+        return step
+
+    def _take(self, body):
+        with self._lock:
+            if self.taken == len(self.steps):
+                self._fail(f"step {self.taken + 1} was asked for, but the script has "
+                           f"{len(self.steps)}: {brief(body)}")
+            step = self.steps[self.taken]
+            fault = unexpected(getattr(step, "expect", None), body)
+            if fault:
+                self._fail(f"step {self.taken + 1} was not as expected: {fault}")
+            self.taken += 1
+            return step
+
+    def _fail(self, fault):
+        self.faults.append(fault)
+        raise APIError(500, f"Script: {fault}", code="script_not_followed",
+                       headers={"x-should-retry": "false"})
+
+    def check(self):
+        """Raise AssertionError unless every step was taken, and each as expected."""
+        left = len(self.steps) - self.taken
+        if self.faults:
+            raise AssertionError("Script: " + "; ".join(self.faults))
+        if left:
+            raise AssertionError(f"Script: {left} of {len(self.steps)} steps left over, from step "
+                                 f"{self.taken + 1} on: {brief(self.steps[self.taken])}")
+
+    def close(self, error=None):
+        """The end of the server: `check`, though steps may be left over after an error."""
+        if self.faults or error is None:
+            self.check()
+
+
+def step_from_json(i, step):
+    if type(step) is str:
+        return step
+    if type(step) is not dict:
+        raise ValueError(f"step {i} of the script is neither a string nor an object")
+    try:
+        if "error" in step:
+            return APIError(**step["error"])
+        calls = [ToolCall(**call) for call in step.get("tool_calls", ())]
+        return Reply(**{**step, "tool_calls": calls})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"step {i} of the script: {error}") from None
+
+
+def unexpected(expect, body):
+    """How a body differs from what a step expects, in words; None if it does not."""
+    if callable(expect):
+        return None if expect(body) else f"{expect!r} says no to {brief(body)}"
+    difference = first_difference(expect or {}, body)
+    if difference is None:
+        return None
+    path, wanted, got = difference
+    return f"{path} is {brief(got)}, expected {brief(wanted)}"
+
+
+_ABSENT = type("Absent", (), {"__repr__": lambda self: "absent"})()
+
+
+def first_difference(subset, whole, path=""):
+    """(path, wanted, got) of the first field of `subset` that `whole` has not, or None.
+
+    Objects are compared field by field, lists whole.
+    """
+    if type(subset) is dict and type(whole) is dict:
+        steps = (first_difference(value, whole.get(name, _ABSENT), f"{path}.{name}".strip("."))
+                 for name, value in subset.items())
+        return next((step for step in steps if step), None)
+    return None if subset == whole else (path, subset, whole)
+
+
+def brief(value):
+    text = repr(value)
+    return text if len(text) <= 300 else text[:290] + "..."
+
+
+def command(program, at_once=1):
+    """A backend that runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
+
+    No shell.  {prompt} in an argument becomes request["text"]; standard input gets the
+    request as one JSON document; what it writes to standard output is the reply, at once.
+    Of more than `at_once` programs the rest wait.  It ends when the client leaves.
+    """
+    if isinstance(program, str):
+        program = shlex.split(program, posix=os.name != "nt")
+    places = threading.BoundedSemaphore(at_once)
+
+    def backend(request):
+        pieces = run(program, request, places)
+        choices = (request.get("best_of") or request["n"]) * len(request.get("prompts", [0]))
+        # Choices take turns, and a turn would wait for the place that another one holds.
+        return list(pieces) if choices > 1 else pieces
+    backend.model = os.path.basename(program[0])
+    return backend
+
+
+def run(program, request, places):
+    """What a program writes, as it writes it."""
+    import tempfile             # not needed by those who run no programs
+    while not places.acquire(timeout=0.05):
+        wait(0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(places.release)
+        # Files, not pipes: a program that does not read, or complains a lot, blocks nobody.
+        said, complaints = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+        said.write(to_json({key: request[key] for key in request if key != "body"}))
+        said.seek(0)
+        process = started_program(program, request["text"], said, complaints)
+        stack.callback(end_program, process)
+        yield from decoded(process.stdout)
+        if process.wait():
+            complaints.seek(0)
+            last = complaints.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+            raise backend_fault(f"{program[0]} ended with status {process.returncode}: "
+                                f"{last[-1] if last else 'it does not say why'}")
+
+
+def started_program(program, prompt, stdin, stderr):
+    own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt"
+                 else {"start_new_session": True})      # so that its children end with it
+    try:
+        return subprocess.Popen([part.replace("{prompt}", prompt) for part in program],
+                                stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **own_group)
+    except (FileNotFoundError, PermissionError) as error:
+        raise backend_fault(f"{program[0]} cannot be run: {error.strerror}") from None
+    except (OSError, ValueError) as error:      # too long, a NUL, a lone surrogate
+        raise invalid(f"The prompt cannot be an argument of a program: {error}.",
+                      None) from None
+
+
+def decoded(pipe):
+    """The text that comes through a pipe, without splitting a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with selectable(pipe) as source:
+        while True:
+            wait(math.inf, source)
+            block = os.read(pipe.fileno(), 65536) if source is pipe else source.recv(65536)
+            text = decoder.decode(block, final=not block)
+            if text:
+                yield text
+            if not block:
+                return
+
+
+def selectable(pipe):
+    """Something that `wait` can wait for: on Windows a socket, into which a thread copies."""
+    if os.name != "nt":
+        return pipe
+    near, far = socket.socketpair()
+
+    def copy():
+        with far, suppress(OSError):
+            for block in iter(lambda: os.read(pipe.fileno(), 65536), b""):
+                far.sendall(block)
+    threading.Thread(target=copy, daemon=True).start()
+    return near
+
+
+def end_program(process):
+    """Stop a program that still runs, and its children."""
+    if process.poll() is None and os.name == "nt":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    elif process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+# ----------------------------------------------------------------------------------
+# Choices.  One stream of pieces per choice, cut to what the request allows.  From here
+# on a piece is the list of its tokens: count it with len, read it with "".join.
+
+class Refusal(list):
+    """A piece in which the model refuses."""
+
+
+class Call(list):
+    """A piece that calls a tool: the tokens of its arguments, its name and id."""
+
+    def __init__(self, call, tokenize):
+        super().__init__(tokenize(call.arguments))
+        self.name, self.id = call.name, call.id or "call_" + random_name(24)
+
+
+class Finish(str):
+    """The last thing of a choice: why it ended, a finish_reason."""
+
+
+def random_name(length):
+    return f"{random.getrandbits(4 * length):0{length}x}"
+
+
+def choice(reply, request, tokenize, delay):
+    """One choice: the pieces of a reply as far as the request wants them, and Finish."""
+    with closing(spoken(reply, tokenize)) as source:
+        pieces = paced(source, delay) if delay else source
+        if request.get("parallel_tool_calls") is False:
+            pieces = one_call(pieces)
+        limits = [request.get(name) for name in ("max_tokens", "max_completion_tokens")]
+        if limits != [None, None]:
+            pieces = up_to(pieces, min(limit for limit in limits if limit is not None))
+        if request["stop"]:
+            pieces = until_stop(pieces, request["stop"])
+        # subtle: `yield from` hands a close() on to the outermost stage only, and a `for`
+        # to none; the stages between have nothing to close, the source has: `closing`.
+        yield from pieces
+
+
+def spoken(reply, tokenize):
+    """The pieces of a reply, each as the list of its tokens, and Finish."""
+    called = bool(reply.tool_calls)
+    for token in tokenize(reply.refusal or ""):
+        yield Refusal([token])
+    if reply.pieces is None:
+        for token in tokenize(reply.text or ""):
+            yield [token]
+    else:
+        called |= yield from yielded(reply.pieces, tokenize)
+    for call in reply.tool_calls:
+        yield Call(call, tokenize)
+    yield Finish(reply.finish_reason or ("tool_calls" if called else "stop"))
+
+
+def yielded(pieces, tokenize):
+    """A backend's own pieces, while the client is there; returns whether a tool was called."""
+    at_hand, called = isinstance(pieces, (list, tuple)), False
+    try:
+        for piece in pieces:
+            if not at_hand:
+                wait(0)
+            if isinstance(piece, ToolCall):
+                called = True
+                yield Call(piece, tokenize)
+            elif not isinstance(piece, str):
+                raise backend_fault("a piece is a str or a ToolCall, "
+                                    f"not {type(piece).__name__}")
+            elif piece:
+                yield tokenize(piece)
+    finally:
+        getattr(pieces, "close", int)()         # int: for those that need no closing
+    return called
+
+
+def one_call(pieces):
+    """Without parallel_tool_calls: only the first call."""
+    called = False
+    for piece in pieces:
+        if not (called and isinstance(piece, Call)):
+            yield piece
+        called |= isinstance(piece, Call)
+
+
+def up_to(pieces, limit):
+    """At most `limit` tokens.  Arguments of a call count, but are never cut.
+
+    Example: [["Hel", "lo"], ["!"], Finish("stop")], 2 -> [["Hel", "lo"], Finish("length")]
+    """
+    left = limit
+    for piece in pieces:
+        if isinstance(piece, (Call, Finish)):
+            left -= len(piece) if isinstance(piece, Call) else 0
+        elif len(piece) > max(left, 0):
+            if left > 0:
+                yield type(piece)(piece[:left])
+            yield Finish("length")
+            return
+        else:
+            left -= len(piece)
+        yield piece
+
+
+def until_stop(pieces, stops):
+    """Text up to the first stop, which may span pieces; what may become one is held back."""
+    held = []                                   # tokens that are not yet passed on
+    for piece in pieces:
+        if type(piece) is not list:             # a stop is a matter of text alone
+            if held:
+                yield held
+            held = []
+            yield piece
+            continue
+        held += piece
+        text = "".join(held)
+        cut = first_stop(text, stops)
+        if cut is not None:
+            yield from filter(None, [split_tokens(held, cut)[0]])
+            yield Finish("stop")
+            return
+        passed, held = split_tokens(held, len(text) - longest_start(text, stops), whole=True)
+        if passed:
+            yield passed
+
+
+def first_stop(text, stops):
+    """Where the stop that is complete first begins; None without one."""
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return min(found)[1] if found else None
+
+
+def longest_start(text, stops):
+    """The length of the longest tail of `text` with which a stop could begin."""
+    return max((length for stop in stops for length in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:length])), default=0)
+
+
+def split_tokens(tokens, length, whole=False):
+    """The tokens of the first `length` characters, and the rest.
+
+    A token that lies across is cut in two, or goes to the rest where it is to stay whole.
+    """
+    for i, token in enumerate(tokens):
+        if len(token) > length:
+            if whole or not length:
+                return tokens[:i], tokens[i:]
+            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
+        length -= len(token)
+    return tokens, []
+
+
+class Usage:
+    """The bill of a reply: its prompts, each counted once, and the tokens of its choices."""
+
+    def __init__(self, prompt_tokens, corrections=()):
+        self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
+        self.corrections = dict(corrections)
+
+    def counters(self):
+        counters = {"prompt_tokens": self.prompt_tokens,
+                    "completion_tokens": self.completion_tokens, **self.corrections}
+        return {**counters, "total_tokens": counters["prompt_tokens"]
+                + counters["completion_tokens"], **self.corrections}
+
+    def details(self):
+        """The counters of a chat reply, with the details that clients look into."""
+        return {**self.counters(), **USAGE_DETAILS, **self.corrections}
+
+
+USAGE_DETAILS = {
+    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0,
+                                  "accepted_prediction_tokens": 0,
+                                  "rejected_prediction_tokens": 0},
+}
+
+
+# ----------------------------------------------------------------------------------
+# Chunks.  One dict per piece, as it stands on the wire.  What a request without
+# "stream" gets is `fold` of the very same chunks, so the two forms cannot disagree.
+
+def envelope(request, object):
+    """What all the chunks of a reply have in common; the one place that asks the clock."""
+    whole = {"id": request["id"], "object": object, "created": int(time.time()),
+             "model": request["model"], "system_fingerprint": "fp_openai_compat"}
+    if request["endpoint"] == "chat":
+        tier = request["service_tier"]
+        whole["service_tier"] = {"auto": "default", "fast": "priority"}.get(tier, tier)
+    if wants_usage(request):
+        whole["usage"] = None           # the API says so in every chunk but the last
+    return whole
+
+
+def wants_usage(request):
+    return bool((request["stream_options"] or {}).get("include_usage")) or not request["stream"]
+
+
+def in_turn(choices):
+    """(index, item) of each choice in turn, an item each, until all have ended."""
+    running = list(enumerate(choices))
+    while running:
+        for index, items in list(running):
+            item = next(items, None)
+            if item is None:
+                running.remove((index, items))
+            else:
+                yield index, item
+
+
+def chat_chunks(request, choices, usage):
+    """Choices -> chat.completion.chunk dicts, and one with the usage if that is wanted."""
+    common = envelope(request, "chat.completion.chunk")
+    deltas = [chat_deltas(request, pieces, usage) for pieces in choices]
+    for index, (delta, logprobs, reason) in in_turn(deltas):
+        yield {**common, "choices": [{"index": index, "delta": delta,
+                                      "logprobs": logprobs, "finish_reason": reason}]}
+    if wants_usage(request):
+        yield {**common, "choices": [], "usage": usage.details()}
+
+
+def chat_deltas(request, pieces, usage):
+    """(delta, logprobs, finish_reason) per chunk of one choice; the first holds the role.
+
+    The first piece is taken before the role goes out: what fails there gets a status.
+    """
+    calls = 0
+    top = (request["top_logprobs"] or 0) if request["logprobs"] else None
+    opened = False
+    for piece in pieces:
+        if not opened:
+            opened = True
+            yield opening(piece), None if top is None else NO_LOGPROBS, None
+        if type(piece) is Finish:
+            legacy = piece == "tool_calls" and not request["tools"] and request["functions"]
+            yield {}, None, "function_call" if legacy else str(piece)
+            return
+        usage.completion_tokens += len(piece)
+        if type(piece) is Call:
+            for delta in call_deltas(request, piece, calls):
+                yield delta, None, None
+            calls += 1
+            continue
+        field = "refusal" if type(piece) is Refusal else "content"
+        logprobs = None if top is None else {
+            **NO_LOGPROBS, field: [chat_logprob(token, top) for token in piece]}
+        yield {field: "".join(piece)}, logprobs, None
+
+
+NO_LOGPROBS = {"content": [], "refusal": None}
+
+
+def opening(piece):
+    if isinstance(piece, Refusal):
+        return {"role": "assistant", "content": None, "refusal": ""}
+    return {"role": "assistant", "content": None if isinstance(piece, Call) else "",
+            "refusal": None}
+
+
+def call_deltas(request, call, index):
+    """A call opens with its id and name and no input; fragments of its input follow."""
+    if not request["tools"] and request["functions"]:
+        yield {"function_call": {"name": call.name, "arguments": ""}}
+        for token in call:
+            yield {"function_call": {"arguments": token}}
+        return
+    kind = "custom" if call.name in custom_tools(request) else "function"
+    field = CALL_INPUT[kind]
+    yield {"tool_calls": [{"index": index, "id": call.id, "type": kind,
+                           kind: {"name": call.name, field: ""}}]}
+    for token in call:
+        yield {"tool_calls": [{"index": index, kind: {field: token}}]}
+
+
+def completion_chunks(request, choices, usage):
+    """Choices -> text_completion dicts.  Of best_of choices per prompt, n are shown."""
+    common = envelope(request, "text_completion")
+    best_of, n = request["best_of"], request["n"]
+    texts = [completion_texts(request, request["prompts"][i // best_of], pieces, usage)
+             for i, pieces in enumerate(choices)]
+    for i, (text, logprobs, reason) in in_turn(texts):
+        if i % best_of < n:
+            yield {**common, "choices": [{"text": text, "index": i // best_of * n + i % best_of,
+                                          "logprobs": logprobs, "finish_reason": reason}]}
+    if wants_usage(request):
+        yield {**common, "choices": [], "usage": usage.counters()}
+
+
+def completion_texts(request, prompt, pieces, usage):
+    """(text, logprobs, finish_reason) per chunk of one choice; `prompt`: its tokens."""
+    offset, top = len("".join(prompt)), request["logprobs"]
+    for i, piece in enumerate(pieces):
+        if i == 0 and request["echo"]:
+            logprobs = None if top is None else text_logprobs(prompt, top, 0, first=True)
+            yield "".join(prompt), logprobs, None
+        if isinstance(piece, Finish):
+            yield "", None, str(piece)
+            continue
+        if type(piece) is not list:
+            raise backend_fault("a tool call or a refusal has no place in a text "
+                                "completion: this backend is for chat")
+        usage.completion_tokens += len(piece)
+        logprobs = None if top is None else text_logprobs(piece, top, offset)
+        text = "".join(piece)
+        offset += len(text)
+        yield text, logprobs, None
+
+
+# Log probabilities are made up: no model, so each candidate is half as likely as the
+# one before, and the token that was taken is the first.
+OTHER_TOKENS = [" the", ",", ".", " and", " of", " to", " a", " in", " is", " it", " that",
+                " for", " was", " on", " with", " as", " be", " at", " by", " this", " we"]
+
+
+def candidates(token, count):
+    """(token, logprob) of the token itself and the next likely, `count` in all."""
+    others = [other for other in OTHER_TOKENS if other != token]
+    return [(each, round(-math.log(2) * place, 6))
+            for place, each in enumerate([token, *others][:max(count, 1)], 1)]
+
+
+def chat_logprob(token, top):
+    entries = [{"token": each, "logprob": logprob,
+                "bytes": list(each.encode("utf-8", "surrogatepass"))}
+               for each, logprob in candidates(token, top)]
+    return {**entries[0], "top_logprobs": entries if top else []}
+
+
+def text_logprobs(tokens, top, offset, first=False):
+    """The four parallel arrays; the very first token of a prompt has no probability."""
+    likely = [dict(candidates(token, top)) for token in tokens]
+    offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
+    logprobs = {"tokens": tokens, "token_logprobs": [entry[token] for token, entry
+                                                     in zip(tokens, likely)],
+                "top_logprobs": likely, "text_offset": list(offsets)}
+    if first and tokens:
+        logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
+    return logprobs
+
+
+def fold(chunks):
+    """The chunks of one stream -> the completion that they spell."""
+    choices = {}                        # index: {field: all that was said of it, in order}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            said = choices.setdefault(part["index"], {"logprobs": []})
+            if part["logprobs"] is not None:
+                said["logprobs"].append(part["logprobs"])
+            for field, value in (part["delta"] if "delta" in part else part).items():
+                if field != "logprobs":
+                    said.setdefault(field, []).append(value)
+            said["end"] = part["finish_reason"]
+    usage = chunk.pop("usage")
+    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
+            "choices": [fold_choice(index, choices[index]) for index in sorted(choices)],
+            "usage": usage}
+
+
+def fold_choice(index, said):
+    ends = {"logprobs": joined_logprobs(said["logprobs"]), "finish_reason": said["end"]}
+    if "text" in said:
+        return {"index": index, "text": joined(said["text"]), **ends}
+    message = {"role": "assistant", "content": joined(said.get("content", ())),
+               "refusal": joined(said.get("refusal", ()))}
+    if "tool_calls" in said:
+        message["tool_calls"] = joined_calls(delta for deltas in said["tool_calls"]
+                                             for delta in deltas)
+    if "function_call" in said:
+        first, *rest = said["function_call"]
+        message["function_call"] = {
+            **first, "arguments": joined(delta["arguments"] for delta in rest)}
+    return {"index": index, "message": message, **ends}
+
+
+def joined(texts):
+    """The texts as one; None if none of them is a text."""
+    texts = [text for text in texts if text is not None]
+    return "".join(texts) if texts else None
+
+
+def joined_logprobs(parts):
+    """The arrays of each field, one after another; None without any."""
+    return {field: list(itertools.chain.from_iterable(part[field] or () for part in parts))
+            or (None if field == "refusal" else [])
+            for field in parts[0]} if parts else None
+
+
+def joined_calls(deltas):
+    """An opening per call and the fragments after it -> the calls, without their index."""
+    calls = collections.defaultdict(list)
+    for delta in deltas:
+        calls[delta["index"]].append(delta)
+    return [joined_call(*calls[index]) for index in sorted(calls)]
+
+
+def joined_call(first, *fragments):
+    kind, field = first["type"], CALL_INPUT[first["type"]]
+    text = joined(fragment[kind][field] for fragment in fragments)
+    return {"id": first["id"], "type": kind, kind: {**first[kind], field: text or ""}}
+
+
+# ----------------------------------------------------------------------------------
+# Events.  An answer is what goes onto the wire: status, headers, and the writes of its
+# body.  A streamed reply's writes are server-sent events (WHATWG HTML, section 9.2).
+
+class Answer:
+    """A status, headers (lower-case names), and a body: bytes, or an iterable of writes.
+
+    A write goes out at once; where all writes are `at_hand`, several may share a send.
+    """
+
+    def __init__(self, status, headers, body=b"", at_hand=False):
+        self.status, self.headers, self.body = status, headers, body
+        self.at_hand = at_hand or isinstance(body, bytes)
+
+
+JSON = {"content-type": "application/json"}
+EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache, no-transform",
+                "x-accel-buffering": "no"}      # else nginx waits for a full buffer
+DONE = b"data: [DONE]\n\n"
+
+
+def json_answer(value, headers=(), status=200):
+    return Answer(status, {**JSON, **dict(headers)}, to_json(value))
+
+
+def error_answer(error):
+    return json_answer(error.body(), error.headers, error.status)
+
+
+def event(value):
+    """One event: a line of JSON, which has no line end inside, and a blank line."""
+    return b"data: %s\n\n" % to_json(value)
+
+
+def events(chunks):
+    """Chunks -> the bytes of their events, then [DONE], the only proof of completeness."""
+    for chunk in chunks:
+        yield event(chunk)
+    yield DONE
+
+
+# ----------------------------------------------------------------------------------
+# Quirks.  Faults on purpose, for the tests of somebody's client.  One that is about
+# what is said wraps the chunks; one that is about the wire wraps the writes, where one
+# yield is one send.  `k` is how many events come first where a place matters.
+
+class Cut(Exception):
+    """Ends a reply on the wire: Cut("fin" | "reset" | "stall")."""
+
+
+class Instead(Exception):
+    """Another answer in the place of this one: Instead(answer)."""
+
+
+def parse_quirk(text):
+    """"stall@3" -> ("stall", 3); two events where no number is given."""
+    name, _, place = str(text).partition("@")
+    if name not in QUIRKS or not (place or "2").isdecimal():
+        raise ValueError(f"no quirk {text!r}; there are: {', '.join(QUIRKS)}")
+    return name, int(place or 2)
+
+
+def _parts(chunk):
+    return [part for part in chunk["choices"] if "delta" in part]
+
+
+def no_role(chunks, k):
+    """The first delta of a choice does not say who speaks."""
+    for chunk in chunks:
+        for part in _parts(chunk):
+            part["delta"].pop("role", None)
+        yield chunk
+
+
+def role_every(chunks, k):
+    """Every delta says who speaks."""
+    for chunk in chunks:
+        for part in _parts(chunk):
+            part["delta"] = {"role": "assistant", **part["delta"]}
+        yield chunk
+
+
+def usage_always(chunks, k):
+    """A usage on every chunk and in a chunk of its own, though nobody asked."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for chunk in chunks:
+        usage = chunk.get("usage") or usage
+        yield {**chunk, "usage": usage}
+    if chunk["choices"]:
+        yield {**chunk, "choices": [], "usage": usage}
+
+
+def no_finish(chunks, k):
+    """Neither a finish_reason nor, see below, [DONE]: the stream just ends."""
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            part["finish_reason"] = None
+        yield chunk
+
+
+def missing_tool_index(chunks, k):
+    """Fragments of tool calls do not say to which call they belong."""
+    for chunk in chunks:
+        for part in _parts(chunk):
+            for call in part["delta"].get("tool_calls", ()):
+                call.pop("index")
+        yield chunk
+
+
+def duplicate_tool_id(chunks, k):
+    """Each fragment of a tool call repeats the call's id and name."""
+    opened = {}
+    for chunk in chunks:
+        for part in _parts(chunk):
+            for call in part["delta"].get("tool_calls", ()):
+                kind = "custom" if "custom" in call else "function"
+                first = opened.setdefault((part["index"], call["index"]), call)
+                call.update(id=first["id"], type=kind)
+                call[kind]["name"] = first[kind]["name"]
+        yield chunk
+
+
+def comment(writes, k):
+    """A comment block before each event."""
+    for write in writes:
+        yield b": comment\n\n" + write
+
+
+def crlf(writes, k):
+    """Lines that end with CR LF."""
+    for write in writes:
+        yield write.replace(b"\n", b"\r\n")
+
+
+def no_space(writes, k):
+    """No space after the colon."""
+    for write in writes:
+        yield write.replace(b"data: ", b"data:", 1)
+
+
+def bom(writes, k):
+    """A byte order mark at the start."""
+    for i, write in enumerate(writes):
+        yield b"\xef\xbb\xbf" + write if i == 0 else write
+
+
+def id_field(writes, k):
+    """An id in each event, and comment blocks, on which old SDKs dispatch nothing."""
+    for i, write in enumerate(writes):
+        yield b"id: %d\n%s: comment\n\n" % (i, write)
+
+
+def retry_block(writes, k):
+    """Blocks with a retry field and no data."""
+    for write in writes:
+        yield b"retry: 1000\n\n" + write
+
+
+def empty_data(writes, k):
+    """Events whose data is empty."""
+    for write in writes:
+        yield b"data:\n\n" + write
+
+
+def split_bytes(writes, k):
+    """One byte a send."""
+    for write in writes:
+        for i in range(len(write)):
+            yield write[i:i + 1]
+
+
+def one_write(writes, k):
+    """All in one send."""
+    yield b"".join(writes)
+
+
+def no_done(writes, k):
+    """All but [DONE]."""
+    for write in writes:
+        if write != DONE:
+            yield write
+
+
+def no_terminator(writes, k):
+    """Closed without the last transfer chunk."""
+    yield from writes
+    raise Cut("fin")
+
+
+def bad_json(writes, k):
+    """One event cut short in its JSON."""
+    for i, write in enumerate(writes):
+        yield write[:len(write) // 2] + b"\n\n" if i == k else write
+
+
+def error_event(writes, k):
+    """An error in the place of the rest."""
+    yield from itertools.islice(writes, k)
+    raise server_error()
+
+
+def truncate(writes, k):
+    """Closed cleanly, as if complete."""
+    yield from itertools.islice(writes, k)
+
+
+def stall(writes, k):
+    """Silence until the client leaves."""
+    yield from itertools.islice(writes, k)
+    raise Cut("stall")
+
+
+def reset(writes, k):
+    """A TCP reset."""
+    yield from itertools.islice(writes, k)
+    raise Cut("reset")
+
+
+def html_502(writes, k):
+    """Not the reply, but an HTML page with status 502, as a proxy would send."""
+    raise Instead(Answer(502, {"content-type": "text/html"},
+                         b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
+    yield
+
+
+CHUNK_QUIRKS = {quirk.__name__: quirk for quirk in (
+    no_role, role_every, usage_always, no_finish, missing_tool_index, duplicate_tool_id)}
+WRITE_QUIRKS = {quirk.__name__: quirk for quirk in (
+    comment, crlf, no_space, bom, id_field, retry_block, empty_data, split_bytes, one_write,
+    no_done, no_terminator, bad_json, error_event, truncate, stall, reset, html_502)}
+WRITE_QUIRKS["no_finish"] = no_done     # its other half
+QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
+# What is not about events happens to a whole reply too, before its first byte.
+WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
+
+
+# ----------------------------------------------------------------------------------
+# Relay and replay.  Backends that give whole answers: they have `answer` in the place of
+# pieces.  A relay passes on what another server says, as it says it, and can keep a tape
+# of it, one exchange a line; a replay answers from such a tape.
+
+class Relay:
+    """Passes requests on to another OpenAI-compatible server: Relay("http://gpu:8000/v1").
+
+    api_key: for that server; without one the client's own is passed on, unless it was
+    meant for us.  record: the path of a tape, to which complete exchanges are appended.
+    """
+
+    model = "relay"
+
+    def __init__(self, base_url, api_key=None, record=None):
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{base_url!r} is not the URL of a server")
+        self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
+        self._parts, self._lock = urlsplit(self.base_url), threading.Lock()
+        if record:
+            open(record, "ab").close()          # if it cannot be written, say so now
+
+    def answer(self, incoming, body, exchange):
+        connection = self.connect()
+        exchange.sources.append(connection)     # closed with the exchange, however it ends
+        try:
+            connection.request(incoming.method, self._parts.path + incoming.path,
+                               incoming.body or None, self.headers(incoming))
+            wait(math.inf, connection.sock)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise self.unreachable(error) from None
+        headers = {name.lower(): value for name, value in response.getheaders()
+                   if RETURNED.fullmatch(name.lower())}
+        if headers.get("content-type", "").startswith("text/event-stream"):
+            headers = {**EVENT_STREAM, **headers}
+        writes = counting(blocks(connection.sock, response), exchange)
+        if self.tape:
+            writes = self.recorded(writes, incoming, body, response.status, headers)
+        return Answer(response.status, headers, writes)
+
+    def connect(self):
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else \
+            http.client.HTTPConnection
+        connection = kind(self._parts.hostname, self._parts.port, timeout=10)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise self.unreachable(error) from None
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection.sock.settimeout(None)
+        return connection
+
+    def headers(self, incoming):
+        passed = {name: value for name, value in incoming.headers.items()
+                  if PASSED_ON.fullmatch(name)}
+        if self.api_key:
+            passed["authorization"] = f"Bearer {self.api_key}"
+        return {**passed, "content-type": "application/json", "accept-encoding": "identity"}
+
+    def unreachable(self, error):
+        return APIError(502, f"The upstream at {self.base_url} cannot be reached: {error}.",
+                        code="upstream_unreachable")
+
+    def recorded(self, writes, incoming, body, status, headers):
+        """The same writes; when all have passed, the exchange goes onto the tape."""
+        kept, last = [], time.monotonic()
+        for write in writes:
+            now = time.monotonic()
+            kept.append([round(now - last, 4), as_text(write)])
+            yield write
+            last = time.monotonic()
+        self.append({"request": {"method": incoming.method, "path": incoming.path,
+                                 "body": body},
+                     "status": status, "headers": headers, "writes": kept})
+
+    def append(self, recording):
+        """A whole line or nothing: a disk that is full leaves no half of one."""
+        line = to_json(recording) + b"\n"
+        with self._lock, open(self.tape, "ab", buffering=0) as tape:
+            size = tape.seek(0, os.SEEK_END)
+            try:
+                if tape.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                tape.truncate(size)
+                log.error("An exchange was not recorded on %s: %s", self.tape, error)
+
+
+PASSED_ON = re.compile("authorization|accept|user-agent|idempotency-key|openai-.*|x-stainless-.*")
+RETURNED = re.compile("content-type|x-request-id|retry-after(-ms)?|x-should-retry"
+                      "|x-ratelimit-.*|openai-.*")
+
+
+def blocks(sock, response):
+    """The body of a response as it arrives; an upstream that was cut cuts us too."""
+    while True:
+        wait(0 if is_buffered(sock, response) else math.inf, sock)
+        try:
+            block = response.read1(65536)
+        except (OSError, http.client.HTTPException):
+            raise Cut("fin") from None
+        if not block:
+            break
+        yield block
+    if response.length:                         # that many bytes were promised, and not sent
+        raise Cut("fin")
+
+
+def is_buffered(sock, response):
+    """Has http.client read bytes already that we have not seen?  The socket cannot tell."""
+    sock.settimeout(0)
+    try:
+        return response.fp is None or bool(response.fp.peek(1))
+    except OSError:                             # TLS says so when there is nothing
+        return False
+    finally:
+        sock.settimeout(None)
+
+
+def counting(writes, exchange):
+    """The same writes; their events are counted."""
+    for write in writes:
+        yield write
+        exchange.events += write.count(b"\n\n")
+
+
+def as_text(write):
+    """Bytes for a tape: a str where they are UTF-8, else {"base64": ...}."""
+    try:
+        return write.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(write).decode()}
+
+
+def as_bytes(text):
+    return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
+
+
+class Replay:
+    """Answers from a tape that a Relay recorded: same path and body, same bytes.
+
+    A request that was recorded several times gets its recordings in order; the last one
+    stays.  speed: 0 for no pauses, 1 for those of the recording, 2 for half of them.
+    """
+
+    model = "replay"
+
+    def __init__(self, tape, speed=0):
+        self.speed, self._lock = speed, threading.Lock()
+        self.recordings = collections.defaultdict(collections.deque)
+        with open(tape, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    recording = json.loads(line)
+                    self.recordings[self.key(**recording["request"])].append(
+                        (number, recording))
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"line {number} of {tape} is no whole recording") from None
+
+    @staticmethod
+    def key(method, path, body):
+        return method, path, json.dumps(body, sort_keys=True)
+
+    def answer(self, incoming, body, exchange):
+        with self._lock:
+            waiting = self.recordings.get(self.key(incoming.method, incoming.path, body))
+            if not waiting:
+                raise self.unknown(incoming, body)
+            _, recording = waiting.popleft() if len(waiting) > 1 else waiting[0]
+        writes = counting(self.played(recording["writes"]), exchange)
+        return Answer(recording["status"], recording["headers"], writes)
+
+    def played(self, writes):
+        for pause, text in writes:
+            wait(pause / self.speed if self.speed else 0)
+            yield as_bytes(text)
+
+    def unknown(self, incoming, body):
+        """A 404 that tells how the nearest recording differs."""
+        wanted = {"method": incoming.method, "path": incoming.path, "body": body}
+        rows = [(number, recording["request"]) for waiting in self.recordings.values()
+                for number, recording in waiting]
+        if not rows:
+            return APIError(404, "The tape is empty.", code="not_recorded")
+        number, nearest = max(rows, key=lambda row: likeness(row[1], wanted))
+        path, recorded, got = first_difference(nearest, wanted) or first_difference(
+            wanted, nearest) or ("", nearest, wanted)
+        return APIError(404, f"No recording of this request; the nearest is line {number} of the "
+                        f"tape, where {path} is {brief(recorded)}, not {brief(got)}.",
+                        code="not_recorded")
+
+
+def likeness(a, b):
+    """How many fields two requests have in common."""
+    if a["path"] != b["path"] or type(a["body"]) is not dict or type(b["body"]) is not dict:
+        return 0
+    return 1 + sum(b["body"].get(name, _ABSENT) == value for name, value in a["body"].items())
+
+
+# ----------------------------------------------------------------------------------
+# HTTP.  The server, the threads and the handler class are the standard library's; the
+# reading of a request is ours, for its parser hides what RFC 9112 has us refuse (folded
+# lines, bare line ends, two lengths) and knows no time limit for a request as a whole.
+
+_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % _NAME)
+_FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
+_ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
+_MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
+MOST_HEAD = 65536               # bytes of a request line and its headers
+MOST_TARGET = 8192
+MOST_HEADERS = 100
+ONCE = {"host", "content-length", "transfer-encoding", "content-type", "authorization"}
+
+
+class Incoming:
+    """One request as HTTP sees it: method, target, version, headers and, later, body."""
+
+    def __init__(self, method, target, version, headers):
+        self.method, self.target, self.version, self.headers = method, target, version, headers
+        self.path, self.model = normal_path(target)
+        self.body = b""
+
+    def has_body(self):
+        return ("transfer-encoding" in self.headers
+                or self.headers.get("content-length", "0") != "0")
+
+    def keeps_alive(self):
+        asked = self.headers.get("connection", "").lower()
+        return "close" not in asked and (self.version >= (1, 1) or "keep-alive" in asked)
+
+
+def bad_request(message, status=400):
+    return APIError(status, message)
+
+
+def parse_head(head):
+    """The lines of a request up to its blank line -> Incoming (RFC 9112, sections 2 to 5).
+
+    Example: b"GET /health HTTP/1.1\\r\\nHost: x" -> method "GET", headers {"host": "x"}
+    """
+    first, *lines = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise bad_request("The request line is malformed.")
+    if len(match[2]) > MOST_TARGET:
+        raise bad_request("The target of the request is too long.", 414)
+    method, target, version = match[1].decode(), match[2].decode(), (int(match[3]), int(match[4]))
+    if version[0] != 1:
+        raise bad_request("Only HTTP/1.0 and HTTP/1.1 are spoken here.", 505)
+    if len(lines) > MOST_HEADERS:
+        raise bad_request(f"More than {MOST_HEADERS} headers.", 431)
+    headers = parse_fields(lines)
+    if not _HOST.fullmatch(headers.get("host", "" if version < (1, 1) else " ")):
+        raise bad_request("An HTTP/1.1 request has to have one valid Host header.")
+    absolute = _ABSOLUTE.fullmatch(target)               # the form that is meant for proxies
+    if absolute and _HOST.fullmatch(absolute[1]):
+        headers["host"], target = absolute[1], "/" + absolute[2]
+    if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
+        raise bad_request("The target of the request is malformed.")
+    return Incoming(method, target, version, headers)
+
+
+def parse_fields(lines):
+    headers = {}
+    for line in lines:
+        match = _FIELD_LINE.fullmatch(line)
+        if not match:
+            raise bad_request("A header line is malformed.")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+        if name in headers:
+            if name in ONCE:
+                raise bad_request(f"More than one {name} header.")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def body_length(incoming, most):
+    """How long the body is: bytes, or None for transfer chunks (RFC 9112, section 6)."""
+    coding = incoming.headers.get("transfer-encoding")
+    length = incoming.headers.get("content-length", "0")
+    if coding is not None:
+        if "content-length" in incoming.headers or incoming.version < (1, 1):
+            raise bad_request("Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
+        if coding.lower() != "chunked":
+            raise bad_request("The only Transfer-Encoding understood is chunked.", 501)
+        return None
+    if not (length.isascii() and length.isdigit()):
+        raise bad_request("Content-Length is not a number.")
+    if len(length) > 18 or int(length) > most:
+        raise too_large(most)
+    return int(length)
+
+
+def too_large(most):
+    return APIError(413, f"The body is larger than {most} bytes.", code="request_too_large")
+
+
+def normal_path(target):
+    """(path, model) that a target means: single slashes, no /v1, no query, no engine.
+
+    Example: "//v1/engines/gpt/completions/?x=1" -> ("/completions", "gpt")
+    """
+    parts = [part for part in target.partition("?")[0].split("/") if part]
+    for _ in range(2):
+        parts = parts[1:] if parts[:1] == ["v1"] else parts
+    path = unquote("/" + "/".join(parts))
+    engine = re.fullmatch("/engines/(.+?)((?:/chat)?/completions)", path)
+    if engine:
+        return engine[2], engine[1]
+    if path == "/sse":
+        return "/chat/completions", None
+    return path, path[len("/models/"):] if path.startswith("/models/") else None
+
+
+class Exchange:
+    """One request and what became of it: an entry of the journal.
+
+    outcome: "complete", "client left", "error", "quirk", or None while it runs.
+    started: seconds since 1970; seconds: how long it took; events: how many went out.
+    """
+
+    def __init__(self):
+        self.method = self.path = self.body = self.status = self.outcome = None
+        self.headers, self.events, self.seconds, self.quirk = {}, 0, None, None
+        self.started, self._clock = time.time(), time.perf_counter()
+        self.failed, self.sources = False, []
+
+    def read(self, incoming):
+        self.method, self.path = incoming.method, incoming.target
+        self.headers = {name: "***" if name in SECRET_HEADERS else value
+                        for name, value in incoming.headers.items()}
+
+    def end(self, outcome=None):
+        failed = self.failed or (self.status or 0) >= 400
+        self.outcome = outcome or ("quirk" if self.quirk else "error" if failed else "complete")
+        self.seconds = self.elapsed()
+
+    def elapsed(self):
+        return time.perf_counter() - self._clock
+
+    def close_sources(self):
+        """The reader has stopped: so has the backend, at its next yield."""
+        while self.sources:
+            self.sources.pop().close()
+
+    def as_dict(self):
+        return {name: getattr(self, name) for name in (
+            "method", "path", "headers", "body", "status", "events", "outcome", "started",
+            "seconds")}
+
+    def __repr__(self):
+        return f"<{self.method} {self.path} {self.status} {self.outcome}>"
+
+
+SECRET_HEADERS = {"authorization", "api-key", "proxy-authorization", "cookie"}
+REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+AT_ONCE = 256                   # writes at hand that may share a send
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection in its thread: reads requests and sends an answer to each."""
+
+    # ------ the connection
+
+    def setup(self):
+        self.connection, self.buffer = self.request, bytearray()
+        self.open, self.unread, self.deadline = True, False, None
+        self.incoming, self.record = Incoming("", "", (1, 1), {}), Exchange()
+        self.connection.settimeout(self.server.request_timeout)
+        if self.server.tls:     # here, so that a silent client holds up its own thread only
+            self.connection = self.server.tls.wrap_socket(self.request, server_side=True)
+            self.server.connections[threading.current_thread()] = self.connection
+        # Without this the body of a small reply waits 44 ms for the client's ACK.
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.number = next(self.server.numbers)
+        watch(self.connection)
+
+    def handle(self):
+        try:
+            if self.server.is_crowded():
+                self.open, self.unread = False, True
+                self.send(error_answer(crowded()))
+            while self.open and not self.server.closing:
+                self.exchange()
+        except (ClientLeft, socket.timeout):
+            pass
+
+    def finish(self):
+        """Close in a way that lets the client read what was sent (RFC 9112, section 9.6)."""
+        with closing(self.connection):
+            try:
+                socket.socket.shutdown(self.connection, socket.SHUT_WR)
+                if self.unread:
+                    self.linger()
+            except OSError:
+                pass
+
+    def linger(self):
+        """Closing with bytes unread resets the connection, under the client's eyes."""
+        self.deadline = time.monotonic() + 1
+        with suppress(APIError, ClientLeft):
+            while True:
+                self.buffer.clear()
+                self.receive()
+
+    # ------ reading
+
+    def receive(self):
+        """More bytes into the buffer, before the deadline of the request."""
+        try:
+            self.limit(max(self.deadline - time.monotonic(), 0.001))
+            block = self.connection.recv(65536)
+        except socket.timeout:
+            raise bad_request("The request took too long to arrive.", 408) from None
+        except OSError:
+            raise ClientLeft from None
+        if not block:
+            raise ClientLeft
+        self.buffer += block
+
+    def limit(self, seconds):
+        """settimeout, which is a system call, where it makes a difference."""
+        if abs(self.connection.gettimeout() - seconds) > 0.05 * seconds:
+            self.connection.settimeout(seconds)
+
+    def await_request(self):
+        """A connection may be idle between requests, but not for ever."""
+        self.deadline = time.monotonic() + self.server.request_timeout
+        self.server.idle.add(self.connection)
+        try:
+            while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
+                if self.buffer[:2] == b"\r\n":         # an empty line too many is skipped
+                    del self.buffer[:2]
+                else:
+                    self.receive()
+        except APIError:                                # too late, but nothing was asked
+            raise ClientLeft from None
+        finally:
+            self.server.idle.discard(self.connection)
+
+    def take(self, length):
+        while len(self.buffer) < length:
+            self.receive()
+        taken = bytes(self.buffer[:length])
+        del self.buffer[:length]
+        self.trace(">", taken)
+        return taken
+
+    def take_until(self, mark, too_long, no_line=None):
+        """What stands before the mark, without it; the status if that is too far away."""
+        seen, end = 0, self.buffer.find(mark)
+        while end < 0 and len(self.buffer) <= MOST_HEAD:
+            if _MALFORMED.search(self.buffer, seen):
+                raise bad_request("A line of the request is malformed.")
+            seen = max(len(self.buffer) - len(mark), 0)
+            self.receive()
+            end = self.buffer.find(mark, seen)
+        if not 0 <= end <= MOST_HEAD:
+            one_line = b"\r\n" not in self.buffer[:MOST_HEAD]
+            raise bad_request("A part of the request is too long.",
+                              no_line if no_line and one_line else too_long)
+        return self.take(end + len(mark))[:end]
+
+    def read_body(self, incoming):
+        length = body_length(incoming, self.server.max_body)
+        expect = incoming.headers.get("expect", "").lower()
+        if expect not in ("", "100-continue"):
+            raise bad_request("The only expectation understood is 100-continue.", 417)
+        if incoming.headers.get("content-encoding", "identity").lower() != "identity":
+            raise bad_request("The body has a Content-Encoding; send it as it is.")
+        if expect and incoming.version >= (1, 1) and not self.buffer:
+            self.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
+        body = self.take(length) if length is not None else self.take_transfer_chunks()
+        self.unread = False
+        return body
+
+    def take_transfer_chunks(self):
+        """The body's transfer chunks (RFC 9112, section 7.1); trailers are read and dropped."""
+        body, size = bytearray(), None
+        while size != 0:
+            match = _CHUNK_LINE.fullmatch(self.take_until(b"\r\n", 400))
+            if not match:
+                raise bad_request("The size of a transfer chunk is malformed.")
+            size = int(match[1], 16)
+            if len(body) + size > self.server.max_body:
+                raise too_large(self.server.max_body)
+            if size:
+                body += self.take(size)
+                if self.take(2) != b"\r\n":
+                    raise bad_request("A transfer chunk is longer than its size says.")
+        lines = iter(functools.partial(self.take_until, b"\r\n", 431), b"")
+        trailers = list(itertools.islice(lines, MOST_HEADERS + 1))
+        if len(trailers) > MOST_HEADERS:
+            raise bad_request(f"More than {MOST_HEADERS} trailers.", 431)
+        parse_fields(trailers)
+        return bytes(body)
+
+    # ------ one request, one answer
+
+    def exchange(self):
+        """Read one request, find its answer, send it.  Whatever is raised ends here."""
+        self.record = Exchange()
+        try:
+            self.send(self.find_answer())
+        except ClientLeft:
+            self.record.end("client left")
+            raise
+        finally:
+            self.record.close_sources()
+            self.log_exchange()
+
+    def find_answer(self):
+        try:
+            incoming = self.read_request()
+            return started(self.server.answer(incoming, self.record))
+        except Instead as instead:
+            return instead.args[0]
+        except APIError as error:
+            return error_answer(error)
+        except (Cut, ClientLeft):
+            raise
+        except (Exception, SystemExit):
+            log.exception("The backend failed in %r", self.record)
+            return error_answer(server_error())
+
+    def read_request(self):
+        """The next request, admitted and with its body."""
+        self.await_request()
+        self.record, self.incoming = Exchange(), Incoming("", "", (1, 1), {})
+        self.open, self.unread = False, True                # until we know better
+        self.deadline = time.monotonic() + self.server.request_timeout
+        head = self.take_until(b"\r\n\r\n", 431, 414)
+        self.incoming = incoming = parse_head(head)
+        self.record.read(incoming)
+        self.open, self.unread = incoming.keeps_alive(), incoming.has_body()
+        try:
+            self.server.admit(incoming)
+            incoming.body = self.read_body(incoming)
+        finally:
+            self.server.enter(self.record)
+        return incoming
+
+    def send(self, answer):
+        """Put one answer on the wire.  The journal knows its end before the last byte goes."""
+        self.record.status = answer.status
+        chunked = not isinstance(answer.body, bytes) and self.incoming.version >= (1, 1)
+        self.open &= not self.unread and (chunked or isinstance(answer.body, bytes))
+        pending = [self.head(answer, chunked)]
+        try:
+            for write in self.writes(answer):
+                pending.append(b"%x\r\n%b\r\n" % (len(write), write) if chunked else write)
+                if not answer.at_hand or len(pending) >= AT_ONCE:
+                    pending = self.write(pending)
+        except Cut as cut:
+            return self.cut(pending, *cut.args)
+        self.record.end()
+        if chunked:
+            pending.append(b"0\r\n\r\n")
+        self.write(pending)
+
+    def writes(self, answer):
+        """The writes of an answer's body; what fails on the way becomes an error event."""
+        if isinstance(answer.body, bytes):
+            yield from [answer.body] * (self.incoming.method != "HEAD")
+            return
+        try:
+            yield from filter(None, answer.body)    # an empty one would spell the end
+        except (Cut, ClientLeft):
+            raise
+        except (Exception, SystemExit) as error:
+            self.record.failed = True
+            if not isinstance(error, APIError):
+                log.exception("The backend failed in %r", self.record)
+                error = server_error()
+            yield event(error.body())
+
+    def head(self, answer, chunked):
+        """Status line and headers, and the blank line."""
+        headers = {"date": http_date(int(time.time())),
+                   "x-request-id": "req_" + random_name(32),
+                   "openai-version": "2020-10-01",
+                   "openai-processing-ms": int(self.record.elapsed() * 1000),
+                   **self.server.cors_headers(self.incoming), **answer.headers}
+        if chunked:
+            headers["transfer-encoding"] = "chunked"
+        elif isinstance(answer.body, bytes) and answer.status != 204:
+            headers["content-length"] = len(answer.body)
+        if not self.open or self.incoming.version < (1, 1):
+            headers["connection"] = "keep-alive" if self.open else "close"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
+            answer.status, REASONS.get(answer.status, b""), lines.encode("latin-1", "replace"))
+
+    def write(self, blocks):
+        """Send all of them in one piece, as long as the client keeps reading."""
+        whole = b"".join(blocks)
+        if not whole:
+            return []
+        self.trace("<", whole)
+        try:
+            self.limit(self.server.request_timeout)
+            sent = self.connection.send(whole)
+            while sent < len(whole):
+                sent += self.connection.send(memoryview(whole)[sent:])
+        except OSError:
+            raise ClientLeft from None
+        return []
+
+    def cut(self, pending, how):
+        """End a reply as a quirk wants it."""
+        self.open = False
+        if how == "stall":
+            self.write(pending)
+            wait(math.inf)
+        self.record.end("quirk")
+        self.write(pending)
+        if how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(
+                "hh" if os.name == "nt" else "ii", 1, 0))
+            self.connection.close()
+
+    # ------ what can be watched
+
+    def log_exchange(self):
+        record = self.record
+        if record.status and log.isEnabledFor(logging.INFO):
+            log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
+                     record.method, printable(record.path), record.status, record.outcome,
+                     record.events, record.seconds or 0)
+
+    def trace(self, direction, block):
+        if self.server.trace:
+            lines = "".join(f"#{self.number} {direction} {line}\n" for line in trace_lines(block))
+            print(lines, end="", file=sys.stderr, flush=True)   # one call: lines stay together
+
+
+def started(answer):
+    """The same answer with its first write taken: a failure up to there gets a status."""
+    if not isinstance(answer.body, bytes):
+        rest = iter(answer.body)
+        answer.body = itertools.chain([next(rest, b"")], rest)
+    return answer
+
+
+@functools.lru_cache(maxsize=4)
+def http_date(second):
+    return formatdate(second, usegmt=True)
+
+
+def printable(text):
+    """Without control characters: a log line is one line, whatever a client sends."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
+
+
+def trace_lines(block):
+    """The lines of what crosses the wire, with the two units marked that a stream has."""
+    for line in bytes(block).split(b"\r\n"):
+        if _CHUNK_LINE.fullmatch(line):
+            yield f"[transfer chunk: {int(line.split(b';')[0], 16)} bytes]"
+        for part in line.split(b"\n\n")[:-1]:
+            yield from (f"[event] {printable(text)}" for text in part.decode("utf-8", "replace")
+                        .split("\n"))
+        rest = line.split(b"\n\n")[-1]
+        if rest and not _CHUNK_LINE.fullmatch(line):
+            yield _SECRET.sub(r"\1***", printable(rest.decode("utf-8", "replace")))
+
+
+_SECRET = re.compile(r"^((?:authorization|api-key|proxy-authorization|cookie):\s*(?:bearer )?).*",
+                     re.IGNORECASE)
+
+
+# ----------------------------------------------------------------------------------
+# Server.  The routes, who may use them, and the one place where all the stages meet.
+
+class Server(ThreadingHTTPServer):
+    """An OpenAI-compatible server on a port of its own; see the top of this file.
+
+    backend: any function of the request, or echo, say(...), Script(...), command(...),
+    Relay(...), Replay(...).  port 0: a free one.  models: None for any name, or the names
+    to accept.  api_keys: those that may use it.  tokenize: text -> list of its tokens.
+    strict: check the conversation.  quirk: a name of QUIRKS for every reply;
+    quirk_header: also take one from X-Quirk.  tls: an ssl.SSLContext, or (certificate
+    file, key file).  cors: origins of web pages that may use it.  max_body: bytes.
+    request_timeout: seconds for a whole request to arrive.  journal: entries kept.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = os.name != "nt"       # there it would share the port
+    allow_reuse_port = False
+    request_queue_size = 1024   # of 32 clients at once, 5 make most wait for a second
+    timeout = 0.5               # for `shutdown`, should its knock not come through
+    delay = 0                   # seconds between pieces, where a reply says nothing else
+    trace = False
+
+    def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None, api_keys=(),
+                 tokenize=tokenize, strict=True, quirk=None, quirk_header=False, tls=None,
+                 cors=(), max_body=32 * 2**20, max_connections=512, request_timeout=30,
+                 journal=1000):
+        self.backend, self.models, self.tokenize, self.strict = backend, models, tokenize, strict
+        self.api_keys = [key.encode() for key in one_or_many(api_keys)]
+        self.quirk, self.quirk_header = quirk, quirk_header
+        self.tls, self.cors = tls_context(tls), set(one_or_many(cors))
+        self.max_body, self.max_connections = max_body, max_connections
+        self.request_timeout, self.started = request_timeout, int(time.time())
+        self.entries = collections.deque(maxlen=journal)
+        self.connections, self.idle = {}, set()     # thread: its socket; those that wait
+        self.closing, self.thread = False, None
+        self.numbers = itertools.count(1)           # of connections, for the trace
+        if quirk:
+            parse_quirk(quirk)                      # a wrong name shall fail here
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    # ------ life
+
+    def server_bind(self):
+        """As HTTPServer's, but without asking a resolver for our name: it may not answer."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def base_url(self):
+        """Where a client finds it; ends in /v1."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
+        host = f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
+
+    @property
+    def journal(self):
+        """The last exchanges, oldest first."""
+        return list(self.entries)
+
+    def enter(self, record):
+        self.entries.append(record)
+
+    def start(self):
+        """Serve in a thread of its own; returns the server."""
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def serve_forever(self, poll_interval=None):
+        """Accept until `shutdown`, which knocks: nothing here has to poll for it."""
+        while not self.closing:
+            self.handle_request()
+
+    def shutdown(self):
+        """Take no more connections."""
+        self.closing = True
+        with suppress(OSError):
+            host = urlsplit(self.base_url).hostname
+            socket.create_connection((host, self.server_port), timeout=1).close()
+        if self.thread:
+            self.thread.join()
+        self.server_close()
+
+    def close(self, grace=0):
+        """Stop, and close every connection; running replies get `grace` seconds first."""
+        self.shutdown()
+        for connection in list(self.idle) if grace else ():
+            hang_up(connection)
+        self.join_connections(grace)
+        for connection in list(self.connections.values()):
+            hang_up(connection)
+        self.join_connections(0.5)
+        if self.connections:
+            log.warning("%d threads are still busy in the backend and are left behind",
+                        len(self.connections))
+
+    def join_connections(self, seconds):
+        end = time.monotonic() + seconds
+        for thread in list(self.connections):
+            thread.join(max(end - time.monotonic(), 0))
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, kind, error, traceback):
+        self.close()
+        if hasattr(self.backend, "close") and (error is None or isinstance(error, Exception)):
+            self.backend.close(error)
+
+    # ------ connections, each in a thread
+
+    def verify_request(self, connection, address):
+        """Beyond max_connections a thread still says 503; far beyond, not even that."""
+        return not self.closing and len(self.connections) < 2 * self.max_connections + 16
+
+    def is_crowded(self):
+        return len(self.connections) > self.max_connections
+
+    def process_request(self, connection, address):
+        thread = threading.Thread(target=self.process_request_thread,
+                                  args=(connection, address), daemon=True)
+        self.connections[thread] = connection
+        try:
+            thread.start()
+        except RuntimeError:                    # no more threads to be had
+            del self.connections[thread]
+            raise
+
+    def process_request_thread(self, connection, address):
+        try:
+            super().process_request_thread(connection, address)
+        finally:
+            self.connections.pop(threading.current_thread(), None)
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)                    # out of descriptors: it is no use to spin
+            raise
+
+    def handle_error(self, connection, address):
+        log.debug("A connection from %s failed", address[0], exc_info=True)
+
+    # ------ who may use it
+
+    def admit(self, incoming):
+        """Refuse who may not use the server, before the body is read."""
+        if incoming.method == "OPTIONS":
+            return
+        if self.api_keys:
+            if incoming.path not in ("/", "/health"):
+                self.check_key(incoming.headers)
+                incoming.headers.pop("authorization", None)     # ours, nobody else's
+        elif self.on_loopback():
+            self.check_browser(incoming.headers)
+
+    def on_loopback(self):
+        return self.server_name.startswith("127.") or self.server_name == "::1"
+
+    def check_key(self, headers):
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        key = (key if scheme.lower() == "bearer" else headers.get("api-key", "")).strip()
+        if not key:
+            raise APIError(401, "You didn't provide an API key. You need to provide your API "
+                           "key in an Authorization header using Bearer auth (i.e. "
+                           "Authorization: Bearer YOUR_KEY).", headers=BEARER)
+        known = [hmac.compare_digest(key.encode(), each) for each in self.api_keys]
+        if not any(known):              # all were compared: time tells nothing
+            raise APIError(401, f"Incorrect API key provided: {masked(key)}.",
+                           code="invalid_api_key", headers=BEARER)
+
+    def check_browser(self, headers):
+        """A page from elsewhere, in somebody's browser, is a stranger on this machine."""
+        host = headers.get("host", "")
+        if not (is_local(host) or host_name(host) in map(host_name, self.cors)):
+            raise APIError(403, f"The Host {printable(host[:100])!r} is not this machine; to allow "
+                           "a page of that host, name its origin with --cors.",
+                           code="foreign_host")
+        origin = headers.get("origin")
+        if origin is not None and not self.allows(origin, headers):
+            raise APIError(403, f"The Origin {printable(origin[:100])!r} is not allowed; name it "
+                           "with --cors.", code="foreign_origin")
+
+    def allows(self, origin, headers):
+        """May a web page of that origin read what we answer?"""
+        if self.cors & {"*", origin} or self.api_keys:
+            return True
+        _, _, authority = origin.partition("://")
+        return authority == headers.get("host") or bool(LOOPBACK.fullmatch(host_name(authority)))
+
+    def cors_headers(self, incoming):
+        origin = incoming.headers.get("origin")
+        if origin is None:
+            return {}
+        if not self.allows(origin, incoming.headers):
+            return {"vary": "origin"}
+        return {"vary": "origin", "access-control-allow-origin": origin,
+                "access-control-expose-headers": "x-request-id"}
+
+    # ------ routes
+
+    def answer(self, incoming, record):
+        """The answer to one request."""
+        path = "/models/" if incoming.path.startswith("/models/") else incoming.path
+        methods = self.ROUTES.get(path)
+        if incoming.method == "OPTIONS":
+            return self.options(incoming, methods or {})
+        if methods is None:
+            raise APIError(404, f"Unknown request URL: {incoming.method} "
+                           f"{printable(incoming.target[:200])}. This server has: "
+                           f"{', '.join(map('/v1'.__add__, list(self.ROUTES)[:3]))}.",
+                           code="unknown_url")
+        method = "GET" if incoming.method == "HEAD" else incoming.method
+        if method not in methods:
+            raise APIError(405, f"Not allowed to {incoming.method} on {incoming.path}. (HINT: "
+                           f"use {' or '.join(methods)} instead.)",
+                           headers={"allow": allowed_methods(methods)})
+        return methods[method](self, incoming, record)
+
+    def options(self, incoming, methods):
+        allowed = allowed_methods(methods or {"GET": None, "POST": None})
+        headers = {"allow": allowed}
+        if "access-control-allow-origin" in self.cors_headers(incoming):
+            wanted = incoming.headers.get("access-control-request-headers", "*")
+            headers.update({"access-control-allow-methods": allowed,
+                            "access-control-allow-headers": wanted,
+                            "access-control-max-age": "86400"})
+        return Answer(204, headers)
+
+    def chat(self, incoming, record):
+        return self.completed(parse_chat, incoming, record)
+
+    def completion(self, incoming, record):
+        return self.completed(parse_completion, incoming, record)
+
+    def completed(self, parse, incoming, record):
+        body = record.body = parse_json(incoming.body)
+        if incoming.model is not None and body.get("model") is None:
+            body = {**body, "model": incoming.model}
+            incoming.body = to_json(body)
+        if hasattr(self.backend, "answer"):
+            return self.backend.answer(incoming, body, record)
+        request = parse(body, self.strict)
+        self.check_model(request["model"])
+        return self.complete(request, incoming, record)
+
+    def complete(self, request, incoming, record):
+        """The diagram at the top of this file, as code."""
+        backend, tokenize = self.backend, self.tokenize
+        prompts = prompt_tokens(request, tokenize)
+        replies = [as_reply(backend(view)) for view in views(request, prompts)]
+        first = replies[0]
+        quirk, k = self.pick_quirk(first, incoming.headers)
+        record.quirk = quirk
+        usage = Usage(sum(map(len, prompts)), first.usage)
+        choices = record.sources = [choice(reply, request, tokenize, reply.delay or self.delay)
+                                    for reply in replies]
+        if request["endpoint"] == "chat":
+            chunks = chat_chunks(request, choices, usage)
+        else:
+            chunks = completion_chunks({**request, "prompts": prompts}, choices, usage)
+        if not request["stream"]:
+            return whole(json_answer(fold(chunks), first.headers), quirk)
+        if quirk in CHUNK_QUIRKS:
+            chunks = CHUNK_QUIRKS[quirk](chunks, k)
+        writes = counting(events(chunks), record)
+        if quirk in WRITE_QUIRKS:
+            writes = WRITE_QUIRKS[quirk](writes, k)
+        at_hand = not quirk and all(reply.is_at_hand() for reply in replies) and not self.delay
+        return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
+
+    def pick_quirk(self, reply, headers):
+        wanted = headers.get("x-quirk") if self.quirk_header else None
+        try:
+            quirk = reply.quirk or self.quirk or wanted
+            return parse_quirk(quirk) if quirk else (None, 0)
+        except ValueError as error:
+            raise APIError(400, str(error), "X-Quirk") from None
+
+    def check_model(self, model):
+        if self.models is not None and model not in self.models:
+            raise APIError(404, f"The model `{model[:200]}` does not exist or you do not have access "
+                           "to it.", code="model_not_found")
+
+    def list_models(self, incoming, record):
+        if hasattr(self.backend, "answer"):
+            return self.backend.answer(incoming, None, record)
+        names = [model_name(self.backend)] if self.models is None else self.models
+        return json_answer({"object": "list", "data": [self.model(name) for name in names]})
+
+    def show_model(self, incoming, record):
+        if hasattr(self.backend, "answer"):
+            return self.backend.answer(incoming, None, record)
+        self.check_model(incoming.model)
+        return json_answer(self.model(incoming.model))
+
+    def model(self, name):
+        return {"id": name, "object": "model", "created": self.started,
+                "owned_by": "openai_compat"}
+
+    def health(self, incoming, record):
+        return json_answer({"status": "ok"})
+
+    def show_journal(self, incoming, record):
+        if not self.entries.maxlen:
+            raise APIError(404, "No journal is kept; start with --journal.", code="unknown_url")
+        return json_answer([entry.as_dict() for entry in self.journal])
+
+    def page(self, incoming, record):
+        return Answer(200, PAGE_HEADERS, PAGE.encode())
+
+    ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
+        "/chat/completions": {"POST": chat},
+        "/completions":      {"POST": completion},
+        "/models":           {"GET": list_models},
+        "/models/":          {"GET": show_model},
+        "/health":           {"GET": health},
+        "/journal":          {"GET": show_journal},
+        "/":                 {"GET": page},
+    }
+
+
+BEARER = {"www-authenticate": "Bearer"}
+LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|\[::1\]")
+LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]*|.*\.(localhost|local|internal)")
+
+
+def model_name(backend):
+    return getattr(backend, "model", None) or getattr(backend, "__name__", "model")
+
+
+def host_name(authority):
+    """Example: "http://Box.local:8000" and "box.local" -> "box.local"."""
+    return re.sub(r"^\w+://|:\d*$", "", authority).lower()
+
+
+@functools.lru_cache(maxsize=64)
+def is_local(host):
+    host = host_name(host)
+    return bool(LOCAL_HOST.fullmatch(host)) or host == socket.gethostname().lower()
+
+
+def views(request, prompts):
+    """The request as the backend sees it, once per choice."""
+    id = random_name(29)
+    if request["endpoint"] == "chat":
+        request["id"] = "chatcmpl-" + id
+        texts = [request["text"]] * request["n"]
+    else:
+        request["id"] = "cmpl-" + id
+        texts = ["".join(tokens) for tokens in prompts for _ in range(request["best_of"])]
+    for index, text in enumerate(texts):
+        yield {**request, "index": index, "prompt": text, "text": text}
+
+
+def whole(answer, quirk):
+    """A reply that is not streamed; most quirks are about events and leave it alone."""
+    if quirk in WHOLE_QUIRKS:
+        answer.body = WRITE_QUIRKS[quirk](iter([answer.body]), 0)
+    return answer
+
+
+def allowed_methods(methods):
+    return ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
+
+
+def masked(key):
+    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
+
+
+def one_or_many(value):
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def tls_context(tls):
+    """An ssl.SSLContext, from one or from the files of a certificate and its key."""
+    if tls is None or isinstance(tls, ssl.SSLContext):
+        return tls
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(*tls)
+    return context
+
+
+def hang_up(connection):
+    """Wake whoever waits on a connection; under TLS too, whose own shutdown would talk."""
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def crowded():
+    return APIError(503, "The engine is currently overloaded, please try again later",
+                    headers={"retry-after": "1"})
+
+
+# ----------------------------------------------------------------------------------
+# Page.
+
+PAGE_HEADERS = {"content-type": "text/html; charset=utf-8"}
+PAGE = "<!doctype html><title>openai_compat</title>"
+
+
+# ----------------------------------------------------------------------------------
+# Command line.
+
+OPTIONS = (  # flags and what argparse is told of them
+    ("--host",            dict(default="127.0.0.1", help="address to listen on")),
+    ("--port",            dict(type=int, default=8000, help="port; 0 for a free one")),
+    ("--model",           dict(action="append", metavar="NAME", help="accept this name only")),
+    ("--api-key",         dict(action="append", default=[], metavar="KEY", help="accept this key; also, "
+                               "separated by commas, from OPENAI_COMPAT_API_KEYS")),
+    ("--at-once",         dict(type=int, default=1, metavar="N", help="programs at a time")),
+    ("--upstream-key",    dict(metavar="KEY", help="the key for --upstream")),
+    ("--record",          dict(metavar="TAPE", help="append what the upstream says to a tape")),
+    ("--delay",           dict(type=float, default=0, metavar="S", help="seconds between pieces")),
+    ("--tokenizer",       dict(metavar="MODULE:FUNCTION", help="text -> list of its tokens")),
+    ("--lenient",         dict(action="store_true", help="do not check the conversation")),
+    ("--quirk",           dict(metavar="NAME", help="a fault in every reply")),
+    ("--quirk-header",    dict(action="store_true", help="a fault where X-Quirk asks for it")),
+    ("--journal",         dict(action="store_true", help="keep one, for GET /journal")),
+    ("--cors",            dict(action="append", default=[], metavar="ORIGIN",
+                               help="let web pages of this origin in; * for all")),
+    ("--tls-cert",        dict(metavar="FILE", help="serve https with this certificate")),
+    ("--tls-key",         dict(metavar="FILE", help="and its key")),
+    ("--max-body",        dict(type=int, default=32 * 2**20, metavar="N", help="bytes")),
+    ("--max-connections", dict(type=int, default=512, metavar="N", help="beyond: 503")),
+    ("--request-timeout", dict(type=float, default=30, metavar="S",
+                               help="seconds for a request to arrive")),
+    ("--trace",           dict(action="store_true", help="print what crosses the wire")),
+    ("--quiet",           dict(action="store_true", help="no line per exchange")),
+    ("--version",         dict(action="version", version=__version__)),
+)
+BACKENDS = (  # flags that choose the backend; without one of them it is echo
+    ("--say",             dict(metavar="TEXT", help="always say this")),
+    ("--script",          dict(metavar="FILE", help="reply with the steps of this JSON file")),
+    ("--command",         dict(metavar="CMD", help="reply with what this program prints")),
+    ("--backend",         dict(metavar="MODULE:FUNCTION", help="reply with what this yields")),
+    ("--upstream",        dict(metavar="URL", help="pass on to another such server")),
+    ("--replay",          dict(metavar="TAPE", help="reply with what was recorded")),
+)
+
+
+def parse_arguments(argv):
+    """The options, and the command after the first "--"."""
+    import argparse             # a fixture needs none of it
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="After -- may stand a command: it is run with OPENAI_BASE_URL set to a server "
+               "on a free port, and its exit status is the exit status.")
+    for flag, about in OPTIONS:
+        parser.add_argument(flag, **about)
+    one_of = parser.add_mutually_exclusive_group()
+    for flag, about in BACKENDS:
+        one_of.add_argument(flag, **about)
+    end = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:end]), argv[end + 1:], "--" in argv
+
+
+def server_of(args, port):
+    """The server that the options ask for."""
+    keys = os.environ.get("OPENAI_COMPAT_API_KEYS", "").split(",")
+    server = Server(
+        backend_of(args), host=args.host, port=port, models=args.model,
+        api_keys=[*args.api_key, *(key.strip() for key in keys if key.strip())],
+        tokenize=named(args.tokenizer) if args.tokenizer else tokenize,
+        strict=not args.lenient, quirk=args.quirk, quirk_header=args.quirk_header,
+        tls=(args.tls_cert, args.tls_key) if args.tls_cert else None, cors=args.cors,
+        max_body=args.max_body, max_connections=args.max_connections,
+        request_timeout=args.request_timeout, journal=1000 if args.journal else 0)
+    server.delay, server.trace = args.delay, args.trace
+    return server
+
+
+def backend_of(args):
+    if args.say is not None:
+        return say(*tokenize(args.say))
+    if args.script:
+        return Script.from_file(args.script)
+    if args.command:
+        return command(args.command, args.at_once)
+    if args.upstream:
+        return Relay(args.upstream, args.upstream_key, args.record)
+    if args.replay:
+        return Replay(args.replay)
+    return named(args.backend) if args.backend else echo
+
+
+def named(text):
+    """What "module:function" names.
+
+    Its module imports `openai_compat`: that has to be this very module, not a second
+    copy, whose APIError would be a stranger here.
+    """
+    sys.modules.setdefault("openai_compat", sys.modules[__name__])
+    sys.path.insert(0, os.getcwd())
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    args, program, has_program = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+                        level=logging.WARNING if args.quiet or has_program else logging.INFO)
+    try:
+        server = server_of(args, 0 if has_program else args.port)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        print(f"openai_compat: {error}", file=sys.stderr)
+        return 1
+    if not (server.api_keys or server.on_loopback()):
+        log.warning("WARNING: without --api-key, whoever reaches %s can use this server",
+                    server.base_url)
+    status = run_beside(server.start(), program) if has_program else serve(server.start())
+    try:
+        getattr(server.backend, "close", lambda error: None)(None)
+    except AssertionError as error:
+        print(f"openai_compat: {error}", file=sys.stderr)
+        return status or int(has_program)
+    return status
+
+
+def serve(server):
+    """Serve until SIGTERM or Ctrl-C; then running replies get 10 s, unless it comes again."""
+    print(f"Serving {server.base_url} with {model_name(server.backend)}; Ctrl-C ends it.",
+          file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            time.sleep(0.2)     # in short steps: on Windows nothing interrupts a long one
+    except KeyboardInterrupt:
+        pass
+    try:
+        server.close(grace=10)
+    except KeyboardInterrupt:
+        server.close()
+    return 0
+
+
+def run_beside(server, program):
+    """Run a command with the server in its environment; returns its exit status."""
+    found = shutil.which(program[0]) if program else None
+    if found is None:
+        server.close()
+        print(f"openai_compat: cannot run {program[0] if program else 'nothing'!r}: "
+              "no such command", file=sys.stderr)
+        return 127
+    key = server.api_keys[0].decode() if server.api_keys else os.environ.get("OPENAI_API_KEY")
+    bypass = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
+    environment = {**os.environ, "OPENAI_BASE_URL": server.base_url,
+                   "OPENAI_API_BASE": server.base_url, "OPENAI_API_KEY": key or "none",
+                   "NO_PROXY": bypass, "no_proxy": bypass}
+    process = subprocess.Popen([found, *program[1:]], env=environment)
+    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), functools.partial(pass_signal, process))
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+    server.close()
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def pass_signal(process, number, frame):
+    """A terminal's Ctrl-C reaches the command anyway; twice would be once too often."""
+    if process.poll() is None and not (number == signal.SIGINT and sys.stdin.isatty()):
+        process.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
