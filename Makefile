@@ -1,19 +1,19 @@
 # `make` alone lists what there is.  Packages go into .venv and .venvs here, never
 # into the machine's own Python; a file `ready` in each says that it is complete.
 
-# The pytest that is there, else the one in .venv; the Pythons that can make an
-# environment, one for each version; $(call install,FOLDER,PYTHON,PACKAGES).
+# The pytest that is there, else the one in .venv.
 pytest  = PATH="$$PWD/.venv/bin:$$PATH" python3 -m pytest
-pythons = for v in $(1); do \
+# A Python of each version from 3.8 on, newest first, if it can make environments.
+pythons = for v in 15 14 13 12 11 10 9 8; do \
 	    for p in python3.$$v "$$HOME"/.pyenv/versions/3.$$v.*/bin/python python3; do \
 	      "$$p" -c "import sys, ssl, ensurepip; sys.exit(sys.version_info[1] != $$v)" \
 	        2>/dev/null && echo "$$p" && break; done; done
+# $(call install,FOLDER,PYTHON,PACKAGES) makes an environment, unless it is ready.
 install = { test -e $(1)/ready || { rm -rf $(1); $(2) -m venv $(1) && \
-	  $(1)/bin/python -m pip -q --disable-pip-version-check install --only-binary :all: \
-	    $(3) && touch $(1)/ready; }; }
-up      = 8 9 10 11 12 13 14 15
-down    = 15 14 13 12 11 10 9 8
+	    $(1)/bin/python -m pip -q --disable-pip-version-check install \
+	      --only-binary :all: $(3) && touch $(1)/ready; }; }
 sdks    = openai-0.28.1 openai-1.0.0 openai-1 openai requests
+others  = $(sdks:%=.venvs/%/ready) .venvs/node/ready
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
@@ -25,18 +25,18 @@ test: pytest ## the tests, with the pytest that is there or one in .venv
 	$(pytest)
 
 test-all: ## the tests on every Python from 3.8 on that is found
-	@found=`$(call pythons,$(up))`; failed=; for python in $$found; do \
+	@found=`$(pythons)`; failed=; for python in $$found; do \
 	  version=`$$python -c 'import platform; print(platform.python_version())'`; \
 	  echo "== Python $$version, $$python"; \
 	  $(call install,.venvs/$$version,$$python,pytest) && \
 	  .venvs/$$version/bin/python -m pytest -q || failed="$$failed $$version"; done; \
 	echo "== found:" $${found:-no Python that can make environments}; \
-	test -n "$$found" && { test -z "$$failed" || { echo "== failed:$$failed"; false; }; }
+	echo "== failed:$${failed:- none}"; test -n "$$found" && test -z "$$failed"
 
-interop: pytest $(sdks:%=.venvs/%/ready) .venvs/node/ready ## the tests with the SDKs of others
+interop: pytest $(others) ## the tests with the SDKs of others, of four generations
 	$(pytest) -m interop
 
-system: pytest ## the tests with nginx, Chromium and openssl, which must be installed
+system: pytest ## the tests with nginx, Chromium and openssl, which must be there
 	$(pytest) -m system
 
 stress: pytest ## the tests that take long: many clients, many fixtures, much load
@@ -49,8 +49,10 @@ clean: ## remove the environments and whatever the tests left behind
 	rm -rf .venv .venvs .pytest_cache __pycache__
 
 pytest:
-	@$(pytest) --version >/dev/null 2>&1 || $(call install,.venv,python3,pytest) || { echo \
-	  "no pytest: install it, or python3 with venv and a package index in reach" >&2; exit 1; }
+	@$(pytest) --version >/dev/null 2>&1 || { rm -f .venv/ready; \
+	  $(call install,.venv,python3,pytest) >/dev/null 2>&1; } || { rm -rf .venv; echo >&2 \
+	  "no pytest here: install it, or a python3 with venv, and a package index in reach"; \
+	  exit 1; }
 
 .venvs/openai-0.28.1/ready: packages = openai==0.28.1
 .venvs/openai-1.0.0/ready:  packages = openai==1.0.0 'httpx<0.28'
@@ -58,12 +60,14 @@ pytest:
 .venvs/openai/ready:        packages = openai pytest
 .venvs/requests/ready:      packages = requests
 $(sdks:%=.venvs/%/ready): # on the newest Python on which it installs and imports
-	@for python in `$(call pythons,$(down))`; do \
-	  echo "$(@D): $(packages) on $$python"; $(call install,$(@D),$$python,$(packages)) && \
+	@for python in `$(pythons)`; do \
+	  echo "$(@D): $(packages) on $$python"; \
+	  $(call install,$(@D),$$python,$(packages)) && \
 	  $(@D)/bin/python -c "import $(firstword $(subst -, ,$(notdir $(@D))))" && exit 0; \
 	  rm -rf $(@D); done; echo "$(@D): cannot be made" >&2; exit 1
 
 .venvs/node/ready:
-	npm install --silent --no-save --prefix $(@D) openai && touch $@
+	npm install --loglevel=error --no-audit --no-fund --no-save --prefix $(@D) openai
+	touch $@
 
 .PHONY: help run test test-all interop system stress bench clean pytest

@@ -409,7 +409,7 @@ def _call_of(calls, fragment, position):
 def _complete(choice):
     choice = _joined(choice)
     if "text" in choice:
-        return choice
+        return {"text": choice.pop("text"), **choice}
     message = {"role": "assistant", "content": None, "refusal": None}
     message.update(delta_of(choice))
     message["role"] = message["role"] or "assistant"
@@ -417,7 +417,7 @@ def _complete(choice):
     if calls:
         message["tool_calls"] = [_complete_call(call) for call in calls.values()]
     choice.pop("delta", None)
-    return {**choice, "message": message}
+    return {"index": choice.pop("index"), "message": message, **choice}
 
 
 def _complete_call(call):
@@ -502,7 +502,7 @@ def as_json(value, encoding="utf-8", **how):
     be (a lone surrogate has no UTF-8, a Chinese sentence no Latin-1)."""
     text = json.dumps(value, ensure_ascii=False, **how)
     try:
-        text.encode(encoding)
+        text.encode(encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value, **how)
     return text
@@ -1158,7 +1158,7 @@ COMMANDS = {"chat": ask, "complete": ask, "models": models, "bench": load}
 
 
 def run(args):
-    """Do what the arguments say; without a name for a setting, the file's holds."""
+    """Do what the arguments say, and --config where they say nothing."""
     args.p = dict(map(parameter, args.p))
     for name, value in (configured(args.config) if args.config else {}).items():
         setattr(args, name, getattr(args, name) or value)

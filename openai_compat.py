@@ -50,6 +50,7 @@ import functools
 import hmac
 import http.client
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -838,12 +839,15 @@ OBEYS = {  # keyword: does a value obey it?  What is not here is obeyed by const
     "maxLength": _length(str, operator.le),
     "minItems": _length(list, operator.ge),
     "maxItems": _length(list, operator.le),
+    "required": lambda value, names: type(value) is not dict or value.keys() >= set(names),
     "minProperties": _length(dict, operator.ge),
     "maxProperties": _length(dict, operator.le),
     "uniqueItems": lambda value, wanted: not wanted or type(value) is not list or len(value) < 2,
     # ... or never, as far as we know.
-    **dict.fromkeys(("not", "if", "contains", "dependentRequired", "dependentSchemas",
-                     "$dynamicRef"), lambda value, argument: False),
+    **dict.fromkeys(("not", "if", "contains", "dependencies", "dependentRequired",
+                     "dependentSchemas", "patternProperties", "propertyNames",
+                     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef"),
+                    lambda value, argument: False),
 }
 MERGED = {  # what one keyword becomes when two schemas both have to hold
     "properties": lambda a, b: {**a, **{name: {"allOf": [a[name], b[name]]} if name in a
@@ -894,9 +898,9 @@ _here = threading.local()               # .client: the socket; .selector: on tha
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def watch(client):
-    """Make `client` the socket of the one for whom this thread works."""
-    _here.client, _here.selector = client, _Selector()
+def watch(client, left=ClientLeft):
+    """Make `client` the one for whom this thread works; `left()`: what ends a wait."""
+    _here.client, _here.left, _here.selector = client, left, _Selector()
     _here.selector.register(client, selectors.EVENT_READ)
 
 
@@ -925,7 +929,7 @@ def _ready(selector, source, end):
     if any(key.fileobj is source for key, _ in ready):
         return True
     if ready and has_left(_here.client):
-        raise ClientLeft
+        raise _here.left()
     if ready and left > 0:  # bytes of a next request: until they are read, look now and then
         time.sleep(min(left, 0.02))
     return False
@@ -1013,7 +1017,7 @@ def as_reply(result):
 
 def backend_fault(message):
     """A 500 that tells the author of a backend what is wrong with it."""
-    return APIError(500, message[0].upper() + message[1:] + ".")
+    return APIError(500, f"The backend is at fault: {message}.")
 
 
 def echo(request):
@@ -1207,7 +1211,9 @@ def run(program, request, places):
         process = started_program(program, request["text"], said, complaints)
         stack.callback(end_program, process)
         yield from decoded(process.stdout)
-        if process.wait():
+        while process.poll() is None:   # it has closed its output, and goes on
+            wait(0.01)
+        if process.returncode:
             complaints.seek(0)
             last = complaints.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
             raise backend_fault(f"{program[0]} ended with status {process.returncode}: "
@@ -1218,27 +1224,29 @@ def started_program(program, prompt, stdin, stderr):
     own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt"
                  else {"start_new_session": True})      # so that its children end with it
     try:
-        return subprocess.Popen([part.replace("{prompt}", prompt) for part in program],
-                                stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, **own_group)
-    except (FileNotFoundError, PermissionError) as error:
-        raise backend_fault(f"{program[0]} cannot be run: {error.strerror}") from None
-    except (OSError, ValueError) as error:      # too long, a NUL, a lone surrogate
-        raise invalid(f"The prompt cannot be an argument of a program: {error}.",
-                      None) from None
+        arguments = [part.replace("{prompt}", prompt) for part in program]
+        "".join(arguments).encode()     # a lone surrogate is no argument
+        return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
+                                **own_group)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.E2BIG:
+            raise invalid("The prompt cannot be an argument of a program: it is too long, or "
+                          "has a NUL or a lone surrogate.", None) from None
+        raise backend_fault(f"{program[0]} cannot be run ({error.strerror})") from None
 
 
 def decoded(pipe):
-    """The text that comes through a pipe, without splitting a character."""
+    """The text that comes through a pipe, without splitting a character; closes it at its end."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with selectable(pipe) as source:
-        while True:
-            wait(math.inf, source)
-            block = os.read(pipe.fileno(), 65536) if source is pipe else source.recv(65536)
-            text = decoder.decode(block, final=not block)
-            if text:
-                yield text
-            if not block:
-                return
+    source, block = selectable(pipe), None
+    while block != b"":
+        wait(math.inf, source)
+        block = os.read(pipe.fileno(), 65536) if source is pipe else source.recv(65536)
+        text = decoder.decode(block, final=not block)
+        if text:
+            yield text
+    source.close()
+    pipe.close()
 
 
 def selectable(pipe):
@@ -1256,11 +1264,13 @@ def selectable(pipe):
 
 
 def end_program(process):
-    """Stop a program that still runs, and its children."""
-    if process.poll() is None and os.name == "nt":
+    """Stop a program that has not ended by itself, and its children."""
+    if process.stdout.closed and process.poll() is not None:
+        return
+    if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    elif process.poll() is None:
+    else:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
@@ -1727,10 +1737,10 @@ class Instead(Exception):
 
 def parse_quirk(text):
     """"stall@3" -> ("stall", 3); two events where no number is given."""
-    name, _, place = str(text).partition("@")
-    if name not in QUIRKS or not (place or "2").isdecimal():
+    name, at, place = str(text).partition("@")
+    if name not in QUIRKS or at and not (place.isascii() and place.isdigit()):
         raise ValueError(f"no quirk {text!r}; there are: {', '.join(QUIRKS)}")
-    return name, int(place or 2)
+    return name, int(place) if at else 2
 
 
 def _parts(chunk):
@@ -1930,40 +1940,42 @@ class Relay:
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
 
-    def answer(self, incoming, body, exchange):
+    def answer(self, exchange):
         connection = self.connect()
-        exchange.sources.append(connection)     # closed with the exchange, however it ends
+        exchange.sources.append(connection.sock)    # closed with the exchange, however it ends
         try:
-            connection.request(incoming.method, self._parts.path + incoming.path,
-                               incoming.body or None, self.headers(incoming))
-            wait(math.inf, connection.sock)
+            connection.request(exchange.method, self._parts.path + exchange.route,
+                               exchange.content or None, self.headers(exchange))
+            connection.sock = watched = Watched(connection.sock)
             response = connection.getresponse()
+            if watched.ended:           # http.client takes half a head for a whole one
+                raise OSError("it was cut off")
         except (OSError, http.client.HTTPException) as error:
             raise self.unreachable(error) from None
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RETURNED.fullmatch(name.lower())}
         if headers.get("content-type", "").startswith("text/event-stream"):
             headers = {**EVENT_STREAM, **headers}
-        writes = counting(blocks(connection.sock, response), exchange)
+        writes = counting(blocks(response), exchange)
         if self.tape:
-            writes = self.recorded(writes, incoming, body, response.status, headers)
+            writes = self.recorded(writes, exchange, response.status, headers)
         return Answer(response.status, headers, writes)
 
     def connect(self):
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else \
-            http.client.HTTPConnection
+        kind = (http.client.HTTPSConnection if self._parts.scheme == "https"
+                else http.client.HTTPConnection)
         connection = kind(self._parts.hostname, self._parts.port, timeout=10)
         try:
             connection.connect()
         except OSError as error:
             raise self.unreachable(error) from None
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        connection.sock.settimeout(None)
         return connection
 
-    def headers(self, incoming):
-        passed = {name: value for name, value in incoming.headers.items()
+    def headers(self, exchange):
+        passed = {name: value for name, value in {**exchange.headers, **exchange.secrets}.items()
                   if PASSED_ON.fullmatch(name)}
+        if exchange.keyed:              # with a key of ours, which is nobody else's business
+            passed.pop("authorization", None)
         if self.api_key:
             passed["authorization"] = f"Bearer {self.api_key}"
         return {**passed, "content-type": "application/json", "accept-encoding": "identity"}
@@ -1972,7 +1984,7 @@ class Relay:
         return APIError(502, f"The upstream at {self.base_url} cannot be reached: {error}.",
                         code="upstream_unreachable")
 
-    def recorded(self, writes, incoming, body, status, headers):
+    def recorded(self, writes, exchange, status, headers):
         """The same writes; when all have passed, the exchange goes onto the tape."""
         kept, last = [], time.monotonic()
         for write in writes:
@@ -1980,21 +1992,28 @@ class Relay:
             kept.append([round(now - last, 4), as_text(write)])
             yield write
             last = time.monotonic()
-        self.append({"request": {"method": incoming.method, "path": incoming.path,
-                                 "body": body},
-                     "status": status, "headers": headers, "writes": kept})
+        self.append({"request": asked_for(exchange), "status": status, "headers": headers,
+                     "writes": kept})
 
     def append(self, recording):
         """A whole line or nothing: a disk that is full leaves no half of one."""
         line = to_json(recording) + b"\n"
-        with self._lock, open(self.tape, "ab", buffering=0) as tape:
-            size = tape.seek(0, os.SEEK_END)
-            try:
-                if tape.write(line) < len(line):
+        try:
+            with self._lock, open(self.tape, "ab", buffering=0) as tape:
+                size = tape.seek(0, os.SEEK_END)
+                if write_some(tape, line) < len(line):
+                    tape.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                tape.truncate(size)
-                log.error("An exchange was not recorded on %s: %s", self.tape, error)
+        except OSError as error:
+            log.error("An exchange was not recorded on %s: %s", self.tape, error)
+
+
+def write_some(file, block):
+    """How much of it could be written."""
+    try:
+        return file.write(block)
+    except OSError:
+        return 0
 
 
 PASSED_ON = re.compile("authorization|accept|user-agent|idempotency-key|openai-.*|x-stainless-.*")
@@ -2002,10 +2021,36 @@ RETURNED = re.compile("content-type|x-request-id|retry-after(-ms)?|x-should-retr
                       "|x-ratelimit-.*|openai-.*")
 
 
-def blocks(sock, response):
+class Watched(io.RawIOBase):
+    """A socket to read from, as http.client wants it, whose reads end when our client leaves."""
+
+    def __init__(self, sock):
+        self.sock, self.ended = sock, False
+        sock.setblocking(False)
+
+    def makefile(self, mode):
+        return io.BufferedReader(self)
+
+    def readable(self):
+        return True
+
+    def close(self):
+        """http.client closes before it has read; the exchange does it when it ends."""
+
+    def readinto(self, buffer):
+        while True:
+            try:
+                count = self.sock.recv_into(buffer)
+                self.ended = count == 0
+                return count
+            except (BlockingIOError, ssl.SSLWantReadError):
+                wait(math.inf, self.sock)
+
+
+def blocks(response):
     """The body of a response as it arrives; an upstream that was cut cuts us too."""
     while True:
-        wait(0 if is_buffered(sock, response) else math.inf, sock)
+        wait(0)
         try:
             block = response.read1(65536)
         except (OSError, http.client.HTTPException):
@@ -2017,15 +2062,9 @@ def blocks(sock, response):
         raise Cut("fin")
 
 
-def is_buffered(sock, response):
-    """Has http.client read bytes already that we have not seen?  The socket cannot tell."""
-    sock.settimeout(0)
-    try:
-        return response.fp is None or bool(response.fp.peek(1))
-    except OSError:                             # TLS says so when there is nothing
-        return False
-    finally:
-        sock.settimeout(None)
+def asked_for(exchange):
+    """What tells one request from another on a tape."""
+    return {"method": exchange.method, "path": exchange.route, "body": exchange.body}
 
 
 def counting(writes, exchange):
@@ -2063,8 +2102,9 @@ class Replay:
             for number, line in enumerate(lines, 1):
                 try:
                     recording = json.loads(line)
-                    self.recordings[self.key(**recording["request"])].append(
-                        (number, recording))
+                    key, _ = self.key(**recording["request"]), recording["headers"].items()
+                    recording["status"] + sum(pause for pause, _ in recording["writes"])
+                    self.recordings[key].append((number, recording))
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {tape} is no whole recording") from None
 
@@ -2072,11 +2112,12 @@ class Replay:
     def key(method, path, body):
         return method, path, json.dumps(body, sort_keys=True)
 
-    def answer(self, incoming, body, exchange):
+    def answer(self, exchange):
         with self._lock:
-            waiting = self.recordings.get(self.key(incoming.method, incoming.path, body))
+            wanted = asked_for(exchange)
+            waiting = self.recordings.get(self.key(**wanted))
             if not waiting:
-                raise self.unknown(incoming, body)
+                raise self.unknown(wanted)
             _, recording = waiting.popleft() if len(waiting) > 1 else waiting[0]
         writes = counting(self.played(recording["writes"]), exchange)
         return Answer(recording["status"], recording["headers"], writes)
@@ -2086,9 +2127,8 @@ class Replay:
             wait(pause / self.speed if self.speed else 0)
             yield as_bytes(text)
 
-    def unknown(self, incoming, body):
+    def unknown(self, wanted):
         """A 404 that tells how the nearest recording differs."""
-        wanted = {"method": incoming.method, "path": incoming.path, "body": body}
         rows = [(number, recording["request"]) for waiting in self.recordings.values()
                 for number, recording in waiting]
         if not rows:
@@ -2124,17 +2164,29 @@ MOST_HEAD = 65536               # bytes of a request line and its headers
 MOST_TARGET = 8192
 MOST_HEADERS = 100
 ONCE = {"host", "content-length", "transfer-encoding", "content-type", "authorization"}
+SECRET = {"authorization", "api-key", "proxy-authorization", "cookie"}
 
 
-class Incoming:
-    """One request as HTTP sees it: method, target, version, headers and, later, body."""
+class Exchange:
+    """One request and what became of it: an entry of the journal.
 
-    def __init__(self, method, target, version, headers):
-        self.method, self.target, self.version, self.headers = method, target, version, headers
-        self.path, self.model = normal_path(target)
-        self.body = b""
+    method, path: as sent.  headers: lower-case names, keys masked.  body: dict or None.
+    status, events: what went out.  outcome: "complete", "client left", "error", "quirk",
+    or None while it runs.  started: seconds since 1970.  seconds: how long it took.
+    """
 
-    def has_body(self):
+    def __init__(self, method="", path="/", version=(1, 1), headers=None):
+        self.method, self.path, self.version = method, path, version
+        self.headers, self.secrets = headers or {}, {}
+        for name in SECRET.intersection(self.headers):
+            self.secrets[name], self.headers[name] = self.headers[name], "***"
+        self.route, self.model = normal_path(path)
+        self.content, self.body = b"", None             # the body as it came, and parsed
+        self.status = self.outcome = self.seconds = self.quirk = None
+        self.events, self.failed, self.keyed, self.sources = 0, False, False, []
+        self.started, self._clock = time.time(), time.perf_counter()
+
+    def has_content(self):
         return ("transfer-encoding" in self.headers
                 or self.headers.get("content-length", "0") != "0")
 
@@ -2142,59 +2194,86 @@ class Incoming:
         asked = self.headers.get("connection", "").lower()
         return "close" not in asked and (self.version >= (1, 1) or "keep-alive" in asked)
 
+    def elapsed(self):
+        return time.perf_counter() - self._clock
+
+    def end(self, outcome=None):
+        failed = self.failed or (self.status or 0) >= 400
+        self.outcome = outcome or ("quirk" if self.quirk else "error" if failed else "complete")
+        self.seconds = self.elapsed()
+
+    def close_sources(self):
+        """Nobody reads on: what a reply was made from ends at its next yield."""
+        self.secrets = {}
+        while self.sources:
+            self.sources.pop().close()
+
+    def as_dict(self):
+        return {name: getattr(self, name) for name in (
+            "method", "path", "headers", "body", "status", "events", "outcome", "started",
+            "seconds")}
+
+    def __repr__(self):
+        return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
+
 
 def bad_request(message, status=400):
     return APIError(status, message)
 
 
 def parse_head(head):
-    """The lines of a request up to its blank line -> Incoming (RFC 9112, sections 2 to 5).
+    """The lines of a request before its blank line -> Exchange (RFC 9112, 2 to 5).
 
-    Example: b"GET /health HTTP/1.1\\r\\nHost: x" -> method "GET", headers {"host": "x"}
+    Example: b"GET /health HTTP/1.1\r\nHost: x" -> method "GET", fields {"host": "x"}
     """
     first, *lines = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(first)
     if not match:
         raise bad_request("The request line is malformed.")
-    if len(match[2]) > MOST_TARGET:
+    method, target, *version = match.groups()
+    if len(target) > MOST_TARGET:
         raise bad_request("The target of the request is too long.", 414)
-    method, target, version = match[1].decode(), match[2].decode(), (int(match[3]), int(match[4]))
-    if version[0] != 1:
+    if version[0] != b"1":
         raise bad_request("Only HTTP/1.0 and HTTP/1.1 are spoken here.", 505)
-    if len(lines) > MOST_HEADERS:
-        raise bad_request(f"More than {MOST_HEADERS} headers.", 431)
-    headers = parse_fields(lines)
-    if not _HOST.fullmatch(headers.get("host", "" if version < (1, 1) else " ")):
-        raise bad_request("An HTTP/1.1 request has to have one valid Host header.")
-    absolute = _ABSOLUTE.fullmatch(target)               # the form that is meant for proxies
-    if absolute and _HOST.fullmatch(absolute[1]):
-        headers["host"], target = absolute[1], "/" + absolute[2]
-    if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
-        raise bad_request("The target of the request is malformed.")
-    return Incoming(method, target, version, headers)
+    return addressed(method.decode(), target.decode(), (1, int(version[1])), parse_fields(lines))
 
 
 def parse_fields(lines):
-    headers = {}
+    """Header or trailer lines -> {lower-case name: value}."""
+    if len(lines) > MOST_HEADERS:
+        raise bad_request(f"More than {MOST_HEADERS} headers.", 431)
+    fields = {}
     for line in lines:
         match = _FIELD_LINE.fullmatch(line)
         if not match:
             raise bad_request("A header line is malformed.")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name in headers:
+        if name in fields:
             if name in ONCE:
                 raise bad_request(f"More than one {name} header.")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
+    return fields
 
 
-def body_length(incoming, most):
+def addressed(method, target, version, fields):
+    """The exchange for a target in one of its forms (RFC 9112, section 3.2)."""
+    if not _HOST.fullmatch(fields.get("host", "" if version < (1, 1) else " ")):
+        raise bad_request("An HTTP/1.1 request has to have one valid Host header.")
+    absolute = _ABSOLUTE.fullmatch(target)              # the form that is meant for proxies
+    if absolute and _HOST.fullmatch(absolute[1]):
+        fields["host"], target = absolute[1], "/" + absolute[2]
+    if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
+        raise bad_request("The target of the request is malformed.")
+    return Exchange(method, target, version, fields)
+
+
+def content_length(exchange, most):
     """How long the body is: bytes, or None for transfer chunks (RFC 9112, section 6)."""
-    coding = incoming.headers.get("transfer-encoding")
-    length = incoming.headers.get("content-length", "0")
+    coding = exchange.headers.get("transfer-encoding")
+    length = exchange.headers.get("content-length", "0")
     if coding is not None:
-        if "content-length" in incoming.headers or incoming.version < (1, 1):
+        if "content-length" in exchange.headers or exchange.version < (1, 1):
             raise bad_request("Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
         if coding.lower() != "chunked":
             raise bad_request("The only Transfer-Encoding understood is chunked.", 501)
@@ -2210,6 +2289,7 @@ def too_large(most):
     return APIError(413, f"The body is larger than {most} bytes.", code="request_too_large")
 
 
+@functools.lru_cache(maxsize=256)
 def normal_path(target):
     """(path, model) that a target means: single slashes, no /v1, no query, no engine.
 
@@ -2227,47 +2307,6 @@ def normal_path(target):
     return path, path[len("/models/"):] if path.startswith("/models/") else None
 
 
-class Exchange:
-    """One request and what became of it: an entry of the journal.
-
-    outcome: "complete", "client left", "error", "quirk", or None while it runs.
-    started: seconds since 1970; seconds: how long it took; events: how many went out.
-    """
-
-    def __init__(self):
-        self.method = self.path = self.body = self.status = self.outcome = None
-        self.headers, self.events, self.seconds, self.quirk = {}, 0, None, None
-        self.started, self._clock = time.time(), time.perf_counter()
-        self.failed, self.sources = False, []
-
-    def read(self, incoming):
-        self.method, self.path = incoming.method, incoming.target
-        self.headers = {name: "***" if name in SECRET_HEADERS else value
-                        for name, value in incoming.headers.items()}
-
-    def end(self, outcome=None):
-        failed = self.failed or (self.status or 0) >= 400
-        self.outcome = outcome or ("quirk" if self.quirk else "error" if failed else "complete")
-        self.seconds = self.elapsed()
-
-    def elapsed(self):
-        return time.perf_counter() - self._clock
-
-    def close_sources(self):
-        """The reader has stopped: so has the backend, at its next yield."""
-        while self.sources:
-            self.sources.pop().close()
-
-    def as_dict(self):
-        return {name: getattr(self, name) for name in (
-            "method", "path", "headers", "body", "status", "events", "outcome", "started",
-            "seconds")}
-
-    def __repr__(self):
-        return f"<{self.method} {self.path} {self.status} {self.outcome}>"
-
-
-SECRET_HEADERS = {"authorization", "api-key", "proxy-authorization", "cookie"}
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 AT_ONCE = 256                   # writes at hand that may share a send
 
@@ -2279,42 +2318,39 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         self.connection, self.buffer = self.request, bytearray()
-        self.open, self.unread, self.deadline = True, False, None
-        self.incoming, self.record = Incoming("", "", (1, 1), {}), Exchange()
+        self.open, self.unread, self.exchange, self.pending = True, False, Exchange(), []
         self.connection.settimeout(self.server.request_timeout)
         if self.server.tls:     # here, so that a silent client holds up its own thread only
-            self.connection = self.server.tls.wrap_socket(self.request, server_side=True)
+            self.connection = self.server.tls.wrap_socket(
+                self.request, server_side=True, do_handshake_on_connect=False)
             self.server.connections[threading.current_thread()] = self.connection
+            self.connection.do_handshake()
         # Without this the body of a small reply waits 44 ms for the client's ACK.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.number = next(self.server.numbers)
-        watch(self.connection)
+        watch(self.connection, self.who_left)
+
+    def who_left(self):
+        """What ends a wait: the client is gone, or the server is about to be."""
+        if self.server.hanging_up:
+            return APIError(503, "The server is shutting down.", headers={"retry-after": "1"})
+        return ClientLeft()
 
     def handle(self):
-        try:
+        with suppress(ClientLeft):
             if self.server.is_crowded():
                 self.open, self.unread = False, True
                 self.send(error_answer(crowded()))
             while self.open and not self.server.closing:
-                self.exchange()
-        except (ClientLeft, socket.timeout):
-            pass
+                self.await_request()
+                self.serve_one()
 
     def finish(self):
-        """Close in a way that lets the client read what was sent (RFC 9112, section 9.6)."""
-        with closing(self.connection):
-            try:
-                socket.socket.shutdown(self.connection, socket.SHUT_WR)
-                if self.unread:
-                    self.linger()
-            except OSError:
-                pass
-
-    def linger(self):
-        """Closing with bytes unread resets the connection, under the client's eyes."""
-        self.deadline = time.monotonic() + 1
-        with suppress(APIError, ClientLeft):
-            while True:
+        """Close so that the client can read what was sent (RFC 9112, section 9.6)."""
+        with closing(self.connection), suppress(OSError, ClientLeft, APIError):
+            socket.socket.shutdown(self.connection, socket.SHUT_WR)
+            self.deadline = time.monotonic() + 1
+            while self.unread:      # closed with bytes unread, it would be reset
                 self.buffer.clear()
                 self.receive()
 
@@ -2322,8 +2358,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self):
         """More bytes into the buffer, before the deadline of the request."""
+        left = self.deadline - time.monotonic()
         try:
-            self.limit(max(self.deadline - time.monotonic(), 0.001))
+            if left <= 0:       # asked first: a fast sender would never have to be waited for
+                raise socket.timeout
+            self.limit(left)
             block = self.connection.recv(65536)
         except socket.timeout:
             raise bad_request("The request took too long to arrive.", 408) from None
@@ -2344,7 +2383,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.idle.add(self.connection)
         try:
             while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
-                if self.buffer[:2] == b"\r\n":         # an empty line too many is skipped
+                if self.buffer[:2] == b"\r\n":          # an empty line too many is skipped
                     del self.buffer[:2]
                 else:
                     self.receive()
@@ -2376,159 +2415,154 @@ class Handler(BaseHTTPRequestHandler):
                               no_line if no_line and one_line else too_long)
         return self.take(end + len(mark))[:end]
 
-    def read_body(self, incoming):
-        length = body_length(incoming, self.server.max_body)
-        expect = incoming.headers.get("expect", "").lower()
+    def read_request(self):
+        """The next request, admitted and with its body, as self.exchange."""
+        self.open, self.unread, self.exchange = False, True, Exchange()    # for now
+        self.deadline = time.monotonic() + self.server.request_timeout
+        self.exchange = exchange = parse_head(self.take_until(b"\r\n\r\n", 431, 414))
+        self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
+        try:
+            self.server.admit(exchange)
+            if self.unread:
+                exchange.content = self.read_content(exchange)
+        finally:
+            self.server.entries.append(exchange)
+        return exchange
+
+    def read_content(self, exchange):
+        length = content_length(exchange, self.server.max_body)
+        expect = exchange.headers.get("expect", "").lower()
         if expect not in ("", "100-continue"):
             raise bad_request("The only expectation understood is 100-continue.", 417)
-        if incoming.headers.get("content-encoding", "identity").lower() != "identity":
+        if exchange.headers.get("content-encoding", "identity").lower() != "identity":
             raise bad_request("The body has a Content-Encoding; send it as it is.")
-        if expect and incoming.version >= (1, 1) and not self.buffer:
-            self.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        body = self.take(length) if length is not None else self.take_transfer_chunks()
+        if expect and exchange.version >= (1, 1) and not self.buffer:
+            self.pending.append(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.flush()
+        content = self.take(length) if length is not None else self.take_transfer_chunks()
         self.unread = False
-        return body
+        return content
 
     def take_transfer_chunks(self):
-        """The body's transfer chunks (RFC 9112, section 7.1); trailers are read and dropped."""
-        body, size = bytearray(), None
+        """The body from its transfer chunks (RFC 9112, section 7.1); trailers are dropped."""
+        content, size = bytearray(), None
         while size != 0:
             match = _CHUNK_LINE.fullmatch(self.take_until(b"\r\n", 400))
             if not match:
                 raise bad_request("The size of a transfer chunk is malformed.")
             size = int(match[1], 16)
-            if len(body) + size > self.server.max_body:
+            if len(content) + size > self.server.max_body:
                 raise too_large(self.server.max_body)
-            if size:
-                body += self.take(size)
-                if self.take(2) != b"\r\n":
-                    raise bad_request("A transfer chunk is longer than its size says.")
+            content += self.take(size)
+            if size and self.take(2) != b"\r\n":
+                raise bad_request("A transfer chunk is longer than its size says.")
         lines = iter(functools.partial(self.take_until, b"\r\n", 431), b"")
-        trailers = list(itertools.islice(lines, MOST_HEADERS + 1))
-        if len(trailers) > MOST_HEADERS:
-            raise bad_request(f"More than {MOST_HEADERS} trailers.", 431)
-        parse_fields(trailers)
-        return bytes(body)
+        parse_fields(list(itertools.islice(lines, MOST_HEADERS + 1)))
+        return bytes(content)
 
     # ------ one request, one answer
 
-    def exchange(self):
-        """Read one request, find its answer, send it.  Whatever is raised ends here."""
-        self.record = Exchange()
+    def serve_one(self):
+        """Read one request, find its answer, send it."""
         try:
-            self.send(self.find_answer())
+            self.send_whole_or_cut()
         except ClientLeft:
-            self.record.end("client left")
+            self.exchange.end("client left")
             raise
         finally:
-            self.record.close_sources()
+            self.exchange.close_sources()
             self.log_exchange()
 
-    def find_answer(self):
+    def send_whole_or_cut(self):
+        self.pending = []                       # what is not sent yet
         try:
-            incoming = self.read_request()
-            return started(self.server.answer(incoming, self.record))
+            self.send(self.find_answer())
+        except Cut as cut:
+            self.cut(*cut.args)
+
+    def find_answer(self):
+        """The answer, its first write taken.  Whatever is raised up to there ends here."""
+        try:
+            return started(self.server.answer(self.read_request()))
         except Instead as instead:
             return instead.args[0]
         except APIError as error:
             return error_answer(error)
-        except (Cut, ClientLeft):
-            raise
-        except (Exception, SystemExit):
-            log.exception("The backend failed in %r", self.record)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, (ClientLeft, Cut)):
+                raise
+            log.exception("The backend failed in %r", self.exchange)
             return error_answer(server_error())
-
-    def read_request(self):
-        """The next request, admitted and with its body."""
-        self.await_request()
-        self.record, self.incoming = Exchange(), Incoming("", "", (1, 1), {})
-        self.open, self.unread = False, True                # until we know better
-        self.deadline = time.monotonic() + self.server.request_timeout
-        head = self.take_until(b"\r\n\r\n", 431, 414)
-        self.incoming = incoming = parse_head(head)
-        self.record.read(incoming)
-        self.open, self.unread = incoming.keeps_alive(), incoming.has_body()
-        try:
-            self.server.admit(incoming)
-            incoming.body = self.read_body(incoming)
-        finally:
-            self.server.enter(self.record)
-        return incoming
 
     def send(self, answer):
         """Put one answer on the wire.  The journal knows its end before the last byte goes."""
-        self.record.status = answer.status
-        chunked = not isinstance(answer.body, bytes) and self.incoming.version >= (1, 1)
-        self.open &= not self.unread and (chunked or isinstance(answer.body, bytes))
-        pending = [self.head(answer, chunked)]
-        try:
-            for write in self.writes(answer):
-                pending.append(b"%x\r\n%b\r\n" % (len(write), write) if chunked else write)
-                if not answer.at_hand or len(pending) >= AT_ONCE:
-                    pending = self.write(pending)
-        except Cut as cut:
-            return self.cut(pending, *cut.args)
-        self.record.end()
+        self.exchange.status = answer.status
+        whole = isinstance(answer.body, bytes)
+        chunked = not whole and self.exchange.version >= (1, 1)
+        self.open &= not self.unread and (whole or chunked)
+        self.pending = [self.head(answer, whole, chunked)]
+        for write in self.writes(answer, whole):
+            self.pending.append(b"%x\r\n%b\r\n" % (len(write), write) if chunked else write)
+            if not answer.at_hand or len(self.pending) >= AT_ONCE:
+                self.flush()
         if chunked:
-            pending.append(b"0\r\n\r\n")
-        self.write(pending)
+            self.pending.append(b"0\r\n\r\n")
+        self.exchange.end()
+        self.flush()
 
-    def writes(self, answer):
+    def writes(self, answer, whole):
         """The writes of an answer's body; what fails on the way becomes an error event."""
-        if isinstance(answer.body, bytes):
-            yield from [answer.body] * (self.incoming.method != "HEAD")
+        if whole:
+            yield b"" if self.exchange.method == "HEAD" else answer.body
             return
         try:
             yield from filter(None, answer.body)    # an empty one would spell the end
-        except (Cut, ClientLeft):
-            raise
         except (Exception, SystemExit) as error:
-            self.record.failed = True
+            if isinstance(error, (ClientLeft, Cut)):
+                raise
+            self.exchange.failed = True
             if not isinstance(error, APIError):
-                log.exception("The backend failed in %r", self.record)
+                log.exception("The backend failed in %r", self.exchange)
                 error = server_error()
             yield event(error.body())
 
-    def head(self, answer, chunked):
+    def head(self, answer, whole, chunked):
         """Status line and headers, and the blank line."""
-        headers = {"date": http_date(int(time.time())),
-                   "x-request-id": "req_" + random_name(32),
-                   "openai-version": "2020-10-01",
-                   "openai-processing-ms": int(self.record.elapsed() * 1000),
-                   **self.server.cors_headers(self.incoming), **answer.headers}
+        fields = {"date": http_date(int(time.time())),
+                  "x-request-id": "req_" + random_name(32),
+                  "openai-version": "2020-10-01",
+                  "openai-processing-ms": int(self.exchange.elapsed() * 1000),
+                  **self.server.cors_headers(self.exchange), **answer.headers}
         if chunked:
-            headers["transfer-encoding"] = "chunked"
-        elif isinstance(answer.body, bytes) and answer.status != 204:
-            headers["content-length"] = len(answer.body)
-        if not self.open or self.incoming.version < (1, 1):
-            headers["connection"] = "keep-alive" if self.open else "close"
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+            fields["transfer-encoding"] = "chunked"
+        elif whole and answer.status != 204:
+            fields["content-length"] = len(answer.body)
+        if not self.open or self.exchange.version < (1, 1):
+            fields["connection"] = "keep-alive" if self.open else "close"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
         return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
             answer.status, REASONS.get(answer.status, b""), lines.encode("latin-1", "replace"))
 
-    def write(self, blocks):
-        """Send all of them in one piece, as long as the client keeps reading."""
-        whole = b"".join(blocks)
-        if not whole:
-            return []
+    def flush(self):
+        """Send what is pending in one piece, as long as the client keeps reading."""
+        whole, self.pending = b"".join(self.pending), []
         self.trace("<", whole)
         try:
             self.limit(self.server.request_timeout)
-            sent = self.connection.send(whole)
+            sent = self.connection.send(whole) if whole else 0
             while sent < len(whole):
                 sent += self.connection.send(memoryview(whole)[sent:])
         except OSError:
             raise ClientLeft from None
-        return []
 
-    def cut(self, pending, how):
-        """End a reply as a quirk wants it."""
+    def cut(self, how):
+        """End a reply as a quirk, or an upstream that was cut, wants it."""
         self.open = False
         if how == "stall":
-            self.write(pending)
+            self.flush()
             wait(math.inf)
-        self.record.end("quirk")
-        self.write(pending)
+        self.exchange.end("quirk" if self.exchange.quirk else "error")
+        self.flush()
         if how == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(
                 "hh" if os.name == "nt" else "ii", 1, 0))
@@ -2537,16 +2571,16 @@ class Handler(BaseHTTPRequestHandler):
     # ------ what can be watched
 
     def log_exchange(self):
-        record = self.record
-        if record.status and log.isEnabledFor(logging.INFO):
+        exchange = self.exchange
+        if exchange.status and log.isEnabledFor(logging.INFO):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
-                     record.method, printable(record.path), record.status, record.outcome,
-                     record.events, record.seconds or 0)
+                     exchange.method, printable(exchange.path), exchange.status,
+                     exchange.outcome, exchange.events, exchange.seconds or 0)
 
     def trace(self, direction, block):
         if self.server.trace:
             lines = "".join(f"#{self.number} {direction} {line}\n" for line in trace_lines(block))
-            print(lines, end="", file=sys.stderr, flush=True)   # one call: lines stay together
+            print(lines, end="", file=sys.stderr, flush=True)   # one call: they stay together
 
 
 def started(answer):
@@ -2568,20 +2602,19 @@ def printable(text):
 
 
 def trace_lines(block):
-    """The lines of what crosses the wire, with the two units marked that a stream has."""
-    for line in bytes(block).split(b"\r\n"):
+    """The lines of what crosses the wire; the two units of a stream are marked."""
+    for line in block.split(b"\r\n"):
         if _CHUNK_LINE.fullmatch(line):
-            yield f"[transfer chunk: {int(line.split(b';')[0], 16)} bytes]"
-        for part in line.split(b"\n\n")[:-1]:
-            yield from (f"[event] {printable(text)}" for text in part.decode("utf-8", "replace")
-                        .split("\n"))
-        rest = line.split(b"\n\n")[-1]
-        if rest and not _CHUNK_LINE.fullmatch(line):
+            yield f"[transfer chunk: {int(line.partition(b';')[0], 16)} bytes]"
+            continue
+        *blocks, rest = line.split(b"\n\n")
+        for part in blocks:
+            yield f"[event] {printable(part.decode('utf-8', 'replace'))}"
+        if rest:
             yield _SECRET.sub(r"\1***", printable(rest.decode("utf-8", "replace")))
 
 
-_SECRET = re.compile(r"^((?:authorization|api-key|proxy-authorization|cookie):\s*(?:bearer )?).*",
-                     re.IGNORECASE)
+_SECRET = re.compile(rf"(?i)^((?:{'|'.join(SECRET)}):\s*(?:bearer )?).*")
 
 
 # ----------------------------------------------------------------------------------
@@ -2619,7 +2652,7 @@ class Server(ThreadingHTTPServer):
         self.request_timeout, self.started = request_timeout, int(time.time())
         self.entries = collections.deque(maxlen=journal)
         self.connections, self.idle = {}, set()     # thread: its socket; those that wait
-        self.closing, self.thread = False, None
+        self.closing, self.hanging_up, self.thread = False, False, None
         self.numbers = itertools.count(1)           # of connections, for the trace
         if quirk:
             parse_quirk(quirk)                      # a wrong name shall fail here
@@ -2645,9 +2678,6 @@ class Server(ThreadingHTTPServer):
         """The last exchanges, oldest first."""
         return list(self.entries)
 
-    def enter(self, record):
-        self.entries.append(record)
-
     def start(self):
         """Serve in a thread of its own; returns the server."""
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
@@ -2670,14 +2700,20 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def close(self, grace=0):
-        """Stop, and close every connection; running replies get `grace` seconds first."""
+        """Stop, and close every connection; running replies get `grace` seconds first.
+
+        What still waits then ends with an error; a thread that is blocked in a backend
+        of the user's is left behind.
+        """
         self.shutdown()
-        for connection in list(self.idle) if grace else ():
-            hang_up(connection)
+        for connection in list(self.idle):
+            hang_up(connection, socket.SHUT_RD)
         self.join_connections(grace)
-        for connection in list(self.connections.values()):
-            hang_up(connection)
-        self.join_connections(0.5)
+        self.hanging_up = True
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):  # no more to come; no more at all
+            for connection in list(self.connections.values()):
+                hang_up(connection, how)
+            self.join_connections(0.25)
         if self.connections:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
@@ -2732,23 +2768,23 @@ class Server(ThreadingHTTPServer):
 
     # ------ who may use it
 
-    def admit(self, incoming):
+    def admit(self, exchange):
         """Refuse who may not use the server, before the body is read."""
-        if incoming.method == "OPTIONS":
+        if exchange.method == "OPTIONS":
             return
         if self.api_keys:
-            if incoming.path not in ("/", "/health"):
-                self.check_key(incoming.headers)
-                incoming.headers.pop("authorization", None)     # ours, nobody else's
+            if exchange.route not in ("/", "/health"):
+                self.check_key(exchange.secrets)
+                exchange.keyed = True
         elif self.on_loopback():
-            self.check_browser(incoming.headers)
+            self.check_browser(exchange.headers)
 
     def on_loopback(self):
         return self.server_name.startswith("127.") or self.server_name == "::1"
 
-    def check_key(self, headers):
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        key = (key if scheme.lower() == "bearer" else headers.get("api-key", "")).strip()
+    def check_key(self, secrets):
+        scheme, _, key = secrets.get("authorization", "").partition(" ")
+        key = (key if scheme.lower() == "bearer" else secrets.get("api-key", "")).strip()
         if not key:
             raise APIError(401, "You didn't provide an API key. You need to provide your API "
                            "key in an Authorization header using Bearer auth (i.e. "
@@ -2758,91 +2794,91 @@ class Server(ThreadingHTTPServer):
             raise APIError(401, f"Incorrect API key provided: {masked(key)}.",
                            code="invalid_api_key", headers=BEARER)
 
-    def check_browser(self, headers):
+    def check_browser(self, fields):
         """A page from elsewhere, in somebody's browser, is a stranger on this machine."""
-        host = headers.get("host", "")
+        host = fields.get("host", "")
         if not (is_local(host) or host_name(host) in map(host_name, self.cors)):
             raise APIError(403, f"The Host {printable(host[:100])!r} is not this machine; to allow "
                            "a page of that host, name its origin with --cors.",
                            code="foreign_host")
-        origin = headers.get("origin")
-        if origin is not None and not self.allows(origin, headers):
+        origin = fields.get("origin")
+        if origin is not None and not self.allows(origin, fields):
             raise APIError(403, f"The Origin {printable(origin[:100])!r} is not allowed; name it "
                            "with --cors.", code="foreign_origin")
 
-    def allows(self, origin, headers):
+    def allows(self, origin, fields):
         """May a web page of that origin read what we answer?"""
         if self.cors & {"*", origin} or self.api_keys:
             return True
         _, _, authority = origin.partition("://")
-        return authority == headers.get("host") or bool(LOOPBACK.fullmatch(host_name(authority)))
+        return authority == fields.get("host") or bool(LOOPBACK.fullmatch(host_name(authority)))
 
-    def cors_headers(self, incoming):
-        origin = incoming.headers.get("origin")
+    def cors_headers(self, exchange):
+        origin = exchange.headers.get("origin")
         if origin is None:
             return {}
-        if not self.allows(origin, incoming.headers):
+        if not self.allows(origin, exchange.headers):
             return {"vary": "origin"}
         return {"vary": "origin", "access-control-allow-origin": origin,
                 "access-control-expose-headers": "x-request-id"}
 
     # ------ routes
 
-    def answer(self, incoming, record):
+    def answer(self, exchange):
         """The answer to one request."""
-        path = "/models/" if incoming.path.startswith("/models/") else incoming.path
+        path = "/models/" if exchange.route.startswith("/models/") else exchange.route
         methods = self.ROUTES.get(path)
-        if incoming.method == "OPTIONS":
-            return self.options(incoming, methods or {})
+        if exchange.method == "OPTIONS":
+            return self.options(exchange, methods or {})
         if methods is None:
-            raise APIError(404, f"Unknown request URL: {incoming.method} "
-                           f"{printable(incoming.target[:200])}. This server has: "
+            raise APIError(404, f"Unknown request URL: {exchange.method} "
+                           f"{printable(exchange.path[:200])}. This server has: "
                            f"{', '.join(map('/v1'.__add__, list(self.ROUTES)[:3]))}.",
                            code="unknown_url")
-        method = "GET" if incoming.method == "HEAD" else incoming.method
+        method = "GET" if exchange.method == "HEAD" else exchange.method
         if method not in methods:
-            raise APIError(405, f"Not allowed to {incoming.method} on {incoming.path}. (HINT: "
+            raise APIError(405, f"Not allowed to {exchange.method} on {exchange.route}. (HINT: "
                            f"use {' or '.join(methods)} instead.)",
                            headers={"allow": allowed_methods(methods)})
-        return methods[method](self, incoming, record)
+        return methods[method](self, exchange)
 
-    def options(self, incoming, methods):
+    def options(self, exchange, methods):
         allowed = allowed_methods(methods or {"GET": None, "POST": None})
         headers = {"allow": allowed}
-        if "access-control-allow-origin" in self.cors_headers(incoming):
-            wanted = incoming.headers.get("access-control-request-headers", "*")
+        if "access-control-allow-origin" in self.cors_headers(exchange):
+            wanted = exchange.headers.get("access-control-request-headers", "*")
             headers.update({"access-control-allow-methods": allowed,
                             "access-control-allow-headers": wanted,
                             "access-control-max-age": "86400"})
         return Answer(204, headers)
 
-    def chat(self, incoming, record):
-        return self.completed(parse_chat, incoming, record)
+    def chat(self, exchange):
+        return self.completed(parse_chat, exchange)
 
-    def completion(self, incoming, record):
-        return self.completed(parse_completion, incoming, record)
+    def completion(self, exchange):
+        return self.completed(parse_completion, exchange)
 
-    def completed(self, parse, incoming, record):
-        body = record.body = parse_json(incoming.body)
-        if incoming.model is not None and body.get("model") is None:
-            body = {**body, "model": incoming.model}
-            incoming.body = to_json(body)
+    def completed(self, parse, exchange):
+        body = exchange.body = parse_json(exchange.content)
+        if exchange.model is not None and body.get("model") is None:
+            body = {**body, "model": exchange.model}
+            exchange.content = to_json(body)
         if hasattr(self.backend, "answer"):
-            return self.backend.answer(incoming, body, record)
+            return self.backend.answer(exchange)
         request = parse(body, self.strict)
         self.check_model(request["model"])
-        return self.complete(request, incoming, record)
+        return self.complete(request, exchange)
 
-    def complete(self, request, incoming, record):
+    def complete(self, request, exchange):
         """The diagram at the top of this file, as code."""
         backend, tokenize = self.backend, self.tokenize
         prompts = prompt_tokens(request, tokenize)
         replies = [as_reply(backend(view)) for view in views(request, prompts)]
         first = replies[0]
-        quirk, k = self.pick_quirk(first, incoming.headers)
-        record.quirk = quirk
+        quirk, k = self.pick_quirk(first, exchange.headers)
+        exchange.quirk = quirk
         usage = Usage(sum(map(len, prompts)), first.usage)
-        choices = record.sources = [choice(reply, request, tokenize, reply.delay or self.delay)
+        choices = exchange.sources = [choice(reply, request, tokenize, reply.delay or self.delay)
                                     for reply in replies]
         if request["endpoint"] == "chat":
             chunks = chat_chunks(request, choices, usage)
@@ -2852,14 +2888,14 @@ class Server(ThreadingHTTPServer):
             return whole(json_answer(fold(chunks), first.headers), quirk)
         if quirk in CHUNK_QUIRKS:
             chunks = CHUNK_QUIRKS[quirk](chunks, k)
-        writes = counting(events(chunks), record)
+        writes = counting(events(chunks), exchange)
         if quirk in WRITE_QUIRKS:
             writes = WRITE_QUIRKS[quirk](writes, k)
         at_hand = not quirk and all(reply.is_at_hand() for reply in replies) and not self.delay
         return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
 
-    def pick_quirk(self, reply, headers):
-        wanted = headers.get("x-quirk") if self.quirk_header else None
+    def pick_quirk(self, reply, fields):
+        wanted = fields.get("x-quirk") if self.quirk_header else None
         try:
             quirk = reply.quirk or self.quirk or wanted
             return parse_quirk(quirk) if quirk else (None, 0)
@@ -2871,31 +2907,31 @@ class Server(ThreadingHTTPServer):
             raise APIError(404, f"The model `{model[:200]}` does not exist or you do not have access "
                            "to it.", code="model_not_found")
 
-    def list_models(self, incoming, record):
+    def list_models(self, exchange):
         if hasattr(self.backend, "answer"):
-            return self.backend.answer(incoming, None, record)
+            return self.backend.answer(exchange)
         names = [model_name(self.backend)] if self.models is None else self.models
         return json_answer({"object": "list", "data": [self.model(name) for name in names]})
 
-    def show_model(self, incoming, record):
+    def show_model(self, exchange):
         if hasattr(self.backend, "answer"):
-            return self.backend.answer(incoming, None, record)
-        self.check_model(incoming.model)
-        return json_answer(self.model(incoming.model))
+            return self.backend.answer(exchange)
+        self.check_model(exchange.model)
+        return json_answer(self.model(exchange.model))
 
     def model(self, name):
         return {"id": name, "object": "model", "created": self.started,
                 "owned_by": "openai_compat"}
 
-    def health(self, incoming, record):
+    def health(self, exchange):
         return json_answer({"status": "ok"})
 
-    def show_journal(self, incoming, record):
+    def show_journal(self, exchange):
         if not self.entries.maxlen:
             raise APIError(404, "No journal is kept; start with --journal.", code="unknown_url")
         return json_answer([entry.as_dict() for entry in self.journal])
 
-    def page(self, incoming, record):
+    def page(self, exchange):
         return Answer(200, PAGE_HEADERS, PAGE.encode())
 
     ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
@@ -2971,10 +3007,10 @@ def tls_context(tls):
     return context
 
 
-def hang_up(connection):
+def hang_up(connection, how):
     """Wake whoever waits on a connection; under TLS too, whose own shutdown would talk."""
     with suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, how)
 
 
 def crowded():
@@ -3121,6 +3157,8 @@ def serve(server):
     try:
         server.close(grace=10)
     except KeyboardInterrupt:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
         server.close()
     return 0
 

@@ -1,0 +1,6944 @@
+"""The tests of openai_compat.py and client.py, in the order of the two files.
+
+Each stage without a socket, then real sockets, real processes and, under the markers of
+.pytest.ini, real SDKs, browsers and proxies.
+"""
+import base64
+import contextlib
+import gc
+import http.client
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import select
+import selectors
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import urllib.request
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+import client
+import openai_compat
+from client import (BadReply, Client, ClientError, ConnectionFailed, Event, StreamTruncated, chunks, events, fold, lines, pieces)
+from openai_compat import (APIError, QUIRKS, Relay, Replay, Reply, Script, Server, ToolCall, command, echo, sample, say, tokenize)
+
+
+# ==================================================================================
+# THE SERVER
+
+# ----------------------------------------------------------------------------------
+# Shapes.  What each object on the wire may hold, in the words of Python literals: a
+# type, a constant, a pattern; (a, b) either; [a] a list; {"name?": a} an optional member.
+
+NUMBER = (int, float)
+REASON = ("stop", "length", "tool_calls", "content_filter", "function_call")
+TOKEN = {"token": str, "logprob": NUMBER, "bytes": ([int], None)}
+CHAT_LOGPROBS = {name: ([{**TOKEN, "top_logprobs": [TOKEN]}], None)
+                 for name in ("content", "refusal")}
+TEXT_LOGPROBS = {"tokens": [str], "token_logprobs": [(*NUMBER, None)],
+                 "top_logprobs": [({str: NUMBER}, None)], "text_offset": [int]}
+COUNTERS = {"prompt_tokens": int, "completion_tokens": int, "total_tokens": int}
+USAGE = {**COUNTERS,
+         "prompt_tokens_details": {"cached_tokens": int, "audio_tokens": int},
+         "completion_tokens_details": {
+             "reasoning_tokens": int, "audio_tokens": int,
+             "accepted_prediction_tokens": int, "rejected_prediction_tokens": int}}
+CALL = ({"id": re.compile("call_.+"), "type": "function",
+         "function": {"name": str, "arguments": str}},
+        {"id": re.compile("call_.+"), "type": "custom", "custom": {"name": str, "input": str}})
+CALL_DELTA = ({"index": int, "id": str, "type": "function",
+               "function": {"name": str, "arguments": ""}},
+              {"index": int, "function": {"arguments": str}},
+              {"index": int, "id": str, "type": "custom",
+               "custom": {"name": str, "input": ""}},
+              {"index": int, "custom": {"input": str}})
+COMMON = {"created": int, "model": str, "system_fingerprint": re.compile("fp_.+")}
+CHAT_COMMON = {**COMMON, "id": re.compile("chatcmpl-[0-9a-zA-Z]{29}"),
+               "service_tier": ("default", "flex", "scale", "priority")}
+TEXT_COMMON = {**COMMON, "id": re.compile("cmpl-[0-9a-zA-Z]{29}"), "object": "text_completion"}
+
+CHAT = {**CHAT_COMMON, "object": "chat.completion", "usage": USAGE, "choices": [{
+    "index": int, "logprobs": (CHAT_LOGPROBS, None), "finish_reason": REASON, "message": {
+        "role": "assistant", "content": (str, None), "refusal": (str, None),
+        "tool_calls?": [CALL], "function_call?": {"name": str, "arguments": str}}}]}
+CHAT_CHUNK = {**CHAT_COMMON, "object": "chat.completion.chunk", "usage?": (USAGE, None),
+              "choices": [{
+                  "index": int, "logprobs": (CHAT_LOGPROBS, None),
+                  "finish_reason": (*REASON, None), "delta": {
+                      "role?": "assistant", "content?": (str, None), "refusal?": (str, None),
+                      "tool_calls?": [CALL_DELTA],
+                      "function_call?": ({"name": str, "arguments": ""},
+                                         {"arguments": str})}}]}
+TEXT = {**TEXT_COMMON, "usage": COUNTERS, "choices": [{
+    "index": int, "text": str, "logprobs": (TEXT_LOGPROBS, None),
+    "finish_reason": ("stop", "length", "content_filter")}]}
+TEXT_CHUNK = {**TEXT_COMMON, "usage?": (COUNTERS, None), "choices": [{
+    "index": int, "text": str, "logprobs": (TEXT_LOGPROBS, None),
+    "finish_reason": ("stop", "length", "content_filter", None)}]}
+ERROR = {"error": {"message": re.compile("(?s).+"), "type": str, "param": (str, None),
+                   "code": (str, None)}}
+MODEL = {"id": str, "object": "model", "created": int, "owned_by": str}
+MODELS = {"object": "list", "data": [MODEL]}
+
+
+def check_shape(value, shape, at="it"):
+    """Fail, with the place, unless the value is of the shape: no key less, none more."""
+    if isinstance(shape, tuple):
+        return check_one_of(value, shape, at)
+    if isinstance(shape, list):
+        assert type(value) is list, f"{at}: {value!r} is no array"
+        for i, item in enumerate(value):
+            check_shape(item, shape[0], f"{at}[{i}]")
+    elif isinstance(shape, dict):
+        check_members(value, shape, at)
+    elif isinstance(shape, re.Pattern):
+        assert type(value) is str and shape.fullmatch(value), f"{at}: {value!r}"
+    elif isinstance(shape, type):                   # exact: True is no int
+        assert type(value) is shape, f"{at}: {value!r} is no {shape.__name__}"
+    else:
+        assert type(value) is type(shape) and value == shape, f"{at}: {value!r}"
+
+
+def check_one_of(value, shapes, at):
+    faults = []
+    for shape in shapes:
+        try:
+            return check_shape(value, shape, at)
+        except AssertionError as fault:
+            faults.append(str(fault).splitlines()[0])
+    raise AssertionError(" | ".join(faults))
+
+
+def check_members(value, shape, at):
+    assert type(value) is dict, f"{at}: {value!r} is no object"
+    if str in shape:
+        shape = dict.fromkeys(value, shape[str])
+    known = {name.rstrip("?"): each for name, each in shape.items()}
+    needed = {name for name in shape if not name.endswith("?")}
+    assert needed <= value.keys() <= known.keys(), f"{at} has {sorted(value)}"
+    for name, each in value.items():
+        check_shape(each, known[name], f"{at}.{name}")
+
+
+@pytest.mark.parametrize("value, shape", [
+    (True, int), (1, bool), (1.0, int), (None, str), ("x", "y"), ([1, "x"], [int]),
+    ({}, {"a": int}), ({"a": 1, "b": 1}, {"a": int}), ({"a": "x"}, {"a?": int}),
+    ({"a": None}, {"a": (int, str)}), ({"k": "x"}, {str: int}), ("ab", re.compile("a")),
+])
+def test_a_shape_refuses_what_is_not_of_it(value, shape):
+    with pytest.raises(AssertionError):
+        check_shape(value, shape)
+
+
+# ----------------------------------------------------------------------------------
+# Helpers.  A request and its reply over http.client, or over a bare socket where the
+# bytes themselves matter.
+
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+HI = {"model": "m", "messages": [{"role": "user", "content": "Hello, world!"}]}
+PROMPT = {"model": "m", "prompt": "Hello, world!"}
+
+
+def loads(text):
+    """JSON as a strict client reads it: no NaN, no infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} on the wire"))
+
+
+class Got:
+    """A reply: its status, headers (lower-case names) and bytes; JSON where it is JSON."""
+
+    def __init__(self, response):
+        self.status, self.body = response.status, response.read()
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+
+    @property
+    def json(self):
+        value = loads(self.body)
+        check_shape(value, ERROR if "error" in value else WHOLE_SHAPES[value["object"]])
+        return value
+
+    @property
+    def error(self):
+        assert self.status >= 400
+        return self.json["error"]
+
+    @property
+    def chunks(self):
+        """The chunks of a stream that ended well."""
+        return chunks_of(self.body)
+
+
+WHOLE_SHAPES = {"chat.completion": CHAT, "text_completion": TEXT, "model": MODEL,
+                "list": MODELS}
+CHUNK_SHAPES = {"chat.completion.chunk": CHAT_CHUNK, "text_completion": TEXT_CHUNK}
+
+
+def chunks_of(body):
+    """The bytes of a whole stream -> its chunks, checked."""
+    *blocks, done, rest = body.split(b"\n\n")
+    assert (done, rest) == (b"data: [DONE]", b"")
+    assert all(block.startswith(b"data: {") and b"\n" not in block for block in blocks)
+    chunks = [loads(block[6:]) for block in blocks]
+    for chunk in chunks:
+        check_shape(chunk, CHUNK_SHAPES[chunk["object"]])
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    return chunks
+
+
+def call(server, method, path, body=None, headers=()):
+    connection = HTTPConnection(*server.server_address[:2], timeout=20)
+    body = json.dumps(body) if isinstance(body, dict) else body
+    try:
+        connection.request(method, path, body, dict(headers))
+        return Got(connection.getresponse())
+    finally:
+        connection.close()
+
+
+def post(server, path, body, headers=()):
+    return call(server, "POST", path, body, headers)
+
+
+def ask(backend, path=CHAT_PATH, **fields):
+    """What a server with this backend answers to a request with these fields."""
+    body = {**(HI if path == CHAT_PATH else PROMPT), **fields}
+    with Server(backend) as server:
+        return post(server, path, body)
+
+
+def message(backend, **fields):
+    """The first choice's message, and its finish_reason."""
+    first = ask(backend, **fields).json["choices"][0]
+    return first["message"], first["finish_reason"]
+
+
+def deltas(chunks, index=0):
+    return [part["delta"] for chunk in chunks for part in chunk["choices"]
+            if part["index"] == index]
+
+
+def leave(server, path, body, after=0):
+    """Ask, read `after` events, and hang up."""
+    with socket.create_connection(server.server_address, timeout=20) as client:
+        client.sendall(request_bytes(path, body))
+        got = b""
+        while got.count(b"data: ") < after:
+            got += client.recv(65536)
+
+
+def request_bytes(path, body, headers=""):
+    body = json.dumps(body).encode()
+    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}"
+            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+
+
+def raw(server, path, body, headers=""):
+    """(what came, how it ended) of one request over a bare socket."""
+    with socket.create_connection(server.server_address, timeout=20) as client:
+        client.sendall(request_bytes(path, body, headers))
+        blocks = []
+        try:
+            for block in iter(lambda: client.recv(65536), b""):
+                blocks.append(block)
+        except ConnectionResetError:
+            return b"".join(blocks), "reset"
+        return b"".join(blocks), "end"
+
+
+def transfer_chunks(got):
+    """(the transfer chunks of a raw reply, whether the last one, of no length, came too)."""
+    rest, chunks = got.partition(b"\r\n\r\n")[2], []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        chunk, rest = rest[:int(size, 16)], rest[int(size, 16) + 2:]
+        if not chunk:
+            return chunks, rest == b""
+        chunks.append(chunk)
+    return chunks, False
+
+
+def until(condition, seconds=15):
+    """Wait for a condition to hold; its value, or a failure at the deadline."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        threading.Event().wait(0.002)
+    return condition()
+
+
+def outcome(server, place=-1):
+    """How an exchange ended, once it has."""
+    return until(lambda: server.journal and server.journal[place].outcome)
+
+
+# ----------------------------------------------------------------------------------
+# Transcripts.  Requests and the bytes of their replies; only ids and times are replaced.
+
+CHAT_HEAD = ('{"id":"chatcmpl","object":"chat.completion.chunk","created":1,"model":"m",'
+             '"system_fingerprint":"fp_openai_compat","service_tier":"default",')
+TEXT_HEAD = ('{"id":"cmpl","object":"text_completion","created":1,"model":"m",'
+             '"system_fingerprint":"fp_openai_compat",')
+DETAILS = (',"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},'
+           '"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,'
+           '"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}')
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}}}
+FORCED = {"tools": [TOOL], "tool_choice": "required"}
+
+
+def pinned(body):
+    """The bytes of a reply with every id and time replaced."""
+    body = re.sub(rb'"(chatcmpl|cmpl|call)[-_]\w+"', rb'"\1"', body)
+    return re.sub(rb'"created":\d+', b'"created":1', body).decode()
+
+
+def delta(delta, reason="null", index=0):
+    return (f'{CHAT_HEAD}"choices":[{{"index":{index},"delta":{{{delta}}},"logprobs":null,'
+            f'"finish_reason":{reason}}}]}}')
+
+
+def text(text, reason="null", index=0):
+    return (f'{TEXT_HEAD}"choices":[{{"text":"{text}","index":{index},"logprobs":null,'
+            f'"finish_reason":{reason}}}]}}')
+
+
+def counted(prompt, completion):
+    return (f'"usage":{{"prompt_tokens":{prompt},"completion_tokens":{completion},'
+            f'"total_tokens":{prompt + completion}')
+
+
+def with_usage(chunks, usage):
+    """The chunks as include_usage makes them: null in each, the usage in one more."""
+    chunks = [chunk.replace('"choices"', '"usage":null,"choices"') for chunk in chunks]
+    return [*chunks, chunks[0][:chunks[0].index('"usage"')] + usage + ',"choices":[]}']
+
+
+ROLE = delta('"role":"assistant","content":"","refusal":null')
+NO_TEXT = delta('"role":"assistant","content":null,"refusal":null')
+HI_CHUNKS = [ROLE, *(delta(f'"content":"{token}"') for token in ("Hello", ",", " world", "!")),
+             delta("", '"stop"')]
+CALL_CHUNKS = [
+    NO_TEXT,
+    delta('"tool_calls":[{"index":0,"id":"call","type":"function",'
+          '"function":{"name":"f","arguments":""}}]'),
+    *(delta(f'"tool_calls":[{{"index":0,"function":{{"arguments":"{token}"}}}}]')
+      for token in ("{", r'\"', "n", r'\"', ":", "0", "}")),
+    delta("", '"tool_calls"')]
+STREAMS = {  # name: (path, fields, the events before [DONE])
+    "chat": (CHAT_PATH, {}, HI_CHUNKS),
+    "chat with usage": (CHAT_PATH, {"stream_options": {"include_usage": True}},
+                        with_usage(HI_CHUNKS, counted(4, 4) + DETAILS)),
+    "cut": (CHAT_PATH, {"max_tokens": 1},
+            [ROLE, delta('"content":"Hello"'), delta("", '"length"')]),
+    "stopped": (CHAT_PATH, {"stop": ", w"},
+                [ROLE, delta('"content":"Hello"'), delta("", '"stop"')]),
+    "nothing": (CHAT_PATH, {"max_tokens": 0}, [ROLE, delta("", '"length"')]),
+    "two choices": (CHAT_PATH, {"n": 2, "max_tokens": 1}, [
+        ROLE, ROLE.replace('"index":0', '"index":1'),
+        delta('"content":"Hello"'), delta('"content":"Hello"', index=1),
+        delta("", '"length"'), delta("", '"length"', index=1)]),
+    "a tool call": (CHAT_PATH, FORCED, CALL_CHUNKS),
+    "completion": (TEXT_PATH, {}, [
+        text("Hello"), text(","), text(" world"), text("!"), text("", '"stop"')]),
+    "completion with usage": (
+        TEXT_PATH, {"max_tokens": 1, "stream_options": {"include_usage": True}},
+        with_usage([text("Hello"), text("", '"length"')], counted(4, 1) + "}")),
+    "completion with echo": (TEXT_PATH, {"echo": True, "max_tokens": 0},
+                             [text("Hello, world!"), text("", '"length"')]),
+    "two prompts": (TEXT_PATH, {"prompt": ["a", "b"]}, [
+        text("a"), text("b", index=1), text("", '"stop"'), text("", '"stop"', index=1)]),
+    "characters as they are": (TEXT_PATH, {"prompt": "世é😀"}, [
+        text("世"), text("é"), text("😀"), text("", '"stop"')]),
+    "escaped where it has to be": (TEXT_PATH, {"prompt": "\u2028"}, [
+        text(r"\u2028"), text("", '"stop"')]),
+}
+WHOLES = {  # name: (path, fields, what follows the head)
+    "chat": (CHAT_PATH, {}, '"choices":[{"index":0,"message":{"role":"assistant",'
+             '"content":"Hello, world!","refusal":null},"logprobs":null,'
+             '"finish_reason":"stop"}],' + counted(4, 4) + DETAILS + "}"),
+    "a tool call": (CHAT_PATH, FORCED, '"choices":[{"index":0,"message":{"role":"assistant",'
+                    '"content":null,"refusal":null,"tool_calls":[{"id":"call",'
+                    '"type":"function","function":{"name":"f","arguments":"{\\"n\\":0}"}}]},'
+                    '"logprobs":null,"finish_reason":"tool_calls"}],'
+                    + counted(4, 7) + DETAILS + "}"),
+    "completion": (TEXT_PATH, {"max_tokens": 3}, '"choices":[{"index":0,'
+                   '"text":"Hello, world","logprobs":null,"finish_reason":"length"}],'
+                   + counted(4, 3) + "}}"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_byte_for_byte(name):
+    path, fields, chunks = STREAMS[name]
+    got = ask(echo, path, stream=True, **fields)
+    assert got.chunks and pinned(got.body) == "".join(
+        f"data: {event}\n\n" for event in (*chunks, "[DONE]"))
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_whole_reply_byte_for_byte(name):
+    path, fields, rest = WHOLES[name]
+    got = ask(echo, path, **fields)
+    head = (CHAT_HEAD if path == CHAT_PATH else TEXT_HEAD).replace(".chunk", "")
+    assert got.json and pinned(got.body) == head + rest
+
+
+def test_an_error_byte_for_byte():
+    assert ask(echo, n="x").body == (
+        b'{"error":{"message":"Invalid type for \'n\': expected an integer, but got a string '
+        b'instead.","type":"invalid_request_error","param":"n","code":"invalid_type"}}')
+
+
+def test_the_models_byte_for_byte():
+    with Server(models=["a"]) as server:
+        assert pinned(call(server, "GET", "/v1/models").body) == (
+            '{"object":"list","data":[{"id":"a","object":"model","created":1,'
+            '"owned_by":"openai_compat"}]}')
+
+
+# ----------------------------------------------------------------------------------
+# JSON and requests.  What a body may be, and the refusal of everything else.
+
+@pytest.mark.parametrize("body, hint", [
+    (b"", "Expecting value"), (b"{", "Expecting"), (b"[]", "an array"), (b'"x"', "a string"),
+    (b"null", "null"), (b"1", "an integer"), (b"true", "a boolean"), (b"{'a':1}", "Expecting"),
+    (b'{"a":NaN}', "NaN"), (b'{"a":-Infinity}', "-Infinity"), (b'{"a":1e999}', "1e999"),
+    (b'{"a":"\xff"}', "UTF-8"), (b'{"a":"\xed\xa0\x80"}', "UTF-8"), (b'{"a":1}x', "Extra"),
+    ('{"a":1}'.encode("utf-16"), "UTF-8"), (b"[" * 100_000, ""), (b'{"a":"\n"}', "control"),
+])
+def test_a_body_is_one_json_object_in_utf8(body, hint):
+    with pytest.raises(APIError) as error:
+        openai_compat.parse_json(body)
+    assert (error.value.status, error.value.param, error.value.code) == (400, None, None)
+    assert re.match("We could not parse the JSON body.*" + hint, str(error.value))
+
+
+@pytest.mark.parametrize("body", [b'{"a":1}', b'\xef\xbb\xbf{"a":1}', b' {"a" : 1}\r\n\t',
+                                  b'{"a":2,"a":1}'])
+def test_json_as_clients_send_it_is_read(body):
+    assert openai_compat.parse_json(body) == {"a": 1}
+
+
+def test_a_body_may_hold_any_character_and_half_a_character():
+    assert openai_compat.parse_json('{"é世":"😀\\ud83d\\u0000"}'.encode()) == {
+        "é世": "😀\ud83d\0"}
+
+
+def parsed(path=CHAT_PATH, **fields):
+    parse = openai_compat.parse_chat if path == CHAT_PATH else openai_compat.parse_completion
+    return parse({**(HI if path == CHAT_PATH else PROMPT), **fields})
+
+
+def refused(path=CHAT_PATH, **fields):
+    """(message, param, code) of the refusal of a request with these fields."""
+    with pytest.raises(APIError) as error:
+        parsed(path, **fields)
+    assert (error.value.status, error.value.type) == (400, "invalid_request_error")
+    check_shape(error.value.body(), ERROR)
+    return error.value.message, error.value.param, error.value.code
+
+
+BOTH = (CHAT_PATH, TEXT_PATH)
+TYPES = [  # field, paths, what it has to be, values of other types
+    ("n",                 BOTH, "an integer", ("1", 1.0, True, [], {})),
+    ("max_tokens",        BOTH, "an integer", ("1", 1.5, False, [], {})),
+    ("seed",              BOTH, "an integer", ("1", 1.5, True)),
+    ("temperature",       BOTH, "a decimal", ("1", True, [], {})),
+    ("top_p",             BOTH, "a decimal", ("1", True, [])),
+    ("presence_penalty",  BOTH, "a decimal", ("1", True, [])),
+    ("frequency_penalty", BOTH, "a decimal", ("1", True, [])),
+    ("stream",            BOTH, "a boolean", ("true", 1, 0, [], {})),
+    ("stream_options",    BOTH, "an object", ("x", 1, [], True)),
+    ("logit_bias",        BOTH, "an object", ("x", 1, [])),
+    ("user",              BOTH, "a string", (1, [], {}, True)),
+    ("logprobs",          (CHAT_PATH,), "a boolean", (1, "true", 5)),
+    ("logprobs",          (TEXT_PATH,), "an integer", (True, "1", 1.5)),
+    ("echo",              (TEXT_PATH,), "a boolean", (1, "true")),
+    ("suffix",            (TEXT_PATH,), "a string", (1, ["x"])),
+    ("best_of",           (TEXT_PATH,), "an integer", ("1", 1.5, True)),
+    ("top_logprobs",      (CHAT_PATH,), "an integer", ("1", 1.5, True)),
+    ("max_completion_tokens", (CHAT_PATH,), "an integer", ("1", 1.5, True)),
+    ("messages",          (CHAT_PATH,), "an array", ("x", 1, {}, True)),
+    ("tools",             (CHAT_PATH,), "an array", ("x", 1, {})),
+    ("functions",         (CHAT_PATH,), "an array", ("x", 1, {})),
+    ("parallel_tool_calls", (CHAT_PATH,), "a boolean", (1, "false")),
+    ("response_format",   (CHAT_PATH,), "an object", ("json_object", 1, [])),
+    ("store",             (CHAT_PATH,), "a boolean", (1, "true")),
+    ("metadata",          (CHAT_PATH,), "an object", ("x", [], 1)),
+    ("modalities",        (CHAT_PATH,), "an array", ("text", {})),
+    ("service_tier",      (CHAT_PATH,), "a string", (1, [], {})),
+    ("reasoning_effort",  (CHAT_PATH,), "a string", (1, [])),
+    ("verbosity",         (CHAT_PATH,), "a string", (1, {})),
+    ("safety_identifier", (CHAT_PATH,), "a string", (1, [])),
+    ("prompt_cache_key",  (CHAT_PATH,), "a string", (1, [])),
+    ("prediction",        (CHAT_PATH,), "an object", ("x", [])),
+    ("web_search_options", (CHAT_PATH,), "an object", ("x", [])),
+    ("model",             BOTH, "a string", (1, ["x"], {"x": 1}, True)),
+]
+NAMES = {str: "a string", int: "an integer", float: "a decimal", bool: "a boolean",
+         list: "an array", dict: "an object", type(None): "null"}
+
+
+@pytest.mark.parametrize("field, path, wanted, value", [
+    (field, path, wanted, value) for field, paths, wanted, values in TYPES
+    for path in paths for value in values])
+def test_a_value_of_the_wrong_type_is_refused(field, path, wanted, value):
+    assert refused(path, **{field: value}) == (
+        f"Invalid type for '{field}': expected {wanted}, but got {NAMES[type(value)]} "
+        "instead.", field, "invalid_type")
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("stop", [1, {}, True])
+def test_a_stop_of_the_wrong_type_is_refused(path, stop):
+    message, param, code = refused(path, stop=stop)
+    assert (param, code) == ("stop", "invalid_type")
+    assert re.search("expected .*string.*array.*, but got", message)
+
+
+@pytest.mark.parametrize("field, path", [
+    *((field, path) for field, paths, *_ in TYPES for path in paths
+      if field not in ("model", "messages")), ("stop", CHAT_PATH), ("stop", TEXT_PATH)])
+def test_null_is_absence(field, path):
+    absent = parsed(path)
+    assert parsed(path, **{field: None})[field] == absent[field]
+
+
+LIMITS = [  # field, paths, least, most, kind
+    ("n",                 BOTH, 1, 128, "integer"),
+    ("max_tokens",        BOTH, 0, None, "integer"),
+    ("seed",              BOTH, -2**63, 2**63 - 1, "integer"),
+    ("temperature",       BOTH, 0, 2, "decimal"),
+    ("top_p",             BOTH, 0, 1, "decimal"),
+    ("presence_penalty",  BOTH, -2, 2, "decimal"),
+    ("frequency_penalty", BOTH, -2, 2, "decimal"),
+    ("logprobs",          (TEXT_PATH,), 0, 5, "integer"),
+    ("best_of",           (TEXT_PATH,), 0, 20, "integer"),
+    ("max_completion_tokens", (CHAT_PATH,), 1, None, "integer"),
+    ("top_logprobs",      (CHAT_PATH,), 0, 20, "integer"),
+]
+LOGPROBS = {"top_logprobs": {"logprobs": True}}      # what a field needs beside itself
+
+
+@pytest.mark.parametrize("field, path, value, kind, side, sign, bound", [
+    (field, path, bound + step, kind, *side) for field, paths, least, most, kind in LIMITS
+    for path in paths for bound, step, *side in (
+        (least, -1, "below min", ">=", least), (most, 1, "above max", "<=", most))
+    if bound is not None])
+def test_a_number_beyond_its_bound_is_refused(field, path, value, kind, side, sign, bound):
+    assert refused(path, **{**LOGPROBS.get(field, {}), field: value}) == (
+        f"Invalid '{field}': {kind} {side}imum value. Expected a value {sign} {bound}, but "
+        f"got {value} instead.", field, f"{kind}_{side.replace(' ', '_')}_value")
+
+
+@pytest.mark.parametrize("field, path, bound", [
+    (field, path, bound) for field, paths, least, most, _ in LIMITS for path in paths
+    for bound in (least, most) if bound is not None and (field, bound) != ("best_of", 0)])
+def test_a_number_at_its_bound_is_taken(field, path, bound):
+    assert parsed(path, **{**LOGPROBS.get(field, {}), field: bound})[field] == bound
+
+
+def long_list(item, count=129):
+    return [item] * count
+
+
+FN = {"name": "f"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [
+    {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    {"id": "b", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+USER = HI["messages"][0]
+
+
+def tool_message(id):
+    return {"role": "tool", "tool_call_id": id, "content": "x"}
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+def made_call(**fields):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    return [{"role": "assistant", "tool_calls": [{**call, **fields}]}, tool_message("a")]
+
+
+@pytest.mark.parametrize("fields, param, code, message", [
+    ({"model": None}, None, None, "you must provide a model parameter"),
+    ({"model": ""}, None, None, "you must provide a model parameter"),
+    ({"messages": None}, "messages", "missing_required_parameter",
+     "Missing required parameter: 'messages'."),
+    ({"messages": []}, "messages", "empty_array",
+     "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an "
+     "empty array instead."),
+    ({"tools": long_list(TOOL)}, "tools", "array_above_max_length",
+     "Invalid 'tools': array too long. Expected an array with maximum length 128, but got an "
+     "array with length 129 instead."),
+    ({"functions": long_list(FN)}, "functions", "array_above_max_length", None),
+    ({"functions": []}, "functions", "empty_array", None),
+    ({"safety_identifier": "x" * 65}, "safety_identifier", "string_above_max_length",
+     "Invalid 'safety_identifier': string too long. Expected a string with maximum length 64, "
+     "but got a string with length 65 instead."),
+    ({"service_tier": "bogus"}, "service_tier", "invalid_value",
+     "Invalid value: 'bogus'. Supported values are: 'auto', 'default', 'flex', 'scale', "
+     "'priority', and 'fast'."),
+    ({"reasoning_effort": "bogus"}, "reasoning_effort", "invalid_value", None),
+    ({"verbosity": "bogus"}, "verbosity", "invalid_value", None),
+    ({"prompt_cache_retention": "bogus"}, "prompt_cache_retention", "invalid_value", None),
+    ({"modalities": ["text", "audio"]}, "modalities", "unsupported_value", None),
+    ({"modalities": ["video"]}, "modalities[0]", "invalid_value", None),
+    ({"metadata": {"k": 1}}, "metadata.k", "invalid_type", None),
+    ({"metadata": {"k": "x" * 513}}, "metadata.k", "string_above_max_length", None),
+    ({"stream_options": {}}, "stream_options", None,
+     "The 'stream_options' parameter is only allowed when 'stream' is enabled."),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage",
+     "invalid_type", None),
+    ({"top_logprobs": 1}, "top_logprobs", None,
+     "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."),
+    ({"stop": ["x", 1]}, "stop[1]", "invalid_type", None),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "decimal_above_max_value", None),
+    ({"logit_bias": {"5": "x"}}, "logit_bias.5", "invalid_type", None),
+    ({"tool_choice": "auto"}, "tool_choice", None,
+     "Invalid value for 'tool_choice': 'tool_choice' is only allowed when 'tools' are "
+     "specified."),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "invalid_value",
+     "Invalid value: 'any'. Supported values are: 'none', 'auto', and 'required'."),
+    ({"tools": [TOOL], "tool_choice": 1}, "tool_choice", "invalid_type", None),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+     "tool_choice", None, "Tool choice 'g' not found in 'tools' parameter."),
+    ({"tools": ["x"]}, "tools[0]", "invalid_type", None),
+    ({"tools": [{"type": "x"}]}, "tools[0].type", "invalid_value", None),
+    ({"tools": [{}]}, "tools[0].type", "missing_required_parameter", None),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter",
+     None),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name",
+     "missing_required_parameter", "Missing required parameter: 'tools[0].function.name'."),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name",
+     "invalid_value", "Invalid 'tools[0].function.name': string does not match pattern. "
+     "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."),
+    ({"tools": [{"type": "function", "function": {"name": "a\n"}}]}, "tools[0].function.name",
+     "invalid_value", None),
+    ({"tools": [{"type": "function", "function": {"name": "a" * 65}}]},
+     "tools[0].function.name", "string_above_max_length", None),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]},
+     "tools[0].function.parameters", "invalid_type", None),
+    ({"functions": [{}]}, "functions[0].name", "missing_required_parameter", None),
+    ({"functions": [FN], "function_call": "any"}, "function_call", "invalid_value", None),
+    ({"function_call": "auto"}, "function_call", None, None),
+    ({"functions": [FN], "function_call": {"name": "g"}}, "function_call", None, None),
+    ({"response_format": {}}, "response_format.type", "missing_required_parameter", None),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value",
+     "Invalid value: 'xml'. Supported values are: 'text', 'json_object', and 'json_schema'."),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema",
+     "missing_required_parameter",
+     "Missing required parameter: 'response_format.json_schema'."),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}},
+     "response_format.json_schema.name", "missing_required_parameter", None),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+     "response_format.json_schema.name", "invalid_value", None),
+    ({"messages": ["x"]}, "messages[0]", "invalid_type", None),
+    ({"messages": [{}]}, "messages[0].role", "missing_required_parameter", None),
+    ({"messages": [{"role": "bogus", "content": "x"}]}, "messages[0].role", "invalid_value",
+     "Invalid value: 'bogus'. Supported values are: 'system', 'developer', 'user', "
+     "'assistant', 'tool', and 'function'."),
+    ({"messages": [{"role": 1}]}, "messages[0].role", "invalid_type", None),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter",
+     "Missing required parameter: 'messages[0].content'."),
+    ({"messages": user(1)}, "messages[0].content", "invalid_type", None),
+    ({"messages": user({})}, "messages[0].content", "invalid_type", None),
+    ({"messages": user(["x"])}, "messages[0].content[0]", "invalid_type", None),
+    ({"messages": user([{}])}, "messages[0].content[0].type", "missing_required_parameter",
+     None),
+    ({"messages": user([{"type": "x"}])}, "messages[0].content[0].type", "invalid_value", None),
+    ({"messages": user([{"type": "text"}])}, "messages[0].content[0].text",
+     "missing_required_parameter", None),
+    ({"messages": user([{"type": "text", "text": 1}])}, "messages[0].content[0].text",
+     "invalid_type", None),
+    ({"messages": user([{"type": "image_url", "image_url": "x"}])},
+     "messages[0].content[0].image_url", "invalid_type", None),
+    ({"messages": [{"role": "user", "content": "x", "name": 1}]}, "messages[0].name",
+     "invalid_type", None),
+    ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id",
+     "missing_required_parameter", None),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].name",
+     "missing_required_parameter", None),
+    ({"messages": made_call(id=None)}, "messages[0].tool_calls[0].id",
+     "missing_required_parameter", None),
+    ({"messages": made_call(function="x")}, "messages[0].tool_calls[0].function",
+     "invalid_type", None),
+    ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls",
+     "invalid_type", None),
+])
+def test_a_chat_request_is_refused(fields, param, code, message):
+    got = refused(**fields)
+    assert got[1:] == (param, code) and message in (None, got[0])
+
+
+@pytest.mark.parametrize("metadata", [
+    {"k" * 65: "x"}, dict.fromkeys(map(str, range(17)), "x")])
+def test_metadata_is_sixteen_short_pairs_at_most(metadata):
+    assert parsed(metadata=dict.fromkeys(map("{:064}".format, range(16)), "x" * 512))
+    assert refused(metadata=metadata)[1].startswith("metadata")
+
+
+@pytest.mark.parametrize("fields, param, code, message", [
+    ({"model": None}, None, None, "you must provide a model parameter"),
+    ({"prompt": 1}, "prompt", "invalid_type", None),
+    ({"prompt": True}, "prompt", "invalid_type", None),
+    ({"prompt": {}}, "prompt", "invalid_type", None),
+    ({"prompt": ["a", 1]}, "prompt", "invalid_type", None),
+    ({"prompt": [1, "a"]}, "prompt", "invalid_type", None),
+    ({"prompt": [1, True]}, "prompt", "invalid_type", None),
+    ({"prompt": [1.5]}, "prompt", "invalid_type", None),
+    ({"prompt": [-1]}, "prompt", "invalid_type", None),
+    ({"prompt": [None]}, "prompt", "invalid_type", None),
+    ({"prompt": ["a", [1]]}, "prompt", "invalid_type", None),
+    ({"prompt": [[1], 2]}, "prompt", "invalid_type", None),
+    ({"prompt": [[1], []]}, "prompt", "invalid_type", None),
+    ({"prompt": [["a"]]}, "prompt", "invalid_type", None),
+    ({"n": 3, "best_of": 2}, "best_of", None,
+     "You requested that the server return more choices than it will generate (HINT: you must "
+     "set 'n' (currently 3) to be at most 'best_of' (currently 2), or omit either parameter "
+     "if you do not specifically want to use them.)"),
+    ({"best_of": 0}, "best_of", None, None),
+    ({"stream": True, "best_of": 2}, "best_of", None, None),
+    ({"stream_options": {}}, "stream_options", None, None),
+    ({"prompt": ["a"] * 129}, "prompt", "array_above_max_length", None),
+    ({"prompt": ["a"] * 2, "n": 65}, "prompt", "array_above_max_length", None),
+])
+def test_a_completion_request_is_refused(fields, param, code, message):
+    got = refused(TEXT_PATH, **fields)
+    assert got[1:] == (param, code) and message in (None, got[0])
+
+
+def test_a_completion_needs_a_prompt():
+    with pytest.raises(APIError, match="Missing required parameter: 'prompt'."):
+        openai_compat.parse_completion({"model": "m"})
+
+
+@pytest.mark.parametrize("prompt, prompts", [
+    ("a", ["a"]), ("", [""]), (["a"], ["a"]), (["a", "b"], ["a", "b"]), ([17], [[17]]),
+    ([17, 18], [[17, 18]]), ([[17], [18, 19]], [[17], [18, 19]]), (None, ["<|endoftext|>"]),
+    ([0], [[0]]),
+])
+def test_a_prompt_has_four_forms(prompt, prompts):
+    assert parsed(TEXT_PATH, prompt=prompt)["prompts"] == prompts
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("field", ["top_k", "min_p", "chat_template_kwargs", "thinking"])
+def test_unknown_fields_pass(path, field):
+    assert parsed(path, **{field: {"x": 1}})[field] == {"x": 1}
+
+
+@pytest.mark.parametrize("stop, stops", [
+    (None, []), ("x", ["x"]), (["x", "y"], ["x", "y"]), ([], []), ("", []), (["", "x"], ["x"]),
+    (["a", "b", "c", "d", "e"], ["a", "b", "c", "d", "e"]),
+])
+def test_a_stop_is_one_or_several(stop, stops):
+    assert [*filter(None, parsed(stop=stop)["stop"])] == stops
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "system", "content": "x"}, {"role": "developer", "content": "x", "name": "n"},
+    {"role": "user", "content": None}, {"role": "user", "content": ""},
+    {"role": "user", "content": []}, {"role": "assistant"},
+    {"role": "assistant", "content": None, "refusal": None, "audio": None, "tool_calls": None,
+     "function_call": None, "annotations": [], "reasoning_content": "x"},
+    {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+    {"role": "assistant", "content": "x", "tool_calls": []},
+    {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "function", "name": "f", "content": "x"},
+    {"role": "function", "name": "f", "content": None},
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
+    {"role": "user", "content": [{"type": "input_audio",
+                                  "input_audio": {"data": "", "format": "wav"}}]},
+    {"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]},
+    {"role": "user", "content": [{"type": "text", "text": ""}]},
+])
+def test_a_message_as_clients_send_it_is_taken(message):
+    assert parsed(messages=[message])["messages"] == [message]
+
+
+@pytest.mark.parametrize("messages, text", [
+    (user("a"), "a"), (user(None), ""), (user([]), ""),
+    (user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), "ab"),
+    (user([{"type": "file", "file": {}}, {"type": "text", "text": "b"}]), "b"),
+    (user("a") + user("b"), "b"), (user("a") + [{"role": "assistant", "content": "b"}], "a"),
+    (user("a") + [CALLED, tool_message("a"), tool_message("b")], "a"),
+    ([{"role": "system", "content": "s"}], "s"),
+])
+def test_what_is_asked_is_the_last_user_message(messages, text):
+    assert parsed(messages=messages)["text"] == text
+
+
+@pytest.mark.parametrize("messages", [
+    [USER, CALLED, tool_message("a"), tool_message("b")],
+    [USER, CALLED, tool_message("b"), tool_message("a"), USER, CALLED, tool_message("a"),
+     tool_message("b"), {"role": "assistant", "content": "x"}],
+    [{"role": "assistant", "tool_calls": [
+        {"id": "a", "type": "custom", "custom": {"name": "c", "input": "x"}}]},
+     tool_message("a")],
+])
+def test_a_conversation_with_every_call_answered_is_taken(messages):
+    assert parsed(messages=messages)
+
+
+TOOL_ALONE = ("Invalid parameter: messages with role 'tool' must be a response to a preceeding "
+              "message with 'tool_calls'.")
+UNANSWERED = ("An assistant message with 'tool_calls' must be followed by tool messages "
+              "responding to each 'tool_call_id'. The following tool_call_ids did not have "
+              "response messages: ")
+BROKEN = [  # conversation, param, code, message
+    ([tool_message("a")], "messages.[0].role", None, TOOL_ALONE),
+    ([USER, tool_message("a")], "messages.[1].role", None, TOOL_ALONE),
+    ([USER, CALLED, tool_message("a"), tool_message("b"), USER, tool_message("a")],
+     "messages.[5].role", None, TOOL_ALONE),
+    ([USER, CALLED], "messages.[1].role", None, UNANSWERED + "a, b"),
+    ([USER, CALLED, tool_message("a")], "messages.[2].role", None, UNANSWERED + "b"),
+    ([USER, CALLED, tool_message("b"), USER], "messages.[3].role", None, UNANSWERED + "a"),
+    ([USER, CALLED, tool_message("x")], "messages.[2].tool_call_id", None,
+     "Invalid parameter: 'tool_call_id' of 'x' not found in 'tool_calls' of previous message."),
+    (made_call(function={"name": "f", "arguments": {}}),
+     "messages[0].tool_calls[0].function.arguments", "invalid_type",
+     "Invalid type for 'messages[0].tool_calls[0].function.arguments': expected a string, but "
+     "got an object instead."),
+    (made_call(function={"name": "f"}), "messages[0].tool_calls[0].function.arguments",
+     "missing_required_parameter", None),
+]
+
+
+@pytest.mark.parametrize("messages, param, code, message", BROKEN)
+def test_the_conversation_is_checked(messages, param, code, message):
+    got = refused(messages=messages)
+    assert got[1:] == (param, code) and message in (None, got[0])
+
+
+@pytest.mark.parametrize("messages", [row[0] for row in BROKEN])
+def test_a_lenient_server_takes_any_conversation(messages):
+    with Server(strict=False) as server:
+        assert post(server, CHAT_PATH, {**HI, "messages": messages}).status == 200
+
+
+def test_leniency_turns_off_nothing_else():
+    with Server(strict=False) as server:
+        assert post(server, CHAT_PATH, {**HI, "messages": user(1)}).status == 400
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_every_known_field_is_present_in_a_request(path):
+    assert {field for field, paths, *_ in TYPES if path in paths} <= parsed(path).keys()
+
+
+def test_the_first_fault_is_reported():
+    assert refused(model=None, messages=None, n=0)[0] == "you must provide a model parameter"
+    assert refused(messages=None, n=0)[1] == "messages"
+    assert refused(messages=[{}], n=0)[1] in ("messages[0].role", "n")
+
+
+# ----------------------------------------------------------------------------------
+# Tokens.
+
+@pytest.mark.parametrize("text, tokens", [
+    ("", []), ("Hello, world!", ["Hello", ",", " world", "!"]),
+    (" a  b ", [" a", " ", " b", " "]),
+    ("x_1=2.5", ["x_1", "=", "2", ".", "5"]),
+    ("世界 again", ["世", "界", " again"]), ("ひらカナ", ["ひ", "ら", "カ", "ナ"]),
+    ("한국", ["한", "국"]),
+    ("e\u0301", ["e\u0301"]), ("naïve", ["naïve"]), ("🇫🇷🇩🇪", ["🇫🇷", "🇩🇪"]),
+    ("👩‍👩‍👧x", ["👩‍👩‍👧", "x"]), ("👍🏽!", ["👍🏽", "!"]),
+    ("か\u3099", ["か\u3099"]), ("1\ufe0f\u20e3", ["1\ufe0f\u20e3"]), ("❤️", ["❤️"]),
+    ("🏴\U000e0067\U000e0062\U000e007f", ["🏴\U000e0067\U000e0062\U000e007f"]),
+])
+def test_a_token_is_what_a_reader_calls_a_word_a_sign_or_a_mark(text, tokens):
+    assert tokenize(text) == tokens
+
+
+ALPHABET = ("aZ9_ \n\t.,!\"\\é世界ひ한\u0301\u0308\u3099\u200d\ufe0f\u20e3😀👩🏽🇫🇷\u2028\x85\0"
+            "\ud83d\udc00ßשاऀि\u0e33\U0002000b\U000e0101")
+
+
+def some_texts(count, seed=1):
+    """Texts of all kinds of characters, always the same ones."""
+    pick = random.Random(seed)
+    return ["".join(pick.choice(ALPHABET) for _ in range(pick.randrange(30)))
+            for _ in range(count)]
+
+
+def test_the_join_of_the_tokens_is_the_text():
+    for text in some_texts(3000):
+        tokens = tokenize(text)
+        assert "".join(tokens) == text and all(tokens)
+
+
+def test_no_token_starts_with_what_combines():
+    for text in some_texts(3000, seed=2):
+        tokens = tokenize(text)
+        for before, token in zip(tokens, tokens[1:]):
+            assert not unicodedata.category(token[0]).startswith("M"), text
+            assert not before.endswith("\u200d") and token[0] != "\u200d", text
+
+
+def test_any_code_point_is_a_token():
+    every = "".join(map(chr, range(0, 0x110000, 97)))
+    assert "".join(tokenize(every)) == every
+
+
+def test_a_token_id_reads_as_itself_and_counts_one():
+    got = ask(echo, TEXT_PATH, prompt=[17, 18]).json
+    assert got["choices"][0]["text"] == "<|17|><|18|>"
+    assert got["usage"]["prompt_tokens"] == 2
+
+
+def test_a_tokenizer_may_be_put_in_its_place():
+    with Server(say("abc"), tokenize=list) as server:
+        got = post(server, CHAT_PATH, {**HI, "max_tokens": 2}).json
+    assert got["choices"][0]["message"]["content"] == "ab"
+    assert got["usage"]["prompt_tokens"] == len("Hello, world!")
+
+
+def test_a_tokenizer_may_decode():
+    def letters(text):
+        return list(text)
+    letters.decode = chr
+    with Server(tokenize=letters) as server:
+        got = post(server, TEXT_PATH, {**PROMPT, "prompt": [72, 105]}).json
+    assert got["choices"][0]["text"] == "Hi"
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_one_of_its_tokens_may_be_empty(path):
+    fields = {"logprobs": True} if path == CHAT_PATH else {"logprobs": 1, "echo": True}
+    with Server(say("世", "x"), tokenize=lambda text: ["", text] if text else []) as server:
+        for limit, count in ((None, 4), (3, 3), (2, 2), (1, 1)):
+            body = {**(HI if path == CHAT_PATH else PROMPT), **fields, "max_tokens": limit}
+            assert post(server, path, body).json["usage"]["completion_tokens"] == count
+            assert post(server, path, {**body, "stream": True}).chunks
+
+
+# ----------------------------------------------------------------------------------
+# Schema samples.  Each instance is checked by a small validator of the test's own.
+
+def fits(value, schema, root):
+    """Is the value an instance of the schema, as far as these keywords say?"""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema:
+        target = root
+        for name in schema["$ref"].split("/")[1:]:
+            target = target[name.replace("~1", "/")]
+        if not fits(value, target, root):
+            return False
+    return all(holds(value, schema[keyword], schema, root)
+               for keyword, holds in KEYWORDS.items() if keyword in schema)
+
+
+def has_type(value, types, *_):
+    types = [types] if isinstance(types, str) else types
+    return any(type(value) in JSON_TYPES[each] for each in types)
+
+
+def on(kind, test):
+    """A test that only values of that kind have to pass."""
+    return lambda value, limit, *_: type(value) not in kind or test(value, limit)
+
+
+def members_fit(value, properties, schema, root):
+    return all(fits(item, properties.get(name, schema.get("additionalProperties", True)), root)
+               for name, item in (value.items() if type(value) is dict else ()))
+
+
+JSON_TYPES = {"object": (dict,), "array": (list,), "string": (str,), "null": (type(None),),
+              "number": (int, float), "integer": (int,), "boolean": (bool,)}
+KEYWORDS = {
+    "type": has_type,
+    "enum": lambda value, values, *_: value in values,
+    "const": lambda value, wanted, *_: value == wanted,
+    "minimum": on((int, float), lambda value, limit: value >= limit),
+    "maximum": on((int, float), lambda value, limit: value <= limit),
+    "exclusiveMinimum": on((int, float), lambda value, limit: value > limit),
+    "exclusiveMaximum": on((int, float), lambda value, limit: value < limit),
+    "multipleOf": on((int, float), lambda value, step: math.isclose(
+        value / step, round(value / step), abs_tol=1e-9)),
+    "minLength": on((str,), lambda value, limit: len(value) >= limit),
+    "maxLength": on((str,), lambda value, limit: len(value) <= limit),
+    "minItems": on((list,), lambda value, limit: len(value) >= limit),
+    "maxItems": on((list,), lambda value, limit: len(value) <= limit),
+    "required": on((dict,), lambda value, names: value.keys() >= set(names)),
+    "properties": members_fit,
+    "items": lambda value, schema, _, root: type(value) is not list or all(
+        fits(item, schema, root) for item in value),
+    "anyOf": lambda value, schemas, _, root: any(fits(value, each, root) for each in schemas),
+    "oneOf": lambda value, schemas, _, root: any(fits(value, each, root) for each in schemas),
+    "allOf": lambda value, schemas, _, root: all(fits(value, each, root) for each in schemas),
+}
+NODE = {"type": "object", "required": ["value", "next"], "properties": {
+    "value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
+                                                     {"type": "null"}]}}}
+TREE = {"type": "object", "required": ["children"], "properties": {
+    "children": {"type": "array", "items": {"$ref": "#"}}}}
+
+
+def an_object(**properties):
+    return {"type": "object", "properties": properties, "required": list(properties),
+            "additionalProperties": False}
+
+
+@pytest.mark.parametrize("schema, instance", [
+    ({}, {}), (True, {}), ({"type": "object"}, {}), ({"type": "array"}, []),
+    ({"type": "string"}, ""), ({"type": "integer"}, 0), ({"type": "boolean"}, False),
+    ({"type": "null"}, None), ({"type": ["string", "null"]}, ""),
+    (an_object(a={"type": "string"}), {"a": ""}),
+    ({"type": "object", "properties": {"a": {"type": "string"}}}, {}),
+    ({"type": "object", "required": ["a"], "properties": {
+        "a": an_object(b={"type": "null"})}}, {"a": {"b": None}}),
+    ({"enum": ["x", "y"]}, "x"), ({"const": 5}, 5), ({"const": None}, None),
+    ({"type": "string", "enum": ["x"]}, "x"), ({"enum": [1, "x"], "type": "string"}, "x"),
+    ({"const": {"a": [1]}}, {"a": [1]}),
+    ({"type": "string", "pattern": "^a+$"}, ""), ({"type": "string", "minLength": 3}, "xxx"),
+    ({"type": "array", "items": {"type": "null"}, "minItems": 2}, [None, None]),
+    ({"type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "minItems": 2}, [1, 2]),
+    ({"type": "integer", "minimum": 3}, 3), ({"type": "integer", "maximum": -3}, -3),
+    ({"type": "integer", "exclusiveMinimum": 3}, 4),
+    ({"type": "integer", "exclusiveMaximum": -3}, -4),
+    ({"type": "integer", "minimum": 2.5}, 3), ({"type": "integer", "maximum": -2.5}, -3),
+    ({"type": "integer", "minimum": 5, "multipleOf": 4}, 8),
+    ({"type": "integer", "minimum": -9, "maximum": -5, "multipleOf": 4}, -8),
+    ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, 0.5),
+    ({"type": "number", "minimum": 0.25, "maximum": 0.75}, 0.25),
+    ({"type": "number", "minimum": 1, "maximum": 2}, 1),
+    ({"type": "number", "minimum": -2, "maximum": 2}, 0),
+    ({"type": "number", "minimum": 1, "multipleOf": 0.5}, 1.0),
+    ({"anyOf": [{"const": 1}, {"const": 2}]}, 1),
+    ({"anyOf": [{"enum": []}, {"const": 2}]}, 2), ({"oneOf": [False, {"const": 2}]}, 2),
+    ({"type": "object", "required": ["a"], "anyOf": [
+        {"properties": {"a": {"const": 1}}}, {"properties": {"a": {"const": 2}}}]}, {"a": 1}),
+    ({"type": "integer", "anyOf": [{"type": "string"}, {"minimum": 7}]}, 7),
+    ({"allOf": [{"type": "integer"}, {"minimum": 3}, {"minimum": 5}]}, 5),
+    ({"allOf": [{"required": ["a"]}, {"required": ["b"]}], "properties": {
+        "a": {"const": 1}, "b": {"const": 2}}}, {"a": 1, "b": 2}),
+    ({"allOf": [{"type": "integer"}, {"type": "number"}]}, 0),
+    ({"allOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, 2),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}}, 1),
+    ({"$ref": "#/definitions/a", "definitions": {"a": {"const": 1}}}, 1),
+    ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"const": 1}}}, 1),
+    ({"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": {"type": "integer"}}}, 3),
+    ({"$ref": "#/$defs/node", "$defs": {"node": NODE}},
+     {"value": 0, "next": None}),
+    (TREE, {"children": []}),
+    ({"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}],
+      "$defs": {"a": {"const": 1}}}, 1),
+    ({"allOf": [{"$ref": "#/$defs/b"}, {"$ref": "#/$defs/c"}], "$defs": {
+        "a": {"type": "integer"}, "b": {"$ref": "#/$defs/a", "minimum": 1},
+        "c": {"$ref": "#/$defs/a", "minimum": 2}}}, 2),
+    ({**an_object(a={"$ref": "#/$defs/x"}, b={"$ref": "#/$defs/x"}),
+      "$defs": {"x": {"const": 1}}}, {"a": 1, "b": 1}),
+])
+def test_a_sample_is_the_smallest_honest_instance(schema, instance):
+    got = sample(schema)
+    assert got == instance and type(got) is type(instance)
+    assert fits(got, schema, schema)
+
+
+@pytest.mark.parametrize("format, pattern", [
+    ("date", r"\d{4}-\d\d-\d\d"),
+    ("date-time", r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)"),
+    ("email", r"\w+@\w+\.\w+"), ("uuid", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
+    ("uri", r"https?://\S+"), ("nobody-knows", ""),
+])
+def test_a_sample_obeys_the_format(format, pattern):
+    assert re.fullmatch(pattern, sample({"type": "string", "format": format}))
+
+
+@pytest.mark.parametrize("schema, keyword", [
+    (False, "enum"), ({"enum": []}, "enum"), ({"type": "bogus"}, "type"),
+    ({"enum": ["x"], "type": "integer"}, "enum"), ({"const": "x", "type": "integer"}, "const"),
+    ({"type": "integer", "minimum": 2, "maximum": 1}, "m..imum"),
+    ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "exclusiveM..imum"),
+    ({"type": "integer", "minimum": 1, "maximum": 3, "multipleOf": 5}, "multipleOf|m..imum"),
+    ({"type": "string", "minLength": 3, "maxLength": 2}, "m..Length"),
+    ({"type": "string", "format": "date", "maxLength": 2}, "maxLength"),
+    ({"type": "array", "minItems": 2, "maxItems": 1}, "m..Items"),
+    ({"type": "array", "minItems": 2, "uniqueItems": True}, "uniqueItems"),
+    ({"type": "array", "minItems": 10**9, "items": {"type": "null"}}, "minItems"),
+    ({"type": "string", "minLength": 10**9}, "minLength"),
+    ({"type": "object", "minProperties": 1}, "minProperties"),
+    ({"type": "object", "required": ["a"], "additionalProperties": False},
+     "required|additionalProperties"),
+    ({"allOf": [{"type": "string"}, {"type": "null"}]}, "type"),
+    ({"allOf": [{"const": 1}, {"const": 2}]}, "allOf|const"),
+    ({"allOf": [{"enum": [1]}, {"enum": [2]}]}, "enum"),
+    ({"not": {}}, "not"), ({"if": {}}, "if"), ({"contains": {}}, "contains"),
+    ({"$ref": "#/$defs/none"}, r"\$ref"), ({"$ref": "http://example.com/"}, r"\$ref"),
+    ({"$ref": "#"}, r"\$ref"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, r"\$ref"),
+    ({"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#"}}}, r"\$ref"),
+    ({"anyOf": []}, "anyOf"), ({"oneOf": [{"not": {}}]}, "not|oneOf"),
+    ({"enum": [1, 5], "minimum": 9}, "enum|minimum"),
+    ({"const": 1, "enum": [2]}, "enum|const"),
+])
+def test_what_cannot_be_satisfied_is_a_400_that_names_the_keyword(schema, keyword):
+    with pytest.raises(APIError) as error:
+        sample(schema)
+    assert error.value.status == 400 and re.search(f"'({keyword})'", error.value.message)
+
+
+@pytest.mark.parametrize("schema", [
+    None, 1, "x", [], {"type": 1}, {"properties": 1}, {"type": "object", "required": 1},
+    {"type": "object", "required": [1]}, {"type": "array", "minItems": "x"}, {"enum": 1},
+    {"anyOf": 1}, {"allOf": {}}, {"$ref": 1}, {"type": "number", "multipleOf": 0},
+    {"type": "integer", "minimum": "x"}, {"type": ["x"]}, {"type": []}, {"type": {}},
+    {"type": "object", "required": ["a"], "properties": {"a": 1}},
+    {"type": "object", "required": ["a"], "properties": []}, {"$ref": "#/$defs/0/x"},
+    {"type": "number", "minimum": 5, "multipleOf": 1e-320}, {"type": "string", "minLength": -1},
+    {"type": "string", "format": []}, {"type": "array", "minItems": 1.5},
+])
+def test_what_is_no_schema_is_a_400_or_an_instance(schema):
+    try:
+        json.dumps(sample(schema), allow_nan=False)
+    except APIError as error:
+        assert error.status == 400
+
+
+def doubling(combine, depth=40):
+    """Definitions that each use the next one twice."""
+    below = {f"d{i}": combine({"$ref": f"#/$defs/d{i + 1}"}) for i in range(depth)}
+    return {"$ref": "#/$defs/d0", "$defs": {**below, f"d{depth}": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("combine", [
+    lambda ref: an_object(a=ref, b=ref),
+    lambda ref: {"type": "array", "items": ref, "minItems": 2},
+    lambda ref: {"allOf": [ref, ref]},
+    lambda ref: {"anyOf": [{"allOf": [ref, {"type": "null"}]}, ref]},
+    lambda ref: {"anyOf": [an_object(a=ref, b=False), an_object(a=ref)]},
+])
+def test_definitions_that_double_end(combine):
+    try:
+        sample(doubling(combine))
+    except APIError as error:
+        assert error.status == 400
+
+
+def test_a_deep_schema_ends():
+    schema = {"type": "integer"}
+    for _ in range(900):
+        schema = an_object(a=schema)
+    try:
+        assert sample(schema).keys() == {"a"}
+    except APIError as error:
+        assert error.status == 400
+
+
+def random_schema(pick, depth):
+    """A schema of the keywords that `fits` knows, satisfiable or not."""
+    kind = pick.choice(["object", "array", "string", "number", "integer", "boolean", "any",
+                        "all", "enum"] if depth else ["string", "number", "integer", "null"])
+    width = pick.randrange(1, 4) if depth else 0
+    inner = [random_schema(pick, depth - 1) for _ in range(width)]
+    if kind == "any":
+        return {pick.choice(["anyOf", "oneOf"]): inner}
+    if kind == "all":
+        return {"allOf": inner}
+    if kind == "enum":
+        return {"enum": [pick.choice([0, 1, "a", None, 2.5]) for _ in range(2)]}
+    schema = {"type": kind}
+    if kind == "object":
+        names = "abc"[:len(inner)]
+        schema.update(properties=dict(zip(names, inner)),
+                      required=[name for name in names if pick.random() < 0.7])
+    elif kind == "array":
+        schema.update(items=inner[0], minItems=pick.randrange(3))
+    elif kind == "string" and pick.random() < 0.5:
+        schema.update(minLength=pick.randrange(4), maxLength=pick.randrange(2, 6))
+    elif kind in ("number", "integer"):
+        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            if pick.random() < 0.3:
+                schema[keyword] = pick.randrange(-8, 9) / pick.choice([1, 1, 2])
+        if pick.random() < 0.3:
+            schema["multipleOf"] = pick.choice([1, 2, 3, 0.5])
+    return schema
+
+
+def test_every_sample_is_an_instance_of_its_schema():
+    pick, made = random.Random(3), 0
+    for _ in range(3000):
+        schema = random_schema(pick, 3)
+        try:
+            instance = sample(schema)
+        except APIError:
+            continue
+        made += 1
+        assert fits(instance, schema, schema), (schema, instance)
+    assert made > 1000
+
+
+# ----------------------------------------------------------------------------------
+# Choices.  Limits and stops on pieces that nobody had to say.
+
+def pieces_of(texts, reason="stop"):
+    """Pieces as a stage gets them: each a list of its tokens, and Finish."""
+    return [*([text] for text in texts), openai_compat.Finish(reason)]
+
+
+def read(pieces):
+    """(the text, the finish_reason) of what a stage yields."""
+    *pieces, end = pieces
+    assert isinstance(end, openai_compat.Finish)
+    assert all(type(piece) is list and "".join(piece) for piece in pieces)
+    return "".join(map("".join, pieces)), str(end)
+
+
+@pytest.mark.parametrize("limit, expected", [
+    (0, ("", "length")), (1, ("a", "length")), (2, ("ab", "length")), (3, ("abc", "stop")),
+    (4, ("abc", "stop")),
+])
+def test_up_to_a_limit(limit, expected):
+    assert read(openai_compat.up_to(pieces_of("abc"), limit)) == expected
+
+
+@pytest.mark.parametrize("limit, expected", [(1, ("a", "length")), (2, ("ab", "length")),
+                                             (3, ("abc", "stop"))])
+def test_a_limit_cuts_inside_a_piece(limit, expected):
+    pieces = [["a", "b", "c"], openai_compat.Finish("stop")]
+    assert read(openai_compat.up_to(pieces, limit)) == expected
+
+
+def test_a_limit_takes_no_more_pieces_than_it_needs():
+    def pieces():
+        yield from (["a"], ["b"], ["c"])
+        pytest.fail("one too many was asked for")
+    assert read(openai_compat.up_to(pieces(), 2)) == ("ab", "length")
+
+
+def cuts(text):
+    """Every way to cut a text into pieces."""
+    for mask in range(2 ** max(len(text) - 1, 0)):
+        places = [i for i in range(1, len(text)) if mask >> i - 1 & 1]
+        yield [text[a:b] for a, b in zip([0, *places], [*places, len(text)])] if text else []
+
+
+def expected_stop(text, stops):
+    """What until_stop has to say, from reading the text one character at a time."""
+    for end in range(len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            return text[:end - max(map(len, ended))], "stop"
+    return text, "length"
+
+
+STOPS = [
+    ("Hello END x", ["END"]), ("Hello EN", ["END"]), ("aaab", ["aab"]), ("aaaaaa", ["aaa"]),
+    ("ababac", ["abac"]), ("abcabd", ["abd", "bca"]), ("xabcdey", ["abcd", "bc"]),
+    ("xabcdey", ["bc", "abc"]), ("xabey", ["abcd", "be"]), ("END", ["END"]), ("", ["END"]),
+    ("a\n\nb", ["\n\n", "\n"]), ("世界和平", ["界和"]), ("e\u0301x", ["\u0301"]),
+    ("😀😁😂", ["😁"]), ("aXbYc", ["Y", "X"]), ("ababab", ["bb", "abc"]),
+]
+
+
+@pytest.mark.parametrize("text, stops", STOPS)
+def test_a_stop_may_span_pieces(text, stops):
+    for cut in cuts(text):
+        pieces = pieces_of(cut, "length")
+        assert read(openai_compat.until_stop(pieces, stops)) == expected_stop(text, stops), cut
+
+
+@pytest.mark.parametrize("text, stops", STOPS)
+def test_a_stop_may_span_tokens_of_a_piece(text, stops):
+    for cut in cuts(text):
+        pieces = [cut, openai_compat.Finish("length")]
+        assert read(openai_compat.until_stop(pieces, stops)) == expected_stop(text, stops), cut
+
+
+def test_any_stops_in_any_text():
+    pick = random.Random(4)
+    for _ in range(1500):
+        text = "".join(pick.choice("ab") for _ in range(pick.randrange(12)))
+        stops = ["".join(pick.choice("ab") for _ in range(pick.randrange(1, 5)))
+                 for _ in range(pick.randrange(1, 4))]
+        cut = pick.choice([*cuts(text[:9])]) + list(text[9:])
+        got = read(openai_compat.until_stop(pieces_of(cut, "length"), stops))
+        assert got == expected_stop(text, stops), (cut, stops)
+
+
+def test_only_what_may_become_a_stop_is_held_back():
+    said = []
+
+    def pieces():
+        for text, so_far in (("Hello", ""), ("E", "Hello"), ("N", "Hello"), ("x", "Hello"),
+                             ("y", "HelloENx")):
+            assert "".join(said) == so_far
+            yield [text]
+        yield openai_compat.Finish("stop")
+    for piece in openai_compat.until_stop(pieces(), ["END"]):
+        said.append("".join(piece))
+
+
+def test_a_stop_ends_the_reading():
+    def pieces():
+        yield ["x", "END"]
+        pytest.fail("one too many was asked for")
+    assert read(openai_compat.until_stop(pieces(), ["END"])) == ("x", "stop")
+
+
+@pytest.mark.parametrize("pieces, fields, expected", [
+    (("a", "b", "c"), {"max_tokens": 3}, ("abc", "stop")),
+    (("a", "b", "c"), {"max_tokens": 2}, ("ab", "length")),
+    (("a", "b", "c"), {"max_tokens": 2, "max_completion_tokens": 9}, ("ab", "length")),
+    (("a", "b", "c"), {"max_tokens": 9, "max_completion_tokens": 2}, ("ab", "length")),
+    (("a", "b", "c"), {"max_tokens": None}, ("abc", "stop")),
+    (("a", "EN", "D"), {"max_tokens": 3, "stop": "END"}, ("a", "stop")),
+    (("a", "EN", "D"), {"max_tokens": 2, "stop": "END"}, ("aEN", "length")),
+    (("a", "b", "END"), {"max_tokens": 2, "stop": "END"}, ("ab", "length")),
+    (("a", "b"), {"stop": ["b"]}, ("a", "stop")), (("a", "b"), {"stop": "a"}, ("", "stop")),
+    (("a", "b"), {"stop": []}, ("ab", "stop")), (("a", "b"), {"stop": ""}, ("ab", "stop")),
+    (("a b", " c"), {"max_tokens": 1}, ("a", "length")), ((), {}, ("", "stop")),
+    ((), {"max_tokens": 0}, ("", "stop")), (("a",), {"max_tokens": 0}, ("", "length")),
+])
+def test_a_reply_obeys_limit_and_stop(pieces, fields, expected):
+    first, reason = message(say(*pieces), **fields)
+    assert (first["content"], reason) == expected
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_an_absent_limit_is_none(path):
+    got = ask(say("a b " * 500), path).json
+    assert got["choices"][0]["finish_reason"] == "stop"
+    assert got["usage"]["completion_tokens"] > 1000
+
+
+def test_a_tokens_cost_is_that_of_its_piece():
+    assert ask(say("a b", "c d")).json["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("fields, reason", [
+    ({}, "content_filter"), ({"max_tokens": 1}, "length"), ({"stop": "b"}, "stop")])
+def test_a_replys_finish_reason_stands_where_nothing_cut(fields, reason):
+    reply = Reply("a b", finish_reason="content_filter")
+    assert message(lambda request: reply, **fields)[1] == reason
+
+
+def test_choices_interleave_one_per_chunk():
+    chunks = ask(say("a", "b"), stream=True, n=3).chunks
+    assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [0, 1, 2] * 4
+
+
+def test_a_choice_that_ends_early_leaves_the_others_their_turns():
+    def backend(request):
+        yield from ["x"] * (request["index"] * 2)
+    chunks = ask(backend, stream=True, n=3).chunks
+    assert [chunk["choices"][0]["index"] for chunk in chunks] == [
+        0, 1, 2, 0, 1, 2, 1, 2, 1, 2, 2, 2]
+
+
+def test_each_choice_has_its_role_once_and_its_end_once():
+    chunks = ask(say("a", "b"), stream=True, n=2).chunks
+    for index in (0, 1):
+        assert ["role" in delta for delta in deltas(chunks, index)] == [True] + [False] * 3
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks
+                if chunk["choices"][0]["index"] == index] == [None] * 3 + ["stop"]
+
+
+def test_a_backend_is_called_once_per_choice_in_order():
+    seen = []
+
+    def backend(request):
+        seen.append((request["index"], request["prompt"]))
+        return "x"
+    ask(backend, TEXT_PATH, prompt=["a", "b"], n=2)
+    assert seen == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
+
+
+def test_choices_are_numbered_prompt_by_prompt():
+    got = ask(lambda request: f"{request['prompt']}{request['index']}", TEXT_PATH,
+              prompt=["a", "b"], n=2).json
+    assert [(choice["index"], choice["text"]) for choice in got["choices"]] == [
+        (0, "a0"), (1, "a1"), (2, "b2"), (3, "b3")]
+
+
+def test_of_best_of_the_first_n_are_returned_and_all_are_paid_for():
+    got = ask(lambda request: str(request["index"]), TEXT_PATH, prompt=["a", "b"], n=2,
+              best_of=3).json
+    assert [(choice["index"], choice["text"]) for choice in got["choices"]] == [
+        (0, "0"), (1, "1"), (2, "3"), (3, "4")]
+    assert got["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+
+
+@pytest.mark.parametrize("path, fields", [(CHAT_PATH, {"n": 129}),
+                                          (TEXT_PATH, {"prompt": ["x"] * 43, "n": 3})])
+def test_more_than_128_choices_are_refused(path, fields):
+    assert ask(echo, path, **fields).status == 400
+
+
+def test_128_choices_are_given():
+    assert len(ask(say("x"), n=128).json["choices"]) == 128
+
+
+# ----------------------------------------------------------------------------------
+# Chunks, and the completion they spell.  What a stream says and what a whole reply says
+# of the same request are read separately, and compared.
+
+def said_at_once(completion):
+    """{index: what that choice says} of a reply that was not streamed."""
+    return {choice["index"]: {
+        "text": choice["message"]["content"] if "message" in choice else choice["text"],
+        "refusal": choice.get("message", {}).get("refusal"),
+        "calls": [(made[made["type"]]["name"], made[made["type"]].get("arguments", made[
+            made["type"]].get("input"))) for made in choice.get("message", {}).get(
+                "tool_calls", [])],
+        "function": tuple(choice.get("message", {}).get("function_call", {}).values()),
+        "reason": choice["finish_reason"], "logprobs": choice["logprobs"],
+    } for choice in completion["choices"]}
+
+
+def said_in_turn(chunks):
+    """{index: what that choice says} of a stream, from its parts."""
+    said = {}
+    for part in (part for chunk in chunks for part in chunk["choices"]):
+        one = said.setdefault(part["index"], {
+            "text": None, "refusal": None, "calls": [], "function": (), "reason": None,
+            "logprobs": None})
+        delta = part.get("delta", {"content": part.get("text")})
+        for name, field in (("text", "content"), ("refusal", "refusal")):
+            if delta.get(field) is not None:
+                one[name] = (one[name] or "") + delta[field]
+        for fragment in delta.get("tool_calls", []):
+            add_fragment(one["calls"], fragment)
+        if "function_call" in delta:
+            name, text = one["function"] or ("", "")
+            one["function"] = (name + delta["function_call"].get("name", ""),
+                               text + delta["function_call"]["arguments"])
+        one["reason"] = one["reason"] or part["finish_reason"]
+        one["logprobs"] = added_logprobs(one["logprobs"], part["logprobs"])
+    return said
+
+
+def add_fragment(calls, fragment):
+    (kind,) = fragment.keys() & {"function", "custom"}
+    name = fragment[kind].get("name")
+    text = fragment[kind]["arguments" if kind == "function" else "input"]
+    if name is not None:
+        assert fragment["index"] == len(calls)      # call 0 is complete before 1 opens
+        calls.append((name, text))
+    else:
+        assert fragment["index"] == len(calls) - 1
+        calls[-1] = (calls[-1][0], calls[-1][1] + text)
+
+
+def added_logprobs(so_far, more):
+    if so_far is None or more is None:
+        return so_far or more
+    return {field: so_far[field] if more[field] is None else (so_far[field] or []) + more[field]
+            for field in so_far}
+
+
+def model(request):
+    """A backend that says what the request's text names: all that can be said."""
+    return {
+        "text": "Hello, world! 世界 😀 e\u0301", "nothing": "", "space": " \n",
+        "list": ["He", "llo", "", " wor", "ld"], "awkward": "a\u2028b\x85c\ud83dd\0e\x7f\"\\",
+        "custom": ToolCall("c", "any text"), "call": ToolCall("f", {"n": 1}),
+        "no arguments": [ToolCall("f", {})],
+        "calls": Reply(tool_calls=[ToolCall("f", {"n": 1}), ToolCall("g", '{"x": "世"}')]),
+        "text and calls": Reply("Let me see.", [ToolCall("f", {"n": 1}), ToolCall("f", {})]),
+        "calls and text": ["I ", ToolCall("f", {"n": 1}), "wait", ToolCall("g", {}), "."],
+        "refusal": Reply(refusal="I'm sorry, no."),
+        "filtered": Reply("a b", finish_reason="content_filter"),
+        "usage": Reply("a b", usage={"prompt_tokens": 7, "completion_tokens": 9}),
+    }[request["text"]]
+
+
+TOOLS = {"tools": [TOOL, {"type": "function", "function": {"name": "g"}},
+                   {"type": "custom", "custom": {"name": "c"}}]}
+FUNCTIONS = {"functions": [{"name": "f"}, {"name": "g"}]}
+SAME = [
+    *((CHAT_PATH, what, fields) for what in (
+        "text", "nothing", "space", "list", "awkward", "filtered", "usage", "refusal")
+      for fields in ({}, {"n": 3}, {"max_tokens": 1}, {"max_tokens": 3, "n": 2}, {"stop": "o"},
+                     {"logprobs": True}, {"logprobs": True, "top_logprobs": 3, "n": 2},
+                     {"max_completion_tokens": 2, "stop": ["l", "wor"], "logprobs": True})),
+    (CHAT_PATH, "custom", TOOLS),
+    *((CHAT_PATH, what, fields) for what in (
+        "call", "no arguments", "calls", "text and calls", "calls and text")
+      for fields in (TOOLS, {**TOOLS, "n": 2}, {**TOOLS, "parallel_tool_calls": False},
+                     {**TOOLS, "max_tokens": 1}, {**TOOLS, "max_tokens": 0}, FUNCTIONS,
+                     {**TOOLS, "logprobs": True, "stop": "w"}, {})
+      if fields is not FUNCTIONS or what in ("call", "no arguments")),
+    *((TEXT_PATH, what, fields) for what in (
+        "text", "nothing", "space", "list", "awkward", "filtered", "usage")
+      for fields in ({}, {"n": 3}, {"max_tokens": 0}, {"max_tokens": 2}, {"stop": "o"},
+                     {"echo": True}, {"echo": True, "max_tokens": 0, "logprobs": 1},
+                     {"echo": True, "logprobs": 5, "n": 2}, {"logprobs": 0}, {"logprobs": 2},
+                     {"suffix": "x", "stop": ["l", "wor"], "logprobs": 2})),
+]
+
+
+def test_a_stream_and_a_whole_reply_say_the_same():
+    with Server(model) as server:
+        for path, what, fields in SAME:
+            where = {"messages": user(what)} if path == CHAT_PATH else {"prompt": what}
+            body = {"model": "m", **where, **fields}
+            at_once = post(server, path, body).json
+            chunks = post(server, path, {**body, "stream": True, "stream_options": {
+                "include_usage": True}}).chunks
+            assert said_in_turn(chunks) == said_at_once(at_once), (what, fields)
+            assert chunks[-1]["usage"] == at_once["usage"], (what, fields)
+
+
+def test_the_text_of_a_reply_is_what_was_said():
+    said = "Hello, world! 世界 😀 e\u0301"
+    assert message(say(said))[0] == {"role": "assistant", "content": said, "refusal": None}
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_usage_is_streamed_only_where_it_was_asked_for(path):
+    for options in ({}, None, {"include_usage": False}, {"include_usage": None},
+                    {"include_obfuscation": True}):
+        chunks = ask(say("a"), path, stream=True, stream_options=options).chunks
+        assert not any("usage" in chunk for chunk in chunks)
+        assert all(chunk["choices"] for chunk in chunks)
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_usage_has_a_chunk_of_its_own_at_the_end(path):
+    options = {"include_usage": True}
+    *chunks, last = ask(say("a"), path, stream=True, stream_options=options).chunks
+    assert last["choices"] == [] and last["usage"]["total_tokens"] > 0
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("path, fields, prompt, completion", [
+    (CHAT_PATH, {}, 4, 2), (CHAT_PATH, {"n": 3}, 4, 6), (CHAT_PATH, {"max_tokens": 1}, 4, 1),
+    (CHAT_PATH, {"messages": user("a b") + user("c")}, 3, 2),
+    (TEXT_PATH, {}, 4, 2), (TEXT_PATH, {"n": 3}, 4, 6), (TEXT_PATH, {"best_of": 3}, 4, 6),
+    (TEXT_PATH, {"prompt": ["a", "b c"], "n": 2}, 3, 8), (TEXT_PATH, {"echo": True}, 4, 2),
+    (TEXT_PATH, {"prompt": [[1, 2], [3]]}, 3, 4), (TEXT_PATH, {"suffix": "x y z"}, 4, 2),
+])
+def test_usage_adds_up(path, fields, prompt, completion):
+    usage = ask(say("x", "y"), path, **fields).json["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (
+        prompt, completion, prompt + completion)
+
+
+def test_the_tokens_of_a_calls_arguments_count():
+    usage = ask(lambda request: ToolCall("f", {"n": 1})).json["usage"]
+    assert usage["completion_tokens"] == len(tokenize('{"n":1}'))
+
+
+@pytest.mark.parametrize("corrections, total", [
+    ({"prompt_tokens": 70}, 72), ({"completion_tokens": 9}, 13), ({"total_tokens": 99}, 99),
+    ({"prompt_tokens": 1, "completion_tokens": 1}, 2)])
+def test_a_reply_may_correct_its_usage(corrections, total):
+    usage = ask(lambda request: Reply("a b", usage=corrections)).json["usage"]
+    assert usage["total_tokens"] == total and corrections.items() <= usage.items()
+
+
+@pytest.mark.parametrize("asked, told", [(None, "default"), ("auto", "default"),
+                                         ("default", "default"), ("flex", "flex"),
+                                         ("fast", "priority"), ("priority", "priority")])
+def test_the_service_tier_is_the_resolved_one(asked, told):
+    assert ask(echo, service_tier=asked).json["service_tier"] == told
+
+
+def test_the_models_name_is_that_of_the_request():
+    assert ask(echo, model="any/thing-1").json["model"] == "any/thing-1"
+
+
+def test_created_is_now():
+    before = int(time.time())
+    assert before <= ask(echo).json["created"] <= time.time()
+
+
+def test_no_two_replies_share_an_id():
+    with Server() as server:
+        assert len({post(server, CHAT_PATH, HI).json["id"] for _ in range(20)}) == 20
+
+
+def test_no_two_calls_share_an_id():
+    reply = Reply(tool_calls=[ToolCall("f"), ToolCall("f")])
+    choices = ask(lambda request: reply, n=2).json["choices"]
+    assert len({made["id"] for choice in choices
+                for made in choice["message"]["tool_calls"]}) == 4
+
+
+# ------ echo and suffix of a completion
+
+def test_echo_puts_the_prompt_before_the_reply():
+    got = ask(say(" you"), TEXT_PATH, echo=True, prompt="Hi").json
+    assert got["choices"][0]["text"] == "Hi you"
+
+
+def test_echo_reads_token_ids_as_they_count():
+    got = ask(say("x"), TEXT_PATH, echo=True, prompt=[[17], [18, 19]]).json
+    assert [choice["text"] for choice in got["choices"]] == ["<|17|>x", "<|18|><|19|>x"]
+
+
+def test_a_suffix_is_no_part_of_the_reply():
+    assert ask(say("x"), TEXT_PATH, suffix="SUF").json["choices"][0]["text"] == "x"
+
+
+def test_the_echoed_prompt_is_not_searched_for_stops():
+    got = ask(say(" c b d"), TEXT_PATH, echo=True, prompt="a b", stop="b").json["choices"][0]
+    assert (got["text"], got["finish_reason"]) == ("a b c ", "stop")
+
+
+# ------ log probabilities
+
+def test_chat_logprobs_are_those_of_the_text():
+    got = ask(say("Hello, world!", "é"), logprobs=True, top_logprobs=2).json["choices"][0]
+    tokens = got["logprobs"]["content"]
+    assert [token["token"] for token in tokens] == ["Hello", ",", " world", "!", "é"]
+    assert all(bytes(token["bytes"]).decode() == token["token"] for token in tokens)
+
+
+@pytest.mark.parametrize("top", [None, 0, 1, 5, 20])
+def test_top_logprobs_are_as_many_as_asked_for_and_likeliest_first(top):
+    got = ask(say("the", "."), logprobs=True, top_logprobs=top).json["choices"][0]
+    for token in got["logprobs"]["content"]:
+        likely = [other["logprob"] for other in token["top_logprobs"]]
+        assert len(likely) == (top or 0) and likely == sorted(likely, reverse=True)
+        assert len({other["token"] for other in token["top_logprobs"]}) == len(likely)
+        assert token["logprob"] <= 0 and math.isfinite(token["logprob"])
+
+
+def test_the_probabilities_of_a_place_are_at_most_one():
+    got = ask(say("x"), logprobs=True, top_logprobs=20).json["choices"][0]["logprobs"]
+    assert sum(math.exp(other["logprob"]) for other in got["content"][0]["top_logprobs"]) <= 1
+
+
+def test_without_logprobs_there_are_none():
+    assert ask(say("x")).json["choices"][0]["logprobs"] is None
+    assert ask(say("x"), TEXT_PATH).json["choices"][0]["logprobs"] is None
+
+
+def test_each_chunk_has_the_logprobs_of_its_own_text():
+    chunks = ask(say("a b", "c"), stream=True, logprobs=True).chunks
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert parts[0]["logprobs"] == {"content": [], "refusal": None}
+    assert parts[-1]["logprobs"] is None
+    for part in parts[1:-1]:
+        said = "".join(token["token"] for token in part["logprobs"]["content"])
+        assert said == part["delta"]["content"]
+
+
+def text_logprobs(said, **fields):
+    choice = ask(say(*said), TEXT_PATH, **fields).json["choices"][0]
+    logprobs = choice["logprobs"]
+    assert len({len(column) for column in logprobs.values()}) == 1
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    return logprobs
+
+
+@pytest.mark.parametrize("top", [0, 1, 2, 5])
+def test_text_logprobs_are_parallel_and_of_the_text(top):
+    logprobs = text_logprobs(["a b", " the", "世"], logprobs=top, prompt="pr om")
+    assert logprobs["tokens"] == ["a", " b", " the", "世"]
+    assert logprobs["text_offset"] == [5, 6, 8, 12]
+    for token, logprob, likely in zip(logprobs["tokens"], logprobs["token_logprobs"],
+                                      logprobs["top_logprobs"]):
+        assert likely[token] == logprob and max(likely.values()) == logprob
+        assert top <= len(likely) <= top + 1 and math.isfinite(logprob)
+
+
+def test_with_echo_the_logprobs_cover_the_prompt_and_begin_with_null():
+    logprobs = text_logprobs(["c"], logprobs=1, prompt="a b", echo=True)
+    assert logprobs["tokens"] == ["a", " b", "c"]
+    assert logprobs["text_offset"] == [0, 1, 3]
+    assert [each is None for each in logprobs["token_logprobs"]] == [True, False, False]
+    assert [each is None for each in logprobs["top_logprobs"]] == [True, False, False]
+
+
+def test_a_scorer_gets_the_logprobs_of_its_prompt_alone():
+    logprobs = text_logprobs(["x"], logprobs=1, prompt=[5, 6, 7], echo=True, max_tokens=0)
+    assert len(logprobs["tokens"]) == 3 and all(logprobs["top_logprobs"][1:])
+
+
+def test_a_scorer_that_asks_for_one_token_more_gets_one_more():
+    logprobs = text_logprobs(["x", "y"], logprobs=1, prompt=[5, 6], echo=True, max_tokens=1)
+    assert len(logprobs["tokens"]) == 3
+
+
+def test_a_stop_within_a_token_leaves_the_logprobs_of_the_rest():
+    logprobs = text_logprobs(["Hello"], logprobs=1, stop="ll")
+    assert logprobs["tokens"] == ["He"]
+
+
+def test_logprobs_of_half_a_character_are_json():
+    got = ask(lambda request: "\ud83d", logprobs=True, top_logprobs=1).json
+    assert got["choices"][0]["logprobs"]["content"][0]["token"] == "\ud83d"
+
+
+# ------ tool calls
+
+def test_a_call_is_streamed_as_an_opening_and_fragments():
+    made = ToolCall("f", {"n": 1}, id="call_x")
+    got = ask(lambda request: made, stream=True, **TOOLS)
+    role, opening, *fragments, end = deltas(got.chunks)
+    assert role == {"role": "assistant", "content": None, "refusal": None} and end == {}
+    assert opening == {"tool_calls": [{"index": 0, "id": "call_x", "type": "function",
+                                       "function": {"name": "f", "arguments": ""}}]}
+    assert all(fragment["tool_calls"][0].keys() == {"index", "function"}
+               and fragment["tool_calls"][0]["function"].keys() == {"arguments"}
+               for fragment in fragments)
+
+
+def test_arguments_may_be_text_and_go_out_as_they_are():
+    first, _ = message(lambda request: ToolCall("f", '{"n" : 1, broken'), **TOOLS)
+    assert first["tool_calls"][0]["function"]["arguments"] == '{"n" : 1, broken'
+
+
+@pytest.mark.parametrize("arguments", [{}, None, "", "{}"])
+def test_no_arguments_are_an_empty_object(arguments):
+    first, _ = message(lambda request: ToolCall("f", arguments), **TOOLS)
+    assert first["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+def test_a_call_without_text_has_no_content():
+    first, reason = message(lambda request: ToolCall("f", {}), **TOOLS)
+    assert first["content"] is None and reason == "tool_calls"
+
+
+def test_a_yielded_call_is_a_reason_to_finish():
+    assert message(lambda request: iter(["a", ToolCall("f")]), **TOOLS)[1] == "tool_calls"
+
+
+def test_text_and_calls_may_be_in_one_message():
+    first, reason = message(lambda request: Reply("a", ToolCall("f")), **TOOLS)
+    assert (first["content"], len(first["tool_calls"]), reason) == ("a", 1, "tool_calls")
+
+
+def test_a_reply_without_calls_has_no_list_of_them():
+    assert "tool_calls" not in message(echo, **TOOLS)[0]
+
+
+def test_arguments_are_never_cut():
+    first, _ = message(lambda request: ToolCall("f", {"n": 1}), max_tokens=1, stop="n", **TOOLS)
+    assert first["tool_calls"][0]["function"]["arguments"] == '{"n":1}'
+
+
+def test_arguments_use_up_the_limit_of_the_text_after_them():
+    first, reason = message(say(ToolCall("f", {"n": 1}), "a"), max_tokens=3, **TOOLS)
+    assert len(first["tool_calls"]) == 1 and reason == "length" and not first["content"]
+
+
+@pytest.mark.parametrize("parallel, count", [(True, 2), (None, 2), (False, 1)])
+def test_without_parallel_calls_there_is_one_at_most(parallel, count):
+    reply = Reply(tool_calls=[ToolCall("f"), ToolCall("g")])
+    first, reason = message(lambda request: reply, parallel_tool_calls=parallel, **TOOLS)
+    assert (len(first["tool_calls"]), reason) == (count, "tool_calls")
+
+
+def test_legacy_functions_get_a_function_call():
+    first, reason = message(lambda request: ToolCall("f", {"n": 1}), **FUNCTIONS)
+    assert first["function_call"] == {"name": "f", "arguments": '{"n":1}'}
+    assert reason == "function_call" and "tool_calls" not in first and first["content"] is None
+
+
+def test_a_legacy_call_is_streamed_as_an_opening_and_fragments():
+    chunks = ask(lambda request: ToolCall("f", {}), stream=True, **FUNCTIONS).chunks
+    _, opening, *fragments, end = deltas(chunks)
+    assert opening == {"function_call": {"name": "f", "arguments": ""}} and end == {}
+    assert "".join(fragment["function_call"]["arguments"] for fragment in fragments) == "{}"
+
+
+def test_a_custom_tool_is_called_with_text():
+    first, _ = message(lambda request: ToolCall("c", "any text"), **TOOLS)
+    assert first["tool_calls"][0]["custom"] == {"name": "c", "input": "any text"}
+
+
+def test_a_refusal_is_streamed_in_its_own_field():
+    got = ask(lambda request: Reply(refusal="I can't"), stream=True)
+    role, *middle, end = deltas(got.chunks)
+    assert role == {"role": "assistant", "content": None, "refusal": ""} and end == {}
+    assert "".join(delta["refusal"] for delta in middle) == "I can't"
+
+
+def test_a_refusal_is_no_content():
+    first, reason = message(lambda request: Reply(refusal="No."))
+    assert (first["content"], first["refusal"], reason) == (None, "No.", "stop")
+
+
+@pytest.mark.parametrize("what", ["call", "calls", "refusal"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_completion_has_no_place_for_a_call(what, stream):
+    got = ask(model, TEXT_PATH, prompt=what, stream=stream)
+    assert got.status == 500 and re.search("tool call|refusal", got.error["message"])
+
+
+# ------ what the built-in echo obeys
+
+N_ARGUMENTS = '{"n":0}'
+
+
+@pytest.mark.parametrize("fields, name, text", [
+    ({"tool_choice": "required"}, "f", N_ARGUMENTS),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "f", N_ARGUMENTS),
+    ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "g", "{}"),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "c"}}}, "c", "Hello, world!"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]}}},
+     "g", "{}"),
+])
+def test_echo_calls_the_tool_it_is_forced_to(fields, name, text):
+    first, reason = message(echo, **TOOLS, **fields)
+    made = first["tool_calls"][0]
+    assert list(made[made["type"]].values()) == [name, text]
+    assert (len(first["tool_calls"]), reason, first["content"]) == (1, "tool_calls", None)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"tool_choice": None},
+    {"tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}}}])
+def test_echo_calls_no_tool_unasked(fields):
+    assert message(echo, **TOOLS, **fields)[0]["content"] == "Hello, world!"
+
+
+def test_echo_calls_the_function_it_is_forced_to():
+    first, _ = message(echo, function_call={"name": "g"}, **FUNCTIONS)
+    assert first["function_call"] == {"name": "g", "arguments": "{}"}
+
+
+@pytest.mark.parametrize("choice", [None, "none", "auto"])
+def test_echo_calls_no_function_unasked(choice):
+    assert message(echo, function_call=choice, **FUNCTIONS)[0]["content"] == "Hello, world!"
+
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+@pytest.mark.parametrize("form, wanted", [
+    (schema_format(an_object(a={"const": "世"})), {"a": "世"}),
+    (schema_format({"type": "integer", "minimum": 3}), 3),
+    ({"type": "json_schema", "json_schema": {"name": "s"}}, {}),
+])
+def test_echo_answers_an_instance_of_the_schema(form, wanted):
+    first, reason = message(echo, response_format=form)
+    assert (json.loads(first["content"]), reason) == (wanted, "stop")
+
+
+def test_echo_answers_one_json_object():
+    first, _ = message(echo, response_format={"type": "json_object"})
+    assert type(json.loads(first["content"])) is dict
+
+
+def test_text_is_a_response_format():
+    assert message(echo, response_format={"type": "text"})[0]["content"] == "Hello, world!"
+
+
+@pytest.mark.parametrize("fields", [
+    {"response_format": schema_format({"not": {}})},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+     "tool_choice": "required"},
+    {"functions": [{"name": "f", "parameters": {"not": {}}}], "function_call": {"name": "f"}}])
+def test_a_schema_that_echo_cannot_satisfy_is_a_400(fields):
+    got = ask(echo, **fields)
+    assert got.status == 400 and "'not'" in got.error["message"]
+
+
+def test_other_backends_say_what_they_say():
+    first, _ = message(say("x"), response_format=schema_format({"type": "null"}), **FORCED)
+    assert first["content"] == "x"
+
+
+# ------ events
+
+@pytest.mark.parametrize("text, line", [
+    ("世é😀", '"世é😀"'), ("\u2028", r'"\u2028"'), ("\x85", r'"\u0085"'), ("\u2029", r'"\u2029"'),
+    ("\ud83d", r'"\ud83d"'), ("\udc00é", r'"\udc00\u00e9"'), ("\n\r\t\0", r'"\n\r\t\u0000"'),
+    ("\x7f\"\\/", '"\x7f\\"\\\\/"'),
+])
+def test_an_event_is_one_line_of_utf8(text, line):
+    assert openai_compat.event(text) == f"data: {line}\n\n".encode()
+
+
+def test_events_end_with_done():
+    assert b"".join(openai_compat.events([{"a": 1}, {"a": None}])) == (
+        b'data: {"a":1}\n\ndata: {"a":null}\n\ndata: [DONE]\n\n')
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_never_goes_out(number):
+    with pytest.raises(ValueError):
+        openai_compat.event({"a": number})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_number_that_is_none_never_reaches_the_wire(stream):
+    got = ask(lambda request: Reply("x", usage={"prompt_tokens": math.nan}), stream=stream,
+              **({"stream_options": {"include_usage": True}} if stream else {}))
+    assert b"NaN" not in got.body and b'"error"' in got.body
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "\ud83d", "😀", "a\r\nb", "\0"])
+def test_any_text_survives_the_wire(path, text):
+    where = {"messages": user(text)} if path == CHAT_PATH else {"prompt": text}
+    chunks = ask(echo, path, stream=True, **where).chunks
+    assert said_in_turn(chunks)[0]["text"] == text
+
+
+# ----------------------------------------------------------------------------------
+# Backends.  What may be returned and yielded, what may be raised, and when it is closed.
+
+@pytest.mark.parametrize("backend, pieces", [
+    (lambda request: "a b", ["a", " b"]), (lambda request: ["a b", "c"], ["a b", "c"]),
+    (lambda request: ("a", "b"), ["a", "b"]),
+    (lambda request: iter(["a", "", "b"]), ["a", "b"]),
+    (lambda request: (piece for piece in "ab"), ["a", "b"]),
+    (lambda request: Reply("a b"), ["a", " b"]),
+    (say("a ", "b"), ["a ", "b"]), (lambda request: "", []), (lambda request: [], []),
+    (lambda request: Reply(), []),
+])
+def test_what_a_backend_may_say(backend, pieces):
+    _, *middle, end = deltas(ask(backend, stream=True).chunks)
+    assert [delta["content"] for delta in middle] == pieces and end == {}
+
+
+def test_a_generator_function_is_a_backend():
+    def backend(request):
+        for word in request["text"].split():
+            yield word[::-1]
+    assert message(backend)[0]["content"] == ",olleH!dlrow"
+
+
+@pytest.mark.parametrize("path, fields, wanted", [
+    (CHAT_PATH, {}, {"endpoint": "chat", "index": 0, "text": "Hello, world!",
+                     "prompt": "Hello, world!", "n": 1, "stop": [], "stream": False}),
+    (TEXT_PATH, {}, {"endpoint": "completion", "index": 0, "text": "Hello, world!",
+                     "prompt": "Hello, world!", "best_of": 1, "echo": False}),
+    (TEXT_PATH, {"prompt": [17]}, {"text": "<|17|>"}),
+    (CHAT_PATH, {"top_k": 5}, {"top_k": 5}),
+])
+def test_a_backend_gets_the_request(path, fields, wanted):
+    seen = []
+    got = ask(lambda request: seen.append(request) or "x", path, **fields).json
+    assert wanted.items() <= seen[0].items() and seen[0]["id"] == got["id"]
+
+
+WRONG = [None, 5, 1.5, True, b"x", {"a": 1}, object()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_what_no_backend_may_return_is_a_500_that_says_so(value, stream):
+    got = ask(lambda request: value, stream=stream)
+    assert got.status == 500 and type(value).__name__ in got.error["message"]
+
+
+@pytest.mark.parametrize("value", [*WRONG, ["x"], Reply("x")], ids=repr)
+def test_what_no_backend_may_yield_is_a_500_that_says_so(value):
+    got = ask(lambda request: iter([value]), stream=True)
+    assert got.status == 500 and type(value).__name__ in got.error["message"]
+
+
+def failing(error, *pieces):
+    def backend(request):
+        yield from pieces
+        raise error
+    return backend
+
+
+TEAPOT = APIError(418, "I'm a teapot.", "pot", "teapot", "tea", {"retry-after-ms": "20"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("pieces", [(), ("",)])
+def test_an_error_before_the_first_piece_is_a_status(stream, pieces):
+    got = ask(failing(TEAPOT, *pieces), stream=stream)
+    assert got.status == 418 and got.headers["retry-after-ms"] == "20"
+    assert got.headers["content-type"] == "application/json"
+    assert got.error == {"message": "I'm a teapot.", "type": "tea", "param": "pot",
+                         "code": "teapot"}
+
+
+def test_an_error_in_a_whole_reply_is_a_status_whenever_it_comes():
+    assert ask(failing(TEAPOT, "a", "b")).status == 418
+
+
+def test_a_later_error_is_an_event_without_done():
+    got = ask(failing(TEAPOT, "a"), stream=True)
+    *events, last, rest = got.body.split(b"\n\n")
+    assert got.status == 200 and rest == b"" and len(events) == 2
+    assert loads(last[6:])["error"]["message"] == "I'm a teapot."
+    check_shape(loads(last[6:]), ERROR)
+
+
+def test_an_error_that_is_raised_and_not_yielded_is_a_status():
+    def backend(request):
+        raise TEAPOT
+    assert ask(backend, stream=True).status == 418
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("error", [
+    RuntimeError("secret"), SystemExit("secret"), StopIteration("secret")], ids=repr)
+def test_any_other_error_is_a_500_and_stays_at_home(error, stream, caplog):
+    def backend(request):
+        raise error
+    got = ask(backend, stream=stream)
+    assert got.status == 500 and b"secret" not in got.body
+    assert got.error["message"].startswith("The server had an error while processing")
+    assert got.error["type"] == "server_error"
+    assert "secret" in caplog.text and "Traceback" in caplog.text
+
+
+def test_any_other_error_later_is_an_event(caplog):
+    got = ask(failing(RuntimeError("secret"), "a"), stream=True)
+    assert got.status == 200 and b"secret" not in got.body and b"[DONE]" not in got.body
+    assert loads(got.body.split(b"\n\n")[-2][6:])["error"]["type"] == "server_error"
+    assert "secret" in caplog.text
+
+
+def test_a_connection_outlives_an_error():
+    with Server(failing(RuntimeError("x"))) as server:
+        connection = HTTPConnection(*server.server_address)
+        for status in (500, 500):
+            connection.request("POST", CHAT_PATH, json.dumps(HI))
+            assert Got(connection.getresponse()).status == status
+        connection.close()
+
+
+@pytest.mark.parametrize("status, kind, code", [
+    (400, "invalid_request_error", None), (401, "invalid_request_error", None),
+    (404, "invalid_request_error", None), (429, "requests", "rate_limit_exceeded"),
+    (500, "server_error", None), (502, "server_error", None),
+    (503, "service_unavailable_error", None)])
+def test_an_errors_type_and_code_follow_from_its_status(status, kind, code):
+    error = APIError(status, "x").body()["error"]
+    assert error == {"message": "x", "type": kind, "param": None, "code": code}
+
+
+def test_no_quota_is_not_to_be_tried_again():
+    error = APIError(429, "x", code="insufficient_quota")
+    assert error.type == "insufficient_quota" and error.headers["x-should-retry"] == "false"
+
+
+def closing_backend(*pieces):
+    """A backend, an event that says that it was closed, and one that lets it go on.
+
+    Its generator is kept, so that no garbage collector closes it.
+    """
+    closed, go_on, kept = threading.Event(), threading.Event(), []
+
+    def speak():
+        try:
+            yield from pieces
+            go_on.wait(20)
+            yield from itertools.repeat("x ", 100_000)
+        finally:
+            closed.set()
+
+    def backend(request):
+        kept.append(speak())
+        return kept[-1]
+    return backend, closed, go_on
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_generator_is_closed_when_a_client_leaves_its_stream(path):
+    backend, closed, go_on = closing_backend("a", "b")
+    with Server(backend) as server:
+        leave(server, path, {**HI, **PROMPT, "stream": True}, after=2)
+        go_on.set()
+        assert closed.wait(15) and outcome(server) == "client left"
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_generator_is_closed_when_a_client_leaves_its_whole_reply(path):
+    backend, closed, go_on = closing_backend("a", "b")
+    with Server(backend) as server:
+        leave(server, path, {**HI, **PROMPT})
+        go_on.set()
+        assert closed.wait(15) and outcome(server) == "client left"
+
+
+def test_a_generator_is_closed_when_the_limit_is_reached():
+    backend, closed, go_on = closing_backend("a", "b")
+    go_on.set()
+    assert ask(backend, max_tokens=2, stream=True).chunks and closed.wait(15)
+
+
+def test_all_generators_are_closed_when_one_fails():
+    closed, kept = [], []
+
+    def backend(request):
+        kept.append(speak(request))
+        return kept[-1]
+
+    def speak(request):
+        try:
+            yield "a"
+            if request["index"] == 1:
+                raise TEAPOT
+            yield from "bcdef"
+        finally:
+            closed.append(request["index"])
+    assert b"teapot" in ask(backend, n=3, stream=True).body and sorted(closed) == [0, 1, 2]
+
+
+def test_a_half_closed_client_has_left():
+    backend, closed, go_on = closing_backend("a")
+    with Server(backend) as server:
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(request_bytes(CHAT_PATH, {**HI, "stream": True}))
+            client.shutdown(socket.SHUT_WR)
+            go_on.set()
+            assert closed.wait(15) and outcome(server) == "client left"
+
+
+def test_an_event_goes_out_before_the_next_piece_is_made():
+    arrived = threading.Event()
+
+    def backend(request):
+        yield "first"
+        assert arrived.wait(15), "the first piece was held back"
+        yield "second"
+    with Server(backend) as server, socket.create_connection(server.server_address) as client:
+        client.sendall(request_bytes(CHAT_PATH, {**HI, "stream": True}))
+        got = b""
+        while b"first" not in got:
+            got += client.recv(65536)
+        arrived.set()
+        assert b"second" in b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("backend", [say("a", "b"), lambda request: iter("ab"),
+                                     lambda request: "a b"])
+def test_each_event_is_one_transfer_chunk(backend):
+    with Server(backend) as server:
+        got, _ = raw(server, CHAT_PATH, {**HI, "stream": True})
+    chunks, ended = transfer_chunks(got)
+    assert ended and len(chunks) == 5
+    assert all(chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") for chunk in chunks)
+
+
+def test_a_reply_may_bring_headers():
+    for stream in (False, True):
+        got = ask(lambda request: Reply("x", headers={"x-mine": "7"}), stream=stream)
+        assert got.headers["x-mine"] == "7"
+
+
+def test_every_reply_has_a_request_id_of_its_own():
+    with Server() as server:
+        ids = [call(server, *request).headers["x-request-id"] for request in (
+            ("GET", "/health"), ("GET", "/nowhere"), ("POST", CHAT_PATH, HI),
+            ("POST", CHAT_PATH, "{"), ("OPTIONS", CHAT_PATH))]
+    assert len(set(ids)) == 5 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_processing_time_is_a_number(stream):
+    assert ask(echo, stream=stream).headers["openai-processing-ms"].isdigit()
+
+
+def test_a_stream_says_what_it_is():
+    headers = ask(echo, stream=True).headers
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert headers["x-accel-buffering"] == "no" and "no-cache" in headers["cache-control"]
+
+
+# ------ delays
+
+@pytest.mark.parametrize("delay, least", [(0.03, 0.06), ((0.08, 0), 0.08), ([0, 0.05], 0.05)])
+def test_a_reply_takes_its_time(delay, least):
+    with Server(lambda request: Reply("a b", delay=delay)) as server:
+        begun = time.monotonic()
+        assert post(server, CHAT_PATH, HI).json
+        assert time.monotonic() - begun >= least
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("delay, events", [(60, 0), ((60, 0), 0), ((0, 60), 2)])
+def test_a_pause_ends_when_the_client_leaves(stream, delay, events):
+    with Server(lambda request: Reply("a b c", delay=delay)) as server:
+        leave(server, CHAT_PATH, {**HI, "stream": stream}, after=events if stream else 0)
+        assert outcome(server) == "client left"
+        assert server.journal[0].events == (events if stream else 0)
+
+
+def test_a_pause_ends_when_the_server_does():
+    with Server(lambda request: Reply("a", delay=60)) as server:
+        thread = threading.Thread(target=leave, args=(server, CHAT_PATH, HI), daemon=True)
+        thread.start()
+        until(lambda: server.journal)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 30
+
+
+# ----------------------------------------------------------------------------------
+# Script.
+
+def contents(server, count, **fields):
+    return [post(server, CHAT_PATH, {**HI, **fields}).json["choices"][0]["message"]["content"]
+            for _ in range(count)]
+
+
+def test_a_script_is_taken_step_by_step():
+    with Server(Script("a", Reply("b"), lambda request: request["text"])) as server:
+        assert contents(server, 3) == ["a", "b", "Hello, world!"]
+
+
+def test_a_step_may_be_a_call_or_a_list_of_them():
+    with Server(Script(ToolCall("f"), [ToolCall("f"), ToolCall("g")])) as server:
+        got = [post(server, CHAT_PATH, {**HI, **TOOLS}).json for _ in range(2)]
+    assert [[made["function"]["name"] for made in each["choices"][0]["message"]["tool_calls"]]
+            for each in got] == [["f"], ["f", "g"]]
+
+
+def test_a_step_may_be_an_error():
+    with Server(Script(TEAPOT, "b")) as server:
+        assert post(server, CHAT_PATH, HI).error["code"] == "teapot"
+        assert contents(server, 1) == ["b"]
+
+
+def test_a_step_may_be_a_generator_function():
+    def step(request):
+        yield from "ab"
+    with Server(Script(step)) as server:
+        assert contents(server, 1) == ["ab"]
+
+
+def test_all_choices_of_a_request_say_the_same_step():
+    with Server(Script("a", "b")) as server:
+        for text in "ab":
+            got = post(server, CHAT_PATH, {**HI, "n": 3}).json
+            assert [choice["message"]["content"] for choice in got["choices"]] == [text] * 3
+
+
+def not_followed(script, *bodies):
+    """(the error of the last reply, the AssertionError's text) of a script that fails."""
+    with pytest.raises(AssertionError) as fault:
+        with Server(script) as server:
+            for body in bodies:
+                got = post(server, CHAT_PATH, {**HI, **body})
+    return got, str(fault.value)
+
+
+def test_a_request_past_the_end_is_a_500_and_fails_the_block():
+    got, fault = not_followed(Script("a"), {}, {})
+    assert got.status == 500 and got.headers["x-should-retry"] == "false"
+    assert "step 2" in got.error["message"] and "step 2" in fault
+
+
+def test_a_step_left_over_fails_the_block():
+    _, fault = not_followed(Script("a", "b", "c"), {})
+    assert "step 2" in fault and "2 of 3" in fault
+
+
+def test_an_unused_script_fails_the_block():
+    with pytest.raises(AssertionError):
+        with Server(Script("a")):
+            pass
+
+
+@pytest.mark.parametrize("expect, body, words", [
+    ({"temperature": 0}, {"temperature": 1}, ("temperature", "0", "1")),
+    ({"temperature": 0}, {}, ("temperature", "0", "absent")),
+    ({"messages": []}, {}, ("messages", "[]", "Hello, world!")),
+    ({"stop": ["a", "b"]}, {"stop": ["a"]}, ("stop", "['a', 'b']", "['a']")),
+    ({"stream_options": {"include_usage": True}}, {"stream": True, "stream_options": {
+        "include_usage": False}}, ("stream_options.include_usage", "True", "False")),
+    ({"model": "m", "n": 2}, {"n": 1}, ("n is 1", "2")),
+    ({"n": 1}, {}, ("n", "absent")),
+])
+def test_an_unexpected_request_is_told_its_first_difference(expect, body, words):
+    got, fault = not_followed(Script(Reply("a", expect=expect)), body)
+    assert got.status == 500 and got.headers["x-should-retry"] == "false"
+    assert all(word in got.error["message"] and word in fault for word in ("step 1", *words))
+
+
+@pytest.mark.parametrize("expect", [
+    {}, {"model": "m"}, {"messages": HI["messages"]},
+    {"stream_options": {"include_usage": True}},
+    lambda body: body["model"] == "m", None])
+def test_a_request_as_expected_gets_its_step(expect):
+    with Server(Script(Reply("a", expect=expect))) as server:
+        assert post(server, CHAT_PATH, {**HI, "stream": True, "stream_options": {
+            "include_usage": True, "include_obfuscation": False}}).status == 200
+
+
+def test_expect_may_be_a_function_that_says_no():
+    got, fault = not_followed(Script(Reply("a", expect=lambda body: False)), {})
+    assert got.status == 500 and "step 1" in got.error["message"] and "step 1" in fault
+
+
+def test_an_unexpected_request_does_not_use_up_its_step():
+    with pytest.raises(AssertionError, match="step 1"):
+        with Server(Script(Reply("a", expect={"n": 1}))) as server:
+            assert post(server, CHAT_PATH, HI).status == 500
+            assert contents(server, 1, n=1) == ["a"]
+
+
+def test_expect_sees_the_body_as_sent():
+    with Server(Script(Reply("a", expect=lambda body: body == HI))) as server:
+        assert contents(server, 1) == ["a"]
+
+
+def test_an_error_in_the_block_is_the_context_of_the_scripts():
+    with pytest.raises(AssertionError, match="step 1") as fault:
+        with Server(Script()) as server:
+            post(server, CHAT_PATH, HI)
+            raise KeyError("of the block")
+    assert isinstance(fault.value.__context__, KeyError)
+
+
+def test_an_error_in_the_block_is_not_hidden_by_a_step_left_over():
+    with pytest.raises(KeyError, match="of the block"):
+        with Server(Script("a")):
+            raise KeyError("of the block")
+
+
+def test_an_interrupted_block_says_so():
+    with pytest.raises(KeyboardInterrupt):
+        with Server(Script()) as server:
+            post(server, CHAT_PATH, HI)
+            raise KeyboardInterrupt
+
+
+def test_a_script_can_be_checked_in_the_middle():
+    script = Script("a", "b")
+    with Server(script) as server:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="left over"):
+                script.check()
+            contents(server, 1)
+        script.check()
+
+
+def test_a_refused_request_takes_no_step():
+    with Server(Script("a")) as server:
+        assert post(server, CHAT_PATH, {**HI, "n": 0}).status == 400
+        assert contents(server, 1) == ["a"]
+
+
+def test_a_script_serves_both_endpoints():
+    with Server(Script("a", "b")) as server:
+        assert post(server, TEXT_PATH, PROMPT).json["choices"][0]["text"] == "a"
+        assert contents(server, 1) == ["b"]
+
+
+def test_twenty_clients_take_each_step_once():
+    def slow(body):                             # gives the others time to come between
+        return not threading.Event().wait(0.001)
+    steps, said = [str(i) for i in range(60)], []
+    with Server(Script(*(Reply(step, expect=slow) for step in steps))) as server:
+        threads = [threading.Thread(target=lambda: said.extend(contents(server, 3, n=2)))
+                   for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert sorted(said) == sorted(steps)
+
+
+def from_file(tmp_path, steps):
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps(steps), encoding="utf-8")
+    return Script.from_file(str(path))
+
+
+def test_a_script_may_come_from_a_file(tmp_path):
+    script = from_file(tmp_path, [
+        "世界", {"text": "b", "finish_reason": "length", "expect": {"model": "m"}},
+        {"tool_calls": [{"name": "f", "arguments": {"n": 1}},
+                        {"name": "g", "arguments": "{}"}]},
+        {"error": {"status": 429, "message": "slow down", "code": "rate_limit_exceeded",
+                   "headers": {"retry-after-ms": "20"}}}])
+    with Server(script) as server:
+        got = [post(server, CHAT_PATH, {**HI, **TOOLS}) for _ in range(4)]
+    first, second, third = (each.json["choices"][0] for each in got[:3])
+    assert first["message"]["content"] == "世界" and second["finish_reason"] == "length"
+    assert [made["function"]["arguments"] for made in third["message"]["tool_calls"]] == [
+        '{"n":1}', "{}"]
+    assert got[3].status == 429 and got[3].headers["retry-after-ms"] == "20"
+
+
+@pytest.mark.parametrize("steps, words", [
+    ({}, "list"), ([5], "step 1"), (["a", {"bogus": 1}], "step 2"), ([{"error": {}}], "step 1"),
+    ([{"tool_calls": [{"arguments": {}}]}], "step 1"), ([{"quirk": "bogus"}], "step 1"),
+    ([{"error": "x"}], "step 1"), ([{"tool_calls": 5}], "step 1"), ([None], "step 1")])
+def test_a_file_that_is_no_script_says_where(tmp_path, steps, words):
+    with pytest.raises(ValueError, match=words):
+        from_file(tmp_path, steps)
+
+
+# ----------------------------------------------------------------------------------
+# Quirks.  What each does to the wire, told from what a reply without it looks like.
+
+NAMED = """comment crlf no_space bom id_field retry_block empty_data split_bytes one_write
+    no_role role_every usage_always no_done no_finish no_terminator missing_tool_index
+    duplicate_tool_id bad_json error_event truncate stall reset html_502""".split()
+STREAMED = {**HI, **TOOLS, "stream": True}
+
+
+def a_call(request):
+    return Reply(tool_calls=[ToolCall("f", {"n": 1}, "call_a"), ToolCall("g", {}, "call_b")])
+
+
+def quirked(quirk, backend=say("a", "b"), body=STREAMED):
+    """(transfer chunks, whether the last came, the head, how it ended) with that quirk."""
+    with Server(backend, quirk=quirk) as server:
+        got, end = raw(server, CHAT_PATH, body)
+    return (*transfer_chunks(got), got.partition(b"\r\n\r\n")[0], end)
+
+
+def written(quirk, backend=say("a", "b")):
+    """The whole body with that quirk, pinned, of a reply that ended well."""
+    chunks, ended, head, end = quirked(quirk, backend)
+    assert ended and end == "end" and head.startswith(b"HTTP/1.1 200 ")
+    return pinned(b"".join(chunks))
+
+
+def chunks_in(body):
+    return [loads(line[6:]) for line in body.split("\n") if line.startswith("data: {")]
+
+
+PLAIN = "".join(f"data: {event}\n\n" for event in (
+    ROLE, delta('"content":"a"'), delta('"content":"b"'), delta("", '"stop"'), "[DONE]"))
+EVENTS = PLAIN.count("data: ")
+
+
+def test_the_quirks_are_those_that_are_named():
+    assert sorted(QUIRKS) == sorted(NAMED)
+
+
+def test_every_quirk_says_what_it_does():
+    assert all(QUIRKS[name].__doc__ for name in NAMED)
+
+
+def test_without_a_quirk_the_body_is_plain():
+    assert written(None) == PLAIN
+
+
+@pytest.mark.parametrize("quirk, undone, count", [
+    ("comment", lambda body: re.sub(r":[^\n]*\n\n(?=data: )", "", body), EVENTS),
+    ("crlf", lambda body: body.replace("\r\n", "\n"), 2 * EVENTS),
+    ("no_space", lambda body: re.sub("(?m)^data:", "data: ", body), EVENTS),
+    ("bom", lambda body: re.sub("^\ufeff", "", body), 1),
+    ("id_field", lambda body: re.sub(r"(?m)^(id: ?\d+\n|:.*\n\n)", "", body), EVENTS),
+    ("retry_block", lambda body: re.sub(r"(?m)^retry: ?\d+\n\n", "", body), 1),
+    ("empty_data", lambda body: re.sub(r"(?m)^data: ?\n\n", "", body), 1),
+    ("no_done", lambda body: body + "data: [DONE]\n\n", 0),
+])
+def test_a_quirk_about_lines(quirk, undone, count):
+    body = written(quirk)
+    assert body != PLAIN and undone(body) == PLAIN
+    if quirk == "crlf":
+        assert body.count("\n") == body.count("\r\n")
+
+
+def test_ids_come_before_comment_blocks():
+    body = written("id_field")
+    assert len(re.findall(r"(?m)^id: ?\d+$", body)) > 1
+    assert re.search(r"(?m)^id: ?\d+\n(data: .*\n\n):.*\n\n", body)
+
+
+def test_comments_come_before_each_event():
+    assert len(re.findall(r"(?m)^:.*\n\ndata: ", written("comment"))) == EVENTS
+
+
+def test_split_bytes_sends_each_byte_alone():
+    chunks, ended, _, _ = quirked("split_bytes")
+    assert ended and {len(chunk) for chunk in chunks} == {1}
+    assert pinned(b"".join(chunks)) == PLAIN
+
+
+def test_one_write_sends_all_at_once():
+    chunks, ended, _, _ = quirked("one_write", lambda request: iter("ab"))
+    assert ended and [pinned(chunk) for chunk in chunks] == [PLAIN]
+
+
+def test_no_role_takes_the_role_away():
+    body = written("no_role")
+    assert "role" not in body and body == PLAIN.replace('"role":"assistant",', "")
+
+
+def test_role_every_repeats_the_role():
+    body = written("role_every")
+    assert all(chunk["choices"][0]["delta"]["role"] == "assistant" for chunk in chunks_in(body))
+    assert re.sub('"role":"assistant",?', "", body) == re.sub('"role":"assistant",?', "", PLAIN)
+
+
+def test_usage_always_adds_a_usage_uninvited():
+    *chunks, last = chunks_in(written("usage_always"))
+    assert all(chunk["usage"] for chunk in [*chunks, last]) and len(chunks) == EVENTS - 1
+    assert last["choices"] == [] and all(chunk["choices"] for chunk in chunks)
+
+
+def test_no_finish_ends_with_neither_reason_nor_done():
+    body = written("no_finish")
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks_in(body))
+    assert "[DONE]" not in body and '"b"' in body
+
+
+def test_no_terminator_closes_without_the_last_transfer_chunk():
+    chunks, ended, _, end = quirked("no_terminator")
+    assert not ended and end == "end" and pinned(b"".join(chunks)) == PLAIN
+
+
+def test_missing_tool_index_takes_the_index_away():
+    body = written("missing_tool_index", a_call)
+    calls = [made for chunk in chunks_in(body)
+             for made in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert len(calls) > 2 and not any("index" in made for made in calls)
+
+
+def test_duplicate_tool_id_repeats_id_and_name():
+    body = written("duplicate_tool_id", a_call)
+    calls = [made for chunk in chunks_in(body)
+             for made in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert {(made["index"], made["id"], made["function"]["name"]) for made in calls} == {
+        (0, "call", "f"), (1, "call", "g")}
+
+
+@pytest.mark.parametrize("quirk, k", [
+    *((f"bad_json@{k}", k) for k in range(4)), ("bad_json", 2)])
+def test_bad_json_cuts_one_event_short(quirk, k):
+    *blocks, rest = written(quirk).split("\n\n")
+    plain = PLAIN.split("\n\n")[:-1]
+    assert len(blocks) == EVENTS and rest == ""
+    assert [i for i, (a, b) in enumerate(zip(blocks, plain)) if a != b] == [k]
+    with pytest.raises(ValueError):
+        json.loads(blocks[k][6:])
+
+
+FIRST_EVENTS = [
+    "".join(event + "\n\n" for event in PLAIN.split("\n\n")[:k]) for k in range(EVENTS)]
+
+
+@pytest.mark.parametrize("quirk, k", [("truncate", 2), ("truncate@0", 0), ("truncate@1", 1),
+                                      ("truncate@3", 3)])
+def test_truncate_closes_cleanly(quirk, k):
+    assert written(quirk) == FIRST_EVENTS[k]
+
+
+@pytest.mark.parametrize("quirk, k", [("error_event", 2), ("error_event@1", 1),
+                                      ("error_event@3", 3)])
+def test_error_event_stands_in_the_place_of_the_rest(quirk, k):
+    body = written(quirk)
+    assert body.startswith(FIRST_EVENTS[k])
+    check_shape(loads(body[len(FIRST_EVENTS[k]) + 6:]), ERROR)
+
+
+@pytest.mark.parametrize("quirk, k", [
+    ("reset", 2), ("reset@0", 0), ("reset@1", 1), ("reset@4", 4)])
+def test_reset_resets(quirk, k):
+    chunks, ended, _, end = quirked(quirk)
+    assert not ended and end == "reset"
+    assert len(chunks) <= k                         # what is on its way may be lost
+
+
+@pytest.mark.parametrize("quirk, k", [
+    ("stall", 2), ("stall@0", 0), ("stall@1", 1), ("stall@4", 4)])
+def test_stall_is_silent_until_the_client_leaves(quirk, k):
+    with Server(say("a", "b"), quirk=quirk) as server:
+        with socket.create_connection(server.server_address, timeout=20) as client:
+            client.sendall(request_bytes(CHAT_PATH, STREAMED))
+            got = b""
+            while got.count(b"data: ") < k:
+                got += client.recv(65536)
+            assert until(lambda: server.journal) and server.journal[0].outcome is None
+            client.shutdown(socket.SHUT_WR)
+            got += b"".join(iter(lambda: client.recv(65536), b""))
+        chunks, ended = transfer_chunks(got)
+        assert not ended and pinned(b"".join(chunks)) == FIRST_EVENTS[k]
+        assert outcome(server) in ("quirk", "client left")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_html_502_is_a_page_of_a_proxy(stream):
+    with Server(quirk="html_502") as server:
+        got = post(server, CHAT_PATH, {**HI, "stream": stream})
+    assert got.status == 502 and got.headers["content-type"].startswith("text/html")
+    assert b"<html" in got.body and b"data:" not in got.body
+
+
+@pytest.mark.parametrize("quirk", [name for name in NAMED if name not in (
+    "stall", "reset", "html_502", "split_bytes")])
+@pytest.mark.parametrize("path", BOTH)
+def test_a_quirk_about_events_leaves_a_whole_reply_as_it_is(path, quirk):
+    replies = []
+    for each in (None, quirk):
+        with Server(say("a"), quirk=each) as server:
+            got = post(server, path, {**HI, **PROMPT})
+            replies.append((got.status, got.json and pinned(got.body)))
+    assert replies[0] == replies[1]
+
+
+def test_split_bytes_splits_a_whole_reply():
+    chunks, ended, _, _ = quirked("split_bytes", body=HI)
+    assert ended and {len(chunk) for chunk in chunks} == {1}
+    check_shape(loads(b"".join(chunks)), CHAT)
+
+
+def test_a_whole_reply_may_be_reset():
+    assert quirked("reset", body=HI)[3] == "reset"
+
+
+def test_a_whole_reply_may_stall():
+    with Server(quirk="stall") as server:
+        with socket.create_connection(server.server_address, timeout=20) as client:
+            client.sendall(request_bytes(CHAT_PATH, HI))
+            until(lambda: server.journal and server.journal[0].body)
+            client.settimeout(0.1)
+            with pytest.raises(socket.timeout):
+                while client.recv(65536):
+                    pass
+        assert outcome(server) in ("quirk", "client left")
+
+
+@pytest.mark.parametrize("quirk", NAMED)
+def test_every_quirk_works_on_a_text_completion(quirk):
+    with Server(say("a", "b"), quirk=quirk) as server:
+        with socket.create_connection(server.server_address, timeout=20) as client:
+            client.sendall(request_bytes(TEXT_PATH, {**PROMPT, "stream": True}))
+            if "stall" in quirk:
+                client.shutdown(socket.SHUT_WR)
+            try:
+                while client.recv(65536):
+                    pass
+            except ConnectionResetError:
+                assert quirk == "reset"
+        assert outcome(server) in ("quirk", "client left")
+    assert not server.connections
+
+
+@pytest.mark.parametrize("reply, server, header, events", [
+    (1, 2, 3, 1), (None, 2, 3, 2), (None, None, 3, 3), (1, None, 3, 1), (1, 2, None, 1),
+    (None, None, None, EVENTS)])
+def test_the_replys_quirk_comes_before_the_servers_before_the_headers(reply, server, header,
+                                                                      events):
+    reply, server, header = (k and f"truncate@{k}" for k in (reply, server, header))
+    with Server(lambda request: Reply(" a b"[:4], quirk=reply), quirk=server,
+                quirk_header=True) as running:
+        got = post(running, CHAT_PATH, STREAMED, {"X-Quirk": header} if header else {})
+    assert got.body.count(b"data: ") == events
+
+
+def test_the_header_counts_only_where_it_is_allowed():
+    with Server() as server:
+        assert post(server, CHAT_PATH, STREAMED, {"X-Quirk": "html_502"}).chunks
+
+
+@pytest.mark.parametrize("name", [
+    "bogus", "stall@", "stall@x", "stall@-1", "@2", "stall@1@2", "STALL"])
+def test_a_quirk_that_is_none_is_refused(name):
+    for make in (lambda: Reply(quirk=name), lambda: Server(quirk=name)):
+        with pytest.raises(ValueError, match="quirk"):
+            make()
+    with Server(quirk_header=True) as server:
+        assert post(server, CHAT_PATH, HI, {"X-Quirk": name}).status == 400
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/v1/models"), ("GET", "/health"),
+                                          ("OPTIONS", CHAT_PATH), ("GET", "/nowhere")])
+def test_quirks_touch_the_two_endpoints_only(method, path):
+    with Server(quirk="html_502", quirk_header=True) as server:
+        got = call(server, method, path, headers={"X-Quirk": "reset"})
+    assert got.status in (200, 204, 404)
+
+
+def test_a_scripts_reply_may_have_a_quirk():
+    with Server(Script(Reply("a", quirk="no_done"), "b")) as server:
+        assert b"[DONE]" not in post(server, CHAT_PATH, STREAMED).body
+        assert post(server, CHAT_PATH, STREAMED).chunks
+
+
+# ----------------------------------------------------------------------------------
+# The journal.
+
+def test_the_journal_has_every_exchange():
+    with Server() as server:
+        post(server, CHAT_PATH, HI, {"X-Mine": "1"})
+        call(server, "GET", "/v1/models?x=1")
+        first, second = server.journal
+    assert (first.method, first.path, first.body) == ("POST", CHAT_PATH, HI)
+    assert first.headers["x-mine"] == "1" and first.headers["content-length"]
+    assert (first.status, first.events, first.outcome) == (200, 0, "complete")
+    assert (second.method, second.path, second.body) == ("GET", "/v1/models?x=1", None)
+    assert 0 <= first.seconds and first.started <= second.started <= time.time()
+
+
+@pytest.mark.parametrize("body, events", [
+    ({}, 0), ({"stream": True}, 5), ({"stream": True, "n": 2}, 9),
+    ({"stream": True, "stream_options": {"include_usage": True}}, 6)])
+def test_the_journal_counts_events(body, events):
+    with Server(say("a", "b")) as server:
+        post(server, CHAT_PATH, {**HI, **body})
+        assert server.journal[0].events == events
+
+
+def test_an_entry_is_complete_before_the_last_byte_goes_out():
+    with Server(say("a", "b")) as server:
+        for _ in range(50):
+            post(server, CHAT_PATH, STREAMED)
+            entry = server.journal[-1]
+            assert (entry.outcome, entry.status, entry.events) == ("complete", 200, 5)
+            assert entry.seconds is not None
+
+
+def test_an_entry_has_no_outcome_while_it_runs():
+    go_on = threading.Event()
+    with Server(lambda request: go_on.wait(15) and "a") as server:
+        thread = threading.Thread(target=post, args=(server, CHAT_PATH, HI))
+        thread.start()
+        entry = until(lambda: server.journal and server.journal[0].body and server.journal[0])
+        assert (entry.outcome, entry.status, entry.seconds) == (None, None, None)
+        go_on.set()
+        thread.join(15)
+        assert (entry.outcome, entry.status) == ("complete", 200)
+
+
+@pytest.mark.parametrize("body, backend, status, ended", [
+    ({**HI, "n": 0}, echo, 400, "error"), (HI, failing(TEAPOT), 418, "error"),
+    ({**HI, "stream": True}, failing(TEAPOT, "a"), 200, "error"),
+    ({**HI, "stream": True}, lambda request: Reply("a", quirk="truncate"), 200, "quirk"),
+    ({**HI, "stream": True}, lambda request: Reply("a", quirk="reset"), 200, "quirk"),
+    (HI, lambda request: Reply("a", quirk="html_502"), 502, "quirk"),
+    (HI, echo, 200, "complete")])
+def test_the_journal_says_how_it_ended(body, backend, status, ended):
+    with Server(backend) as server:
+        raw(server, CHAT_PATH, body)
+        assert outcome(server) == ended and server.journal[0].status == status
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff"])
+def test_a_body_that_is_no_request_has_an_entry_too(body):
+    with Server() as server:
+        assert post(server, CHAT_PATH, body).status == 400
+        assert (server.journal[0].body, server.journal[0].status) == (None, 400)
+
+
+def test_the_journal_masks_keys():
+    key = "sk-this-is-a-secret-key"
+    with Server(api_keys=[key]) as server:
+        post(server, CHAT_PATH, HI, {"Authorization": f"Bearer {key}", "Api-Key": key})
+        entry = server.journal[0]
+    assert {"authorization", "api-key"} <= entry.headers.keys()
+    assert key not in repr(vars(entry)) + repr(entry)
+
+
+def test_the_journal_keeps_the_last():
+    with Server(journal=2) as server:
+        for i in range(4):
+            call(server, "GET", f"/health?{i}")
+        assert [entry.path for entry in server.journal] == ["/health?2", "/health?3"]
+
+
+def test_no_journal_is_kept_where_none_is_wanted():
+    with Server(journal=0) as server:
+        assert post(server, CHAT_PATH, HI).status == 200 and list(server.journal) == []
+
+
+def test_a_request_that_is_not_admitted_has_an_entry():
+    with Server(api_keys="k") as server:
+        call(server, "GET", "/v1/models")
+        assert (server.journal[0].status, server.journal[0].outcome) == (401, "error")
+
+
+ENTRY = {"method": str, "path": str, "headers": {str: str}, "body": (dict, None),
+         "status": (int, None), "events": int, "outcome": (str, None), "started": float,
+         "seconds": (float, None)}
+
+
+def test_the_journal_can_be_read_over_http():
+    with Server(say("a")) as server:
+        post(server, CHAT_PATH, STREAMED, {"Authorization": "Bearer secret"})
+        got = call(server, "GET", "/journal")
+    first, *_ = entries = loads(got.body)
+    for entry in entries:
+        check_shape(entry, ENTRY)
+    assert (first["body"], first["status"], first["events"], first["outcome"]) == (
+        STREAMED, 200, 4, "complete")
+    assert b"secret" not in got.body
+
+
+def test_a_journal_that_is_not_kept_cannot_be_read():
+    with Server(journal=0) as server:
+        assert call(server, "GET", "/journal").error
+
+
+def test_the_journal_needs_a_key_where_the_rest_does():
+    with Server(api_keys="k") as server:
+        assert call(server, "GET", "/journal").status == 401
+
+
+# ----------------------------------------------------------------------------------
+# Models.
+
+def test_any_model_is_taken_where_none_is_named():
+    assert ask(echo, model="whatever").status == 200
+
+
+@pytest.mark.parametrize("backend, name", [
+    (echo, "echo"), (say("x"), "say"), (Script(), "script"), (model, "model")])
+def test_the_backend_names_its_model(backend, name):
+    with Server(backend) as server:
+        assert [each["id"] for each in call(server, "GET", "/v1/models").json["data"]] == [name]
+
+
+def test_a_nameless_backend_still_has_a_model():
+    with Server(openai_compat.functools.partial(echo)) as server:
+        assert len(call(server, "GET", "/v1/models").json["data"]) == 1
+
+
+def test_a_backend_with_a_model_of_its_own():
+    def backend(request):
+        return "x"
+    backend.model = "mine"
+    with Server(backend) as server:
+        assert call(server, "GET", "/v1/models").json["data"][0]["id"] == "mine"
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_model_that_is_not_there_is_refused(path):
+    with Server(models=["a", "b/c"]) as server:
+        got = post(server, path, {**HI, **PROMPT, "model": "x"})
+    assert got.status == 404 and got.error == {
+        "message": "The model `x` does not exist or you do not have access to it.",
+        "type": "invalid_request_error", "param": None, "code": "model_not_found"}
+
+
+def test_models_are_listed_in_order():
+    with Server(models=["b", "a", "c/d"]) as server:
+        got = call(server, "GET", "/v1/models").json
+    assert [each["id"] for each in got["data"]] == ["b", "a", "c/d"]
+
+
+@pytest.mark.parametrize("path, id", [("/v1/models/a", "a"), ("/v1/models/b/c", "b/c"),
+                                      ("/v1/models/b%2Fc", "b/c"), ("/models/a/", "a"),
+                                      ("/v1/models/d%20e", "d e"), ("/v1/models/a?x=1", "a")])
+def test_a_model_can_be_looked_up(path, id):
+    with Server(models=["a", "b/c", "d e"]) as server:
+        assert call(server, "GET", path).json["id"] == id
+
+
+def test_looking_up_a_model_that_is_not_there_is_a_404():
+    with Server(models=["a"]) as server:
+        got = call(server, "GET", "/v1/models/x")
+    assert got.status == 404 and got.error["code"] == "model_not_found"
+
+
+def test_the_backend_may_be_replaced_while_it_serves():
+    with Server(say("a")) as server:
+        assert contents(server, 1) == ["a"]
+        server.backend = say("b")
+        assert contents(server, 1) == ["b"]
+
+
+# ----------------------------------------------------------------------------------
+# Keys.
+
+KEY = "sk-0123456789abcdef"
+
+
+@pytest.mark.parametrize("headers", [
+    {"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer {KEY}"},
+    {"AUTHORIZATION": f"BEARER {KEY}"}, {"Authorization": f"Bearer  {KEY} "}, {"api-key": KEY},
+    {"Api-Key": KEY}, {"Authorization": "Basic eDp5", "api-key": KEY},
+    {"Authorization": "Bearer two"}])
+def test_a_key_opens(headers):
+    with Server(api_keys=(KEY, "two")) as server:
+        assert post(server, CHAT_PATH, HI, headers).status == 200
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Authorization": "Bearer"}, {"Authorization": "Bearer "}, {"Authorization": KEY},
+    {"Authorization": f"Basic {KEY}"}, {"api-key": ""}])
+def test_no_key_is_a_401(headers):
+    with Server(api_keys=KEY) as server:
+        got = post(server, CHAT_PATH, HI, headers)
+    assert got.status == 401 and got.error["type"] == "invalid_request_error"
+    assert got.error["message"].startswith("You didn't provide an API key.")
+    assert got.error["code"] is None
+
+
+@pytest.mark.parametrize("key", [
+    "sk-wrong-but-long-enough", "xyz", KEY + "x", KEY[:-1], KEY.upper(), "é"])
+@pytest.mark.parametrize("header", ["Authorization", "api-key"])
+def test_a_wrong_key_is_a_401_that_does_not_repeat_it(key, header):
+    with Server(api_keys=KEY) as server:
+        value = (f"Bearer {key}" if header == "Authorization" else key).encode("latin-1")
+        got = post(server, CHAT_PATH, HI, {header: value})
+    assert got.status == 401 and got.error["code"] == "invalid_api_key"
+    assert got.error["message"].startswith("Incorrect API key provided: ")
+    assert key not in got.error["message"]
+
+
+@pytest.mark.parametrize("method, path, status", [
+    ("GET", "/health", 200), ("OPTIONS", CHAT_PATH, 204), ("GET", "/v1/models", 401),
+    ("GET", "/v1/models/x", 401), ("POST", TEXT_PATH, 401), ("GET", "/nowhere", 401),
+    ("POST", "/sse", 401), ("POST", "/v1/engines/x/completions", 401)])
+def test_what_needs_a_key(method, path, status):
+    with Server(api_keys=KEY) as server:
+        assert call(server, method, path).status == status
+
+
+def test_a_key_is_asked_for_before_the_body_is_looked_at():
+    with Server(api_keys=KEY) as server:
+        assert post(server, CHAT_PATH, "{").status == 401
+
+
+# ----------------------------------------------------------------------------------
+# A browser is a stranger.
+
+OWN = socket.gethostname()
+HOSTS = {
+    200: ["localhost", "LOCALHOST", "localhost:1", "127.0.0.1", "127.0.0.1:8000", "10.1.2.3",
+          "[::1]:80", "[fe80::1]", "name", "name:80", "a.localhost", "b.local",
+          "c.d.internal:9", OWN, "page.example"],
+    403: ["evil.example", "evil.example:8000", "localhost.evil.example", "a.localhost.example",
+          "127.0.0.1.evil.example", "local.", "xlocalhost.example", "other.page.example", "a.b"]}
+ORIGINS = {
+    200: ["http://localhost", "http://localhost:3000", "https://127.0.0.1:5", "http://[::1]:5",
+          "http://app.localhost:3000", "http://this.local:80", "https://page.example"],
+    403: ["http://evil.example", "null", "file://", "http://localhost.evil.example", "",
+          "https://page.example:1", "http://page.example", "http://this.local:81",
+          "http://127.0.0.1.evil.example", "http://evil.example/http://localhost",
+          "http://localhost@evil.example", "chrome-extension://x"]}
+
+
+@pytest.mark.parametrize("status, host", [
+    (status, host) for status in HOSTS for host in HOSTS[status]])
+def test_the_host_has_to_be_this_machines(status, host):
+    with Server(cors="https://page.example") as server:
+        assert post(server, CHAT_PATH, HI, {"Host": host}).status == status
+
+
+@pytest.mark.parametrize("status, origin", [
+    (status, origin) for status in ORIGINS for origin in ORIGINS[status]])
+def test_the_origin_has_to_be_known(status, origin):
+    with Server(cors=["https://page.example"]) as server:
+        got = post(server, CHAT_PATH, HI, {"Host": "this.local:80", "Origin": origin})
+    assert got.status == status
+    assert got.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+
+
+def test_every_origin_may_be_allowed():
+    with Server(cors="*") as server:
+        got = post(server, CHAT_PATH, HI, {"Origin": "http://any.example"})
+    assert got.status == 200
+    assert got.headers["access-control-allow-origin"] == "http://any.example"
+
+
+def test_without_an_origin_nothing_is_allowed_to_any():
+    assert "access-control-allow-origin" not in ask(echo).headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("body", [HI, {}])
+def test_an_allowed_origin_may_read_errors_and_streams_too(body, stream):
+    with Server() as server:
+        headers = {"Origin": "http://localhost:3"}
+        got = post(server, CHAT_PATH, {**body, "stream": stream}, headers)
+    assert got.headers["access-control-allow-origin"] == "http://localhost:3"
+    assert "origin" in got.headers["vary"].lower()
+
+
+@pytest.mark.parametrize("path", [
+    CHAT_PATH, TEXT_PATH, "/v1/models", "/health", "/nowhere", "/"])
+@pytest.mark.parametrize("keys", [(), KEY])
+def test_a_preflight_is_answered_everywhere_and_without_a_key(path, keys):
+    with Server(api_keys=keys) as server:
+        got = call(server, "OPTIONS", path, headers={
+            "Origin": "http://localhost:3", "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,x-stainless-os"})
+    assert (got.status, got.body) == (204, b"")
+    assert got.headers["access-control-allow-origin"] == "http://localhost:3"
+    assert got.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+    assert "POST" in got.headers["access-control-allow-methods"] or "/chat" not in path
+    assert int(got.headers["access-control-max-age"]) > 0
+
+
+def test_a_strangers_preflight_is_not_allowed():
+    with Server() as server:
+        got = call(server, "OPTIONS", CHAT_PATH, headers={
+            "Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
+    assert got.status == 204
+    assert not any(name.startswith("access-control-allow") for name in got.headers)
+
+
+def test_with_keys_a_host_may_have_any_name():
+    with Server(api_keys=KEY) as server:
+        headers = {"Host": "any.example", "Authorization": f"Bearer {KEY}"}
+        assert post(server, CHAT_PATH, HI, headers).status == 200
+
+
+def test_bound_elsewhere_a_host_may_have_any_name():
+    with Server(host="0.0.0.0") as server:
+        assert server.base_url == f"http://127.0.0.1:{server.server_port}/v1"
+        assert post(server, CHAT_PATH, HI, {"Host": "any.example"}).status == 200
+
+
+# ----------------------------------------------------------------------------------
+# Paths.
+
+CHATS = ["/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions", "/sse",
+         "//chat/completions", "/v1//chat/completions", "/v1/chat/completions/",
+         "/v1/chat//completions//", "/v1/chat/completions?api-version=1",
+         "/v1/engines/m/chat/completions", "/engines/a%2Fb/chat/completions",
+         "//v1/chat/completions?"]
+TEXTS = ["/v1/completions", "/completions", "/v1/completions/", "//v1///completions",
+         "/v1/v1/completions", "/v1/engines/m/completions", "/engines/m/completions",
+         "/v1/engines/a/b/completions"]
+
+
+@pytest.mark.parametrize("path", CHATS)
+def test_a_path_that_means_chat(path):
+    with Server() as server:
+        assert post(server, path, HI).json["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_a_path_that_means_a_completion(path):
+    with Server() as server:
+        assert post(server, path, PROMPT).json["object"] == "text_completion"
+
+
+@pytest.mark.parametrize("path, model", [("/v1/engines/gpt/completions", "gpt"),
+                                         ("/v1/engines/a%2Fb/completions", "a/b")])
+def test_an_engine_in_the_path_is_the_model(path, model):
+    with Server() as server:
+        assert post(server, path, {"prompt": "x"}).json["model"] == model
+
+
+@pytest.mark.parametrize("path", [
+    "/v1/models", "/models", "/v1/models/", "//v1//models", "/v1/v1/models", "/v1/models?x=1"])
+def test_a_path_that_means_the_models(path):
+    with Server() as server:
+        assert call(server, "GET", path).json["object"] == "list"
+
+
+@pytest.mark.parametrize("method, path", [
+    ("GET", "/v1x"), ("POST", "/v1/embeddings"), ("POST", "/v1/chat"),
+    ("GET", "/v1/chat/completions/x"), ("POST", "/v1/v1/v1/completions"),
+    ("POST", "/v1/responses"), ("GET", "/favicon.ico"),
+    ("POST", "/v1/chat/completions/x"), ("POST", "/v1/Chat/Completions"), ("GET", "/%00")])
+def test_a_path_that_means_nothing_is_a_404(method, path):
+    with Server() as server:
+        got = call(server, method, path)
+    assert got.status == 404 and got.error["type"] == "invalid_request_error"
+    assert method in got.error["message"]
+
+
+@pytest.mark.parametrize("method, path, allowed", [
+    ("GET", CHAT_PATH, "POST"), ("PUT", TEXT_PATH, "POST"), ("DELETE", "/v1/models", "GET"),
+    ("POST", "/v1/models", "GET"), ("POST", "/health", "GET"), ("PATCH", "/v1/models/x", "GET"),
+    ("HEAD", CHAT_PATH, "POST"), ("TRACE", CHAT_PATH, "POST"), ("BREW", CHAT_PATH, "POST")])
+def test_a_method_that_is_not_there_is_a_405_that_says_which_are(method, path, allowed):
+    with Server() as server:
+        got = call(server, method, path)
+    assert got.status == 405 and allowed in got.headers["allow"].split(", ")
+    if method != "HEAD":
+        assert got.error["message"].startswith(f"Not allowed to {method} on ")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/v1/models/echo"])
+def test_head_is_get_without_a_body(path):
+    with Server() as server:
+        head, get = call(server, "HEAD", path), call(server, "GET", path)
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["content-length"] == str(len(get.body))
+
+
+def test_health():
+    with Server() as server:
+        assert call(server, "GET", "/health").status == 200
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "x"])
+def test_any_content_type_and_accept_will_do(kind):
+    with Server() as server:
+        headers = {"Content-Type": kind, "Accept": kind} if kind else {}
+        assert post(server, CHAT_PATH, HI, headers).status == 200
+
+
+# ==================================================================================
+# HTTP
+
+# ----------------------------------------------------------------------------------
+# Helpers.  Every test talks through a real socket on the loopback.  What is sent ends
+# with LAST, so a reply to LAST shows that the connection was kept, its absence that it
+# was closed, and nobody has to wait to find out.
+
+http_CHAT = b'{"model":"m","messages":[{"role":"user","content":"Hi"}]}'
+http_PROMPT = b'{"model":"m","prompt":"Hi"}'
+LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def get(target=b"/health", headers=b"Host: x\r\n", method=b"GET", version=b"1.1"):
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (method, target, version, headers)
+
+
+def http_post(body, headers=b"", target=b"/v1/completions", version=b"1.1"):
+    headers = b"Host: x\r\n%bContent-Length: %d\r\n" % (headers, len(body))
+    return get(target, headers, b"POST", version) + body
+
+
+def post_chunked(coded, headers=b"", target=b"/v1/completions", version=b"1.1"):
+    headers = b"Host: x\r\n%bTransfer-Encoding: chunked\r\n" % headers
+    return get(target, headers, b"POST", version) + coded
+
+
+def dial(server, timeout=10):
+    return socket.create_connection(server.server_address[:2], timeout)
+
+
+def read_to_end(client):
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def read_until(client, end):
+    """The bytes up to and with `end`, or to the close."""
+    got = b""
+    while not got.endswith(end):
+        byte = client.recv(1)
+        if not byte:
+            break
+        got += byte
+    return got
+
+
+def talk(server, raw, to_head=False):
+    """Send, read until the server closes: list of (status, headers, body)."""
+    with dial(server) as client:
+        client.sendall(raw)
+        return replies(read_to_end(client), to_head)
+
+
+def statuses(server, raw, to_head=False):
+    return [status for status, _, _ in talk(server, raw, to_head)]
+
+
+def replies(stream, to_head=False):
+    """All the replies in a stream of bytes; every byte has to belong to one."""
+    found = []
+    while stream:
+        head, blank, stream = stream.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [\w '-]*", line)[1])
+        headers = dict(field.split(": ", 1) for field in fields)
+        assert blank and len(headers) == len(fields), head
+        bodiless = to_head or status < 200 or status == 204
+        body, stream = (b"", stream) if bodiless else split_body(headers, stream)
+        found.append((status, headers, body))
+        to_head = False
+    return found
+
+
+def split_body(headers, stream):
+    """(body, what follows it), as RFC 9112 section 6.3 has a client find the end."""
+    if "transfer-encoding" in headers:
+        assert "content-length" not in headers
+        return split_transfer_chunks(stream)
+    if "content-length" in headers:
+        length = int(headers["content-length"])
+        assert len(stream) >= length
+        return stream[:length], stream[length:]
+    assert headers["connection"] == "close"
+    return stream, b""
+
+
+def split_transfer_chunks(stream):
+    body = b""
+    while True:
+        size, _, stream = stream.partition(b"\r\n")
+        size = int(size, 16)
+        assert stream[size:size + 2] == b"\r\n", "cut short"
+        body, stream = body + stream[:size], stream[size + 2:]
+        if size == 0:
+            return body, stream
+
+
+def refusal(reply):
+    """The error object of a reply that has to be a refusal of the API's one shape."""
+    status, headers, body = reply
+    error = json.loads(body)["error"]
+    assert status >= 400 and headers["content-type"] == "application/json"
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def http_until(condition, seconds=5):
+    """Poll for a condition; False after the time is over."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
+
+
+def rows(table):
+    """A table {name: (value, ...)} as the parameters of a test."""
+    return [pytest.param(*row, id=name) for name, row in table.items()]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server(max_body=4096, request_timeout=5) as server:
+        yield server
+
+
+@pytest.fixture
+def calm(caplog):
+    """The server has logged no failure when the test is over."""
+    yield
+    assert [each for each in caplog.get_records("call") if each.levelname == "ERROR"] == []
+
+
+# ----------------------------------------------------------------------------------
+# One request, one reply (RFC 9112).  Bytes -> the statuses of the replies to them and
+# to LAST: [200, 200] was answered and kept, [400] was refused and closed.
+
+LONG = b"a" * 70000
+TAKEN = {
+    "plain": (get(), 200),
+    "an empty line before it": (b"\r\n" + get(), 200),
+    "two empty lines before it": (b"\r\n\r\n" + get(), 200),
+    "an empty line after a body": (http_post(http_PROMPT) + b"\r\n", 200),
+    "absolute form": (get(b"http://127.0.0.1/health"), 200),
+    "absolute form in capitals": (get(b"HTTP://127.0.0.1/health"), 200),
+    "absolute form without a path": (get(b"http://127.0.0.1?x", method=b"OPTIONS"), 204),
+    "absolute form of another host": (get(b"http://evil.example/health"), 403),
+    "OPTIONS *": (get(b"*", method=b"OPTIONS"), 204),
+    "TRACE": (get(method=b"TRACE"), 405),
+    "an unknown method": (get(method=b"BREW"), 405),
+    "a method of another case": (get(method=b"get"), 405),
+    "PUT with a body": (get(b"/health", b"Host: x\r\nContent-Length: 2\r\n", b"PUT") + b"{}", 405),
+    "no white space after the colon": (get(headers=b"Host:x\r\n"), 200),
+    "white space around a value": (get(headers=b"Host: \t x\t \r\n"), 200),
+    "an empty value": (get(headers=b"Host: x\r\nX-Empty:\r\n"), 200),
+    "a header in Latin-1": (get(headers=b"Host: x\r\nX-Name: J\xfcrgen\r\n"), 200),
+    "a header twice": (get(headers=b"Host: x\r\nAccept: a\r\nAccept: b\r\n"), 200),
+    "a hundred headers": (get(headers=b"Host: x\r\n" + b"X: y\r\n" * 99), 200),
+    "HTTP/1.7": (get(version=b"1.7"), 200),
+    "a length with zeros before it": (http_post(http_PROMPT).replace(b"h: 27", b"h: 00027"), 200),
+    "GET with a body": (get(headers=b"Host: x\r\nContent-Length: 3\r\n") + b"GET", 200),
+    "a body to nowhere": (http_post(http_PROMPT, target=b"/v1/nowhere"), 404),
+    "a body that spells a request": (http_post(get(), target=b"/v1/nowhere"), 404),
+    "a body that is no JSON": (http_post(get()), 400),
+    "transfer chunks to nowhere": (post_chunked(b"1\r\nx\r\n0\r\n\r\n", target=b"/v1/x"), 404),
+    "a coding in capitals": (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT)
+                             .replace(b"chunked", b"Chunked"), 200),
+    "an expectation with its body": (http_post(http_PROMPT, b"Expect: 100-continue\r\n"), 200),
+}
+REFUSED = {
+    "HTTP/0.9": (b"GET /health\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "HTTP/3.0": (get(version=b"3.0"), 505),
+    "HTTP/1.10": (get(version=b"1.10"), 400),
+    "http/1.1": (b"GET /health http/1.1\r\nHost: x\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)), 400),
+    "noise": (bytes(range(256)) * 4, 400),
+    "two spaces": (b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a tab for a space": (b"GET\t/health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a space at the end of the line": (b"GET /health HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+    "a space before the line": (b" GET /health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "a space in the target": (get(b"/he alth"), 400),
+    "a target that is not ASCII": (get(b"/h\xc3\xa9"), 400),
+    "a target with a broken host": (get(b"http://[/health"), 400),
+    "an empty method": (get(method=b""), 400),
+    "a method with a separator": (get(method=b"GE(T"), 400),
+    "GET *": (get(b"*"), 400),
+    "CONNECT": (get(b"x:80", method=b"CONNECT"), 400),
+    "a target without a slash": (get(b"health"), 400),
+    "a target of another scheme": (get(b"ftp://x/health"), 400),
+    "a NUL in the target": (get(b"/\0"), 400),
+    "a NUL in a header": (get(headers=b"Host: x\r\nX: a\0b\r\n"), 400),
+    "a control character in a header": (get(headers=b"Host: x\r\nX: a\x1bb\r\n"), 400),
+    "a bare LF after the request line": (b"GET /health HTTP/1.1\nHost: x\r\n\r\n", 400),
+    "bare LFs only": (b"GET /health HTTP/1.1\nHost: x\n\n", 400),
+    "a bare LF after a header": (get(headers=b"Host: x\nX: y\r\n"), 400),
+    "a bare CR after a header": (get(headers=b"Host: x\rX: y\r\n"), 400),
+    "two CRs": (get(headers=b"Host: x\r\r\n"), 400),
+    "no Host": (get(headers=b""), 400),
+    "no Host beside an absolute target": (get(b"http://x/health", headers=b""), 400),
+    "two Hosts": (get(headers=b"Host: x\r\nHost: x\r\n"), 400),
+    "a Host that is none": (get(headers=b"Host: a b\r\n"), 400),
+    "a Host with a path": (get(headers=b"Host: x/y\r\n"), 400),
+    "a space before the colon": (get(headers=b"Host : x\r\n"), 400),
+    "a space before a header": (get(headers=b" Host: x\r\n"), 400),
+    "a folded header": (get(headers=b"Host: x\r\nX: y\r\n z\r\n"), 400),
+    "a header without a colon": (get(headers=b"Host: x\r\nX\r\n"), 400),
+    "a header without a name": (get(headers=b"Host: x\r\n: y\r\n"), 400),
+    "a name in Latin-1": (get(headers=b"Host: x\r\n\xfc: y\r\n"), 400),
+    "a hundred headers and one": (get(headers=b"Host: x\r\n" + b"X: y\r\n" * 100), 431),
+    "a header too long": (get(headers=b"Host: x\r\nX: %b\r\n" % LONG), 431),
+    "headers too long together": (get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 99), 431),
+    "a target too long": (get(b"/" + LONG), 414),
+    "a length twice": (http_post(http_PROMPT, b"Content-Length: 27\r\n"), 400),
+    "two different lengths": (http_post(http_PROMPT, b"Content-Length: 5\r\n"), 400),
+    "two lengths in one line": (http_post(http_PROMPT).replace(b": 27", b": 27, 27"), 400),
+    "a length with +": (http_post(http_PROMPT).replace(b": 27", b": +27"), 400),
+    "a length with -": (http_post(http_PROMPT).replace(b": 27", b": -27"), 400),
+    "a length with _": (http_post(http_PROMPT).replace(b": 27", b": 2_7"), 400),
+    "a length in hex": (http_post(http_PROMPT).replace(b": 27", b": 0x1b"), 400),
+    "a length with a space": (http_post(http_PROMPT).replace(b": 27", b": 2 7"), 400),
+    "a length with a point": (http_post(http_PROMPT).replace(b": 27", b": 27.0"), 400),
+    "a length in other digits": (http_post(http_PROMPT).replace(b": 27", b": \xb2\xb7"), 400),
+    "an empty length": (http_post(http_PROMPT).replace(b": 27", b":"), 400),
+    "a length too large": (http_post(http_PROMPT).replace(b": 27", b": 4097"), 413),
+    "a length far too large": (http_post(http_PROMPT).replace(b": 27", b": " + b"9" * 40), 413),
+    "a length beside transfer chunks":
+        (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, b"Content-Length: 27\r\n"), 400),
+    "transfer chunks in HTTP/1.0": (post_chunked(b"0\r\n\r\n", version=b"1.0"), 400),
+    "a coding twice": (post_chunked(b"0\r\n\r\n", b"Transfer-Encoding: chunked\r\n"), 400),
+    "two codings": (post_chunked(b"0\r\n\r\n").replace(b"chunked", b"gzip, chunked"), 501),
+    "an unknown coding": (post_chunked(b"0\r\n\r\n").replace(b"chunked", b"xchunked"), 501),
+    "an empty coding": (post_chunked(b"0\r\n\r\n").replace(b"chunked", b""), 501),
+    "another expectation": (http_post(http_PROMPT, b"Expect: 200-ok\r\n"), 417),
+    "a gzip body": (http_post(b"\x1f\x8b\x08\0\0\0\0\0", b"Content-Encoding: gzip\r\n"), 400),
+}
+CHUNKS_TAKEN = {
+    "one": b"1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT,
+    "a size in capitals": b"1B\r\n%b\r\n0\r\n\r\n" % http_PROMPT,
+    "a size with zeros before it": b"0001b\r\n%b\r\n000\r\n\r\n" % http_PROMPT,
+    "one for each byte": b"".join(b"1\r\n%c\r\n" % byte for byte in http_PROMPT) + b"0\r\n\r\n",
+    "an extension": b"1b;a=b\r\n%b\r\n0;c\r\n\r\n" % http_PROMPT,
+    "an extension with a string": b'1b ; a="b c;"\r\n%b\r\n0\r\n\r\n' % http_PROMPT,
+    "trailers": b"1b\r\n%b\r\n0\r\nX-Sum: 1\r\nX-More: 2\r\n\r\n" % http_PROMPT,
+}
+CHUNKS_REFUSED = {
+    "a size with +": (b"+1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size with -": (b"-1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size with 0x": (b"0x1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size with _": (b"1_b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size with a space before it": (b" 1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size with a space after it": (b"1b \r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size in other letters": (b"1g\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "an empty size": (b"\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "an extension without a size": (b";a\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a bare LF after the size": (b"1b\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a bare LF in an extension": (b"1b;a\nb\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a bare CR in an extension": (b"1b;a\rb\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a NUL in an extension": (b"1b;\0\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "an extension too long": (b"1b;%b\r\n%b\r\n0\r\n\r\n" % (LONG, http_PROMPT), 400),
+    "a size that is too small": (b"1a\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "a size that is too great": (b"1c\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
+    "two other bytes after it": (b"1b\r\n%bXX0\r\n\r\n" % http_PROMPT, 400),
+    "no line end after it": (b"1b\r\n%b0\r\n\r\n" % http_PROMPT, 400),
+    "more than max_body": (b"1001\r\n%b\r\n0\r\n\r\n" % LONG[:4097], 413),
+    "more than max_body in sum": (b"800\r\n%b\r\n" % LONG[:2048] * 3 + b"0\r\n\r\n", 413),
+    "a size of 16 digits": (b"f" * 16 + b"\r\n", 400),
+    "a folded trailer": (b"0\r\nX: y\r\n z\r\n\r\n", 400),
+    "a trailer that is none": (b"0\r\nX y\r\n\r\n", 400),
+    "a hundred trailers and one": (b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("raw, status", rows(TAKEN))
+def test_a_request_that_was_read_whole_leaves_the_connection_open(server, calm, raw, status):
+    assert statuses(server, raw + LAST) == [status, 200]
+
+
+@pytest.mark.parametrize("raw, status", rows(REFUSED))
+def test_a_malformed_request_gets_one_refusal_and_a_close(server, calm, raw, status):
+    [reply] = talk(server, raw + LAST)
+    assert reply[0] == status and refusal(reply)
+    assert reply[1]["connection"] == "close"
+
+
+@pytest.mark.parametrize("coded", CHUNKS_TAKEN.values(), ids=CHUNKS_TAKEN)
+def test_transfer_chunks_are_decoded(server, calm, coded):
+    reply, last = talk(server, post_chunked(coded) + LAST)
+    assert json.loads(reply[2])["choices"][0]["text"] == "Hi" and last[0] == 200
+
+
+@pytest.mark.parametrize("coded, status", rows(CHUNKS_REFUSED))
+def test_malformed_transfer_chunks_get_one_refusal_and_a_close(server, calm, coded, status):
+    [reply] = talk(server, post_chunked(coded) + LAST)
+    assert reply[0] == status and refusal(reply)
+
+
+def taken(server, client):
+    """Has the server read all that the client has sent so far?"""
+    for connection in list(server.connections.values()):
+        with contextlib.suppress(OSError):
+            if connection.getpeername() == client.getsockname():
+                return not select.select([connection], [], [], 0)[0]
+    return False
+
+
+CUT = {
+    "a length": http_post(http_PROMPT, target=b"/v1/nowhere"),
+    "transfer chunks": post_chunked(b"5;a\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nX: y\r\n\r\n"),
+    "empty lines": b"\r\n\r\n" + get(),
+    "bare LFs": b"GET /health HTTP/1.1\nHost: x\n\n",
+    "a folded header": get(headers=b"Host: x\r\nX: y\r\n z\r\n"),
+    "a bare CR": get(headers=b"Host: x\rX: y\r\n"),
+    "a malformed size": post_chunked(b"+5\r\nabcde\r\n0\r\n\r\n"),
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01" + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("raw", CUT.values(), ids=CUT)
+def test_where_a_request_is_cut_changes_nothing(server, raw):
+    whole = statuses(server, raw + LAST)
+    for place in range(1, len(raw)):
+        with dial(server) as client:
+            client.sendall(raw[:place])
+            assert http_until(lambda: taken(server, client))
+            client.sendall(raw[place:] + LAST)
+            got = [status for status, _, _ in replies(read_to_end(client))]
+        assert got == whole, raw[:place]
+
+
+def test_a_request_that_comes_byte_by_byte_is_the_same_request(server):
+    with dial(server) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in http_post(http_PROMPT) + LAST:
+            client.send(bytes([byte]))
+        got = replies(read_to_end(client))
+    assert [status for status, _, _ in got] == [200, 200]
+
+
+def test_long_heads_are_refused_however_they_come(server):
+    raw = get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 80)
+    with dial(server) as client:
+        for start in range(0, len(raw), 1000):
+            with contextlib.suppress(OSError):
+                client.sendall(raw[start:start + 1000])
+        [reply] = replies(read_to_end(client))
+    assert reply[0] == 431
+
+
+def test_pipelined_requests_are_answered_in_order(server):
+    body = b'{"model":"m","prompt":"%d","stream":%b}'
+    raw = [http_post(body % (i, b"true" if i % 2 else b"false")) for i in range(20)]
+    *got, last = talk(server, b"".join(raw) + LAST)
+    texts = [re.findall(rb'"text":"(\d+)"', body) for _, _, body in got]
+    assert texts == [[b"%d" % i] for i in range(20)]
+
+
+def test_a_refusal_in_a_pipeline_ends_it(server):
+    raw = get() + get(headers=b"Host : x\r\n") + get() + LAST
+    assert statuses(server, raw) == [200, 400]
+
+
+@pytest.mark.parametrize("target", [b"/health", b"/v1/models", b"/v1/models/m", b"/v1/x"])
+def test_head_has_the_headers_of_get_and_no_body(server, target):
+    [there, _] = talk(server, get(target) + LAST)
+    [bare, last] = talk(server, get(target, method=b"HEAD") + LAST, to_head=True)
+    assert last[0] == 200 and bare[0] == there[0] and bare[2] == b""
+    assert set(bare[1]) == set(there[1])
+
+
+@pytest.mark.parametrize("target, allowed", [
+    (b"/health", "GET, HEAD, OPTIONS"), (b"/v1/completions", "POST, OPTIONS")])
+def test_a_method_that_is_not_allowed_learns_which_are(server, target, allowed):
+    status, headers, _ = talk(server, get(target, method=b"DELETE") + LAST)[0]
+    assert (status, headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize("target", [b"/v1/chat/completions", b"/health", b"/nowhere", b"*"])
+def test_options_is_204_everywhere(server, target):
+    status, headers, body = talk(server, get(target, method=b"OPTIONS") + LAST)[0]
+    assert status == 204 and "OPTIONS" in headers["allow"]
+    assert "content-length" not in headers and "transfer-encoding" not in headers
+
+
+@pytest.mark.parametrize("headers, kept", [
+    (b"", False), (b"Connection: close\r\n", False), (b"Connection: keep-alive\r\n", True)])
+def test_http_1_0_is_kept_only_when_asked_and_told_so(server, headers, kept):
+    status, got, _ = talk(server, http_post(http_PROMPT, headers, version=b"1.0"))[0] \
+        if not kept else talk(server, http_post(http_PROMPT, headers, version=b"1.0") + LAST)[0]
+    assert status == 200 and "content-length" in got
+    assert got["connection"] == ("keep-alive" if kept else "close")
+
+
+@pytest.mark.parametrize("headers", [b"", b"Connection: keep-alive\r\n"])
+def test_http_1_0_never_gets_transfer_chunks(server, headers):
+    body = http_PROMPT[:-1] + b',"stream":true}'
+    [(status, got, events)] = talk(server, http_post(body, headers, version=b"1.0") + LAST)
+    assert status == 200 and "transfer-encoding" not in got
+    assert got["connection"] == "close" and events.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("value", [b"close", b"Close", b"keep-alive, close"])
+def test_connection_close_is_obeyed_and_said(server, value):
+    [reply] = talk(server, get(headers=b"Host: x\r\nConnection: %b\r\n" % value) + LAST)
+    assert reply[0] == 200 and reply[1]["connection"] == "close"
+
+
+def test_who_expects_100_continue_is_told_to_go_on(server):
+    head, body = http_post(http_PROMPT, b"Expect: 100-Continue\r\n").split(b"\r\n\r\n")
+    with dial(server) as client:
+        client.sendall(head + b"\r\n\r\n")
+        assert read_until(client, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body + LAST)
+        got = replies(read_to_end(client))
+    assert [status for status, _, _ in got] == [200, 200]
+
+
+@pytest.mark.parametrize("head, status", [
+    (http_post(b"", b"Expect: 100-continue\r\n").replace(b": 0", b": 4097"), 413),
+    (http_post(b"", b"Expect: 100-continue\r\n").replace(b": 0", b": x"), 400),
+    (get(b"/v1/completions", b"Host: evil.example\r\nExpect: 100-continue\r\n"
+         b"Content-Length: 9\r\n", b"POST"), 403),
+    (http_post(b"", b"Expect: 100-continue\r\nContent-Encoding: gzip\r\n").replace(b": 0", b": 9"), 400),
+], ids=["too large", "no length", "not admitted", "gzip"])
+def test_who_expects_100_continue_is_refused_before_the_body(server, head, status):
+    [reply] = talk(server, head)
+    assert reply[0] == status and refusal(reply)
+
+
+def test_http_1_0_is_never_told_100_continue(server):
+    raw = http_post(http_PROMPT, b"Expect: 100-continue\r\n", version=b"1.0")
+    assert statuses(server, raw) == [200]
+
+
+@pytest.mark.parametrize("origin", [b"http://[", b"http://[::1", b"x" * 9999, b"\xff", b"null"])
+def test_no_origin_can_do_without_a_reply(server, calm, origin):
+    [reply, _] = talk(server, get(headers=b"Host: x\r\nOrigin: %b\r\n" % origin) + LAST)
+    assert reply[0] == 403 and refusal(reply)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"BREW"])
+def test_an_unread_body_never_becomes_a_request(method):
+    body = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 3
+    headers = b"Host: x\r\nContent-Length: %d\r\n" % len(body)
+    with Server(api_keys=["key"]) as server:
+        got = statuses(server, get(b"/v1/models", headers, method) + body + LAST)
+    assert got in ([401], [401, 200])
+
+
+def test_a_refused_client_can_read_the_refusal_before_it_has_sent_all(server):
+    with dial(server) as client:
+        client.sendall(get(b"/v1/completions", b"Host: x\r\nContent-Length: 9999999\r\n", b"POST"))
+        with contextlib.suppress(OSError):
+            client.sendall(b" " * 9999999)
+        [reply] = replies(read_to_end(client))
+    assert reply[0] == 413 and refusal(reply)["code"] == "request_too_large"
+
+
+# ----------------------------------------------------------------------------------
+# Bodies.  What cannot be a request is a 400 that says why; the connection is kept,
+# for the body was read.
+
+def chat(**fields):
+    return json.dumps({**json.loads(http_CHAT), **fields}).encode()
+
+
+BODIES = {
+    "nothing": (b"", "JSON"),
+    "not UTF-8": (http_CHAT.replace(b"Hi", b"\xff"), "UTF-8"),
+    "Latin-1": (http_CHAT.replace(b"Hi", b"J\xfcrgen"), "UTF-8"),
+    "UTF-16": (http_CHAT.decode().encode("utf-16"), "UTF-8"),
+    "a surrogate as bytes": (http_CHAT.replace(b"Hi", b"\xed\xa0\x80"), "UTF-8"),
+    "not JSON": (b"model=m&prompt=Hi", "JSON"),
+    "cut short": (http_CHAT[:-1], "JSON"),
+    "two objects": (http_CHAT + http_CHAT, "JSON"),
+    "a comma too many": (http_CHAT[:-1] + b",}", "JSON"),
+    "single quotes": (http_CHAT.replace(b'"', b"'"), "JSON"),
+    "a NUL": (http_CHAT.replace(b"Hi", b"\0"), "JSON"),
+    "NULs": (b"\0" * 50, "JSON"),
+    "an array": (b"[%b]" % http_CHAT, "object"),
+    "a string": (b'"x"', "object"),
+    "null": (b"null", "object"),
+    "NaN": (http_CHAT[:-1] + b',"temperature":NaN}', "NaN"),
+    "Infinity": (http_CHAT[:-1] + b',"temperature":-Infinity}', "Infinity"),
+    "1e999": (http_CHAT[:-1] + b',"temperature":1e999}', "1e999"),
+    "NaN where nobody looks": (http_CHAT[:-1] + b',"x":[{"y":NaN}]}', "NaN"),
+    "5,000 digits": (http_CHAT[:-1] + b',"seed":%b}' % (b"1" * 5000), ""),
+    "arrays 100,000 deep": (http_CHAT[:-1] + b',"x":' + b"[" * 100000, "deep"),
+    "closed arrays 100,000 deep":
+        (http_CHAT[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", "deep"),
+    "objects 100,000 deep": (b'{"x":' * 100000 + b"1" + b"}" * 100000, "deep"),
+}
+ODD_BODIES = {
+    "a BOM": (b"\xef\xbb\xbf" + http_CHAT, "Hi"),
+    "white space around it": (b" \r\n\t" + http_CHAT + b"\n\n", "Hi"),
+    "the last of two equal names": (http_CHAT.replace(b"{", b'{"messages":1,', 1), "Hi"),
+    "a lone surrogate": (http_CHAT.replace(b"Hi", b"\\ud800"), "\ud800"),
+    "an escaped NUL": (http_CHAT.replace(b"Hi", b"a\\u0000b"), "a\0b"),
+    "line separators": (chat(messages=[{"role": "user", "content": "\x85\u2028"}]), "\x85\u2028"),
+    "an unknown field": (chat(unknown=[{}]), "Hi"),
+}
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    with Server(request_timeout=5) as server:
+        yield server
+
+
+@pytest.mark.parametrize("body, word", rows(BODIES))
+def test_a_body_that_is_no_request_is_a_400_that_says_why(roomy, calm, body, word):
+    reply, last = talk(roomy, http_post(body, target=b"/v1/chat/completions") + LAST)
+    assert reply[0] == 400 and word in refusal(reply)["message"] and last[0] == 200
+
+
+@pytest.mark.parametrize("stream", [b"", b',"stream":true'], ids=["whole", "streamed"])
+@pytest.mark.parametrize("body, text", rows(ODD_BODIES))
+def test_an_odd_body_is_answered(roomy, calm, body, text, stream):
+    body = body.rstrip()[:-1] + stream + b"}"
+    (status, _, got), _ = talk(roomy, http_post(body, target=b"/v1/chat/completions") + LAST)
+    parts = re.findall(rb'"content":("(?:[^"\\]|\\.)*")', got)
+    assert status == 200 and "".join(map(json.loads, parts)) == text
+
+
+@pytest.mark.parametrize("coded", [http_post, lambda body: post_chunked(
+    b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))], ids=["length", "transfer chunks"])
+def test_max_body_is_taken_and_one_byte_more_is_not(server, coded):
+    assert statuses(server, coded(http_PROMPT.ljust(4096)) + LAST) == [200, 200]
+    assert statuses(server, coded(http_PROMPT.ljust(4097)) + LAST) == [413]
+
+
+# ----------------------------------------------------------------------------------
+# Limits.  None of them slows a client that behaves.
+
+def served(server):
+    """A connection that has had a reply and is kept."""
+    client = dial(server)
+    client.sendall(get())
+    assert read_until(client, b"}").startswith(b"HTTP/1.1 200")
+    return client
+
+
+def test_beyond_max_connections_is_503_at_once_and_others_go_on():
+    with Server(max_connections=2) as server, served(server) as one, served(server) as two:
+        start = time.monotonic()
+        [reply] = talk(server, b"")
+        assert reply[0] == 503 and int(reply[1]["retry-after"]) >= 1 and refusal(reply)
+        assert time.monotonic() - start < 1
+        for client in (one, two):
+            client.sendall(LAST)
+            assert replies(read_to_end(client))[0][0] == 200
+
+
+def test_a_place_that_is_free_again_is_given_away():
+    with Server(max_connections=1) as server:
+        with served(server):
+            assert statuses(server, LAST) == [503]
+        assert http_until(lambda: statuses(server, LAST) == [200])
+
+
+TRICKLES = {
+    "a request line": b"GET /" + LONG,
+    "headers": b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 9999,
+    "a body": get(b"/v1/completions", b"Host: x\r\nContent-Length: 4000\r\n", b"POST") + LONG,
+    "transfer chunks": post_chunked(b"1\r\n \r\n" * 4000),
+    "trailers": post_chunked(b"0\r\n" + b"X: y\r\n" * 9999),
+    "empty lines": b"\r\n" * 9999,
+}
+
+
+@pytest.mark.parametrize("raw", TRICKLES.values(), ids=TRICKLES)
+def test_the_time_limit_covers_the_whole_request(raw):
+    with Server(request_timeout=0.3) as server, dial(server) as client:
+        start = time.monotonic()
+        steps = iter(raw[i:i + 1] for i in range(60, 1000))
+        client.sendall(raw[:60])
+        while not select.select([client], [], [], 0.02)[0]:
+            client.sendall(next(steps))
+        got = replies(read_to_end(client))
+        assert 0.25 < time.monotonic() - start < 2
+    assert [status for status, _, _ in got] == [408] or (not got and not raw.strip())
+
+
+def flood(client, block):
+    """Send until the server says something or has gone; seconds that it took, at most 5."""
+    start = time.monotonic()
+    with contextlib.suppress(OSError):
+        while time.monotonic() - start < 5 and not select.select([client], [], [], 0)[0]:
+            client.sendall(block)
+    return time.monotonic() - start
+
+
+def test_the_time_limit_covers_a_fast_sender_too():
+    with Server(request_timeout=0.3) as server, dial(server) as client:
+        client.sendall(post_chunked(b""))
+        assert 0.2 < flood(client, b"1;%b\r\n \r\n" % LONG[:50000]) < 3
+
+
+def test_a_refused_client_that_goes_on_sending_is_cut_off(server):
+    with dial(server) as client:
+        client.sendall(b"\0" * 10)
+        assert replies(read_to_end(client))[0][0] == 400
+        start = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - start < 4:
+                client.sendall(LONG)
+
+
+def test_slow_requests_do_not_slow_others():
+    with Server(request_timeout=1) as server, contextlib.ExitStack() as held:
+        for _ in range(30):
+            held.enter_context(dial(server)).sendall(b"POST /v1/completions HTTP/1.1\r\nHo")
+        start = time.monotonic()
+        assert statuses(server, get() * 20 + LAST) == [200] * 21
+        assert time.monotonic() - start < 0.9
+
+
+def test_an_idle_connection_ends_without_a_word():
+    with Server(request_timeout=0.2) as server, served(server) as client:
+        assert client.recv(1) == b""
+
+
+def test_an_empty_line_after_a_reply_leaves_a_connection_idle():
+    with Server(request_timeout=0.2) as server, served(server) as client:
+        client.sendall(b"\r\n")
+        assert client.recv(1) == b""
+
+
+class Endless:
+    """A backend that yields for ever, and tells when it began and when it was closed."""
+
+    def __init__(self, piece="x", pause=0.001):
+        self.piece, self.pause = piece, pause
+        self.begun, self.closed = threading.Event(), threading.Event()
+
+    def __call__(self, request):
+        self.begun.set()
+        try:
+            while True:
+                time.sleep(self.pause)
+                yield self.piece
+        finally:
+            self.closed.set()
+
+
+http_STREAMED = http_post(http_PROMPT[:-1] + b',"stream":true}')
+
+
+def test_a_reader_that_stops_is_dropped_and_its_backend_closed():
+    endless = Endless("x" * 60000, 0)
+    with Server(endless, request_timeout=0.3) as server, dial(server) as client:
+        client.sendall(http_STREAMED)
+        assert endless.closed.wait(5)
+        assert http_until(lambda: server.journal[-1].outcome == "client left")
+
+
+def half_close(client):
+    client.shutdown(socket.SHUT_WR)
+
+
+def reset(client):
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                      struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+    client.close()
+
+
+LEAVE = {"closes": socket.socket.close, "half-closes": half_close, "resets": reset}
+
+
+@pytest.mark.parametrize("raw", [http_STREAMED, http_post(http_PROMPT)], ids=["streamed", "whole"])
+@pytest.mark.parametrize("leave", LEAVE.values(), ids=LEAVE)
+def test_a_client_that_leaves_ends_its_backend(calm, leave, raw):
+    endless = Endless()
+    with Server(endless) as server, dial(server) as client:
+        client.sendall(raw)
+        assert endless.begun.wait(5)
+        leave(client)
+        assert endless.closed.wait(5)
+        assert http_until(lambda: server.journal[-1].outcome == "client left")
+
+
+def test_a_client_that_half_closes_when_idle_is_hung_up_on(server):
+    with served(server) as client:
+        half_close(client)
+        assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("place", range(0, len(http_STREAMED), 7))
+def test_a_client_may_leave_in_the_middle_of_a_request(server, calm, place):
+    with dial(server) as client:
+        client.sendall(http_STREAMED[:place])
+        reset(client)
+    assert statuses(server, LAST) == [200]
+
+
+class Blocked:
+    """A backend that blocks until the test is over, for the text "block"."""
+
+    def __init__(self):
+        self.begun, self.release = threading.Event(), threading.Event()
+
+    def __call__(self, request):
+        if request["text"] == "block":
+            self.begun.set()
+            self.release.wait(60)
+        return "done"
+
+
+def test_a_backend_that_blocks_holds_up_neither_others_nor_the_end(caplog):
+    blocked = Blocked()
+    with Server(blocked) as server, dial(server) as client:
+        client.sendall(http_post(http_PROMPT.replace(b"Hi", b"block")))
+        assert blocked.begun.wait(5)
+        assert statuses(server, http_post(http_PROMPT) + LAST) == [200, 200]
+        start = time.monotonic()
+        server.close()
+        assert time.monotonic() - start < 2
+        assert client.recv(1) == b""
+        blocked.release.set()
+    assert "left behind" in caplog.text
+
+
+# ----------------------------------------------------------------------------------
+# Start and stop, with a client that holds a connection open each time.
+
+def descriptors():
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        if os.path.isdir(folder):
+            return len(os.listdir(folder))
+    return 0                                    # a platform that does not tell
+
+
+def start_and_stop(times):
+    """Seconds for each, client included; every client has to see its connection end."""
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        server = Server(say("x")).start()
+        with served(server) as client:
+            server.close()
+            assert client.recv(1) == b""
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds)
+
+
+def test_a_server_that_was_stopped_leaves_nothing_behind():
+    start_and_stop(1)
+    gc.collect()
+    threads, files = threading.active_count(), descriptors()
+    start_and_stop(50)
+    assert http_until(lambda: threading.active_count() <= threads and descriptors() <= files)
+
+
+def test_a_port_is_free_again_after_close():
+    with Server() as first, served(first):
+        port = first.server_port
+    with Server(port=port) as second:
+        assert statuses(second, LAST) == [200]
+    second.close()                              # once more does no harm
+
+
+# ----------------------------------------------------------------------------------
+# Fuzz.  FUZZ_SEED repeats a run that failed, FUZZ_CASES makes it longer.
+
+CASES = int(os.environ.get("FUZZ_CASES", 300))
+SEED = int(os.environ.get("FUZZ_SEED", random.randrange(10**6)))
+NOISE = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\0", b":", b",", b";", b"\x7f", b"\xff",
+         b"0", b"-1", b"+", b"0x", b"9" * 30, b"/", b"*", b"?", b"%", b"[", b"chunked", b"HTTP/1.0",
+         b"Host: x\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n ",
+         b"Connection: close\r\n", b"Expect: 100-continue\r\n", b"X" * 5000, b"Origin: http://[\r\n"]
+SOUND = [get(), get(b"/v1/models/m"), get(b"http://localhost/v1/models"), http_post(http_PROMPT), http_STREAMED,
+         http_post(http_CHAT, target=b"/v1/chat/completions"), get(b"*", method=b"OPTIONS"),
+         http_post(http_CHAT, b"Expect: 100-continue\r\n"), http_post(http_PROMPT, b"Origin: http://localhost\r\n"),
+         http_post(http_PROMPT, b"Connection: keep-alive\r\n", version=b"1.0")] + [
+         post_chunked(coded) for coded in CHUNKS_TAKEN.values()]
+
+
+def mutated(raw, dice):
+    """The same bytes with a few of them changed, lost, doubled, swapped or put in."""
+    for _ in range(dice.choice([1, 1, 1, 2, 3, 8])):
+        i, j = sorted(dice.randrange(len(raw) + 1) for _ in "ij")
+        j = min(j, i + dice.choice([1, 1, 4, 40]))
+        middle = dice.choice([b"", raw[i:j] * 2, dice.choice(NOISE), dice.choice(NOISE) + raw[i:j],
+                              bytes(dice.randrange(256) for _ in raw[i:j]), raw[i:j].swapcase()])
+        raw = raw[:i] + middle + raw[j:]
+    return raw
+
+
+def exchanged(server, raws):
+    """What came back for each, all of them at once."""
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(dial(server)) for _ in raws]
+        for client, raw in zip(clients, raws):
+            client.sendall(raw)
+        return [read_to_end(client) for client in clients]
+
+
+def test_mutated_bytes_get_sound_replies_and_a_close(calm):
+    dice = random.Random(SEED)
+    with Server(max_body=4096, request_timeout=0.3) as server:
+        for start in range(0, CASES, 50):
+            raws = [mutated(dice.choice(SOUND), dice) + LAST for _ in range(50)]
+            for raw, stream in zip(raws, exchanged(server, raws)):
+                found = [reply for reply in replies(stream) if reply[0] != 100]
+                assert found and not [1 for reply in found if reply[0] in (500, 503)], (SEED, raw)
+                assert all(refusal(reply) for reply in found if reply[0] >= 400), (SEED, raw)
+
+
+SURROGATE = "\ud800"
+STRANGE = [None, True, False, 0, 1, -1, 2.5, 10**30, -1e300, "", "x", "auto", SURROGATE, "\0",
+           "y" * 3000, [], [None], [1], ["x"], [[]], [{}], {}, {"": None}, {"type": "function"},
+           {"type": "x", "function": {}}, [{"role": "user"}], [{"type": "text", "text": 1}]]
+http_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "strict": False,
+        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": http_TOOL["function"]["parameters"]}}
+http_CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+FULL = [("/v1/chat/completions", {
+    "model": "m", "stream": True, "stream_options": {"include_usage": True}, "n": 2, "seed": 1,
+    "messages": [{"role": "system", "content": "s", "name": "n"},
+                 {"role": "user", "content": [{"type": "text", "text": "t"},
+                                              {"type": "image_url", "image_url": {"url": "u"}}]},
+                 {"role": "assistant", "content": None, "refusal": None, "tool_calls": [http_CALLED]},
+                 {"role": "tool", "tool_call_id": "1", "content": "c"}],
+    "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a", "b"], "temperature": 1,
+    "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {"1": 2},
+    "logprobs": True, "top_logprobs": 2, "user": "u", "tools": [http_TOOL], "tool_choice": "auto",
+    "parallel_tool_calls": False, "response_format": SCHEMA, "service_tier": "auto",
+    "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low", "modalities": ["text"],
+    "prediction": {"type": "content", "content": "x"}, "verbosity": "low"}),
+    ("/v1/chat/completions", {
+    "model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [http_TOOL],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "response_format": {"type": "json_object"}}),
+    ("/v1/chat/completions", {
+    "model": "m", "messages": [{"role": "user", "content": "x"},
+                               {"role": "assistant", "function_call": http_CALLED["function"]},
+                               {"role": "function", "name": "f", "content": "c"}],
+    "functions": [http_TOOL["function"]], "function_call": {"name": "f"}}),
+    ("/v1/completions", {
+    "model": "m", "prompt": ["a", "b"], "suffix": "s", "max_tokens": 5, "temperature": 1, "n": 1,
+    "best_of": 2, "stream": False, "logprobs": 2, "echo": True, "stop": "x", "user": "u",
+    "logit_bias": {"1": 1}, "seed": 1, "top_p": 1, "presence_penalty": 0}),
+    ("/v1/completions", {
+    "model": "m", "prompt": [[1, 2], [3]], "stream": True, "n": 3, "logprobs": 0})]
+
+
+def places(value, path=()):
+    """The path of every field and item in a JSON value."""
+    steps = value if isinstance(value, dict) else range(len(value)) \
+        if isinstance(value, list) else ()
+    for step in steps:
+        yield path + (step,)
+        yield from places(value[step], path + (step,))
+
+
+def changed(body, path, value):
+    """A copy of the body with the field at the path set to a value."""
+    body = json.loads(json.dumps(body))
+    *parents, last = path
+    inner = body
+    for step in parents:
+        inner = inner[step]
+    inner[last] = value
+    return body
+
+
+def noise(dice, depth=4):
+    """Any JSON value, nested a little."""
+    if depth == 0 or dice.random() < 0.4:
+        return dice.choice(STRANGE)
+    names = ["type", "function", "name", "role", "content", "x", "properties", "enum", "$ref"]
+    if dice.random() < 0.5:
+        return [noise(dice, depth - 1) for _ in range(dice.randrange(4))]
+    return {dice.choice(names): noise(dice, depth - 1) for _ in range(dice.randrange(4))}
+
+
+def sound(reply):
+    """Is it a whole reply of the shape that its status and its content type promise?"""
+    status, headers, body = reply
+    if status != 200:
+        return status == 400 and refusal(reply)
+    if headers["content-type"] == "application/json":
+        return json.loads(body)["choices"]
+    *events, done, end = body.decode().split("\n\n")
+    return (done, end) == ("data: [DONE]", "") and all(
+        "choices" in json.loads(event[len("data: "):]) for event in events)
+
+
+def check_all(server, requests):
+    """Send all on one connection, in order; look at each reply."""
+    for start in range(0, len(requests), 20):
+        part = requests[start:start + 20]
+        raw = b"".join(http_post(json.dumps(body).encode(), target=path.encode())
+                       for path, body in part)
+        *got, last = talk(server, raw + LAST)
+        assert len(got) == len(part)
+        for request, reply in zip(part, got):
+            assert sound(reply), (SEED, request, reply)
+
+
+@pytest.mark.parametrize("path, body", FULL, ids=["chat", "tools", "functions", "text", "ids"])
+def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body):
+    dice = random.Random(SEED)
+    assert statuses(roomy, http_post(json.dumps(body).encode(), target=path.encode()) + LAST) == [200] * 2
+    check_all(roomy, [
+        (path, changed(body, place, value)) for place in places(body)
+        for value in dice.sample(STRANGE, min(CASES // 50, len(STRANGE)))])
+
+
+def test_nested_noise_gets_a_sound_reply(roomy, calm):
+    dice = random.Random(SEED)
+    cases = [dice.choice(FULL) for _ in range(CASES)]
+    check_all(roomy, [(path, changed(body, dice.choice(list(places(body))), noise(dice)))
+                      for path, body in cases])
+
+
+# ----------------------------------------------------------------------------------
+# Stress (`make stress`; STRESS=short for a minute of it).  The server is a process of
+# its own, so that what is measured is the server.  Each test prints a row of the table.
+
+SHORT = os.environ.get("STRESS") == "short"
+stress = pytest.mark.stress
+CHILD = """
+import json, resource, sys, threading
+from openai_compat import Reply, Server, echo
+
+def backend(request):
+    word, _, count = request["text"].partition(" ")
+    if word == "tick":
+        return Reply(" ".join(map(str, range(int(count)))), delay=0.05)
+    if word == "block":
+        threading.Event().wait()
+    return echo(request)
+
+options = json.loads(sys.argv[1])
+files = options.pop("files", 20000)
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, most), most))
+server = Server(backend, **options)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+class Process:
+    """A server in a process of its own; knows its memory (MiB) and its descriptors."""
+
+    def __init__(self, *command, **options):
+        command = command or ("-c", CHILD, json.dumps(options))
+        self.child = subprocess.Popen([sys.executable, *command], text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        line = self.child.stdout.readline()     # the port, or: Serving http://...:port/v1 ...
+        self.server_address = "127.0.0.1", int(re.search(r"(?:^|:)(\d+)\b", line)[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.child.kill()
+        self.child.wait()
+        self.child.stdout.close()
+
+    def memory(self, name="VmRSS"):
+        with open("/proc/%d/status" % self.child.pid) as status:
+            return int(re.search(name + r":\s*(\d+)", status.read())[1]) / 1024
+
+    def descriptors(self):
+        return len(os.listdir("/proc/%d/fd" % self.child.pid))
+
+    def cpu(self):
+        with open("/proc/%d/stat" % self.child.pid) as stat:
+            times = stat.read().rpartition(")")[2].split()[11:13]
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture
+def row(request, capsys):
+    """Prints a row of the table: what was sent, how often, what came of it."""
+    def print_row(text, *values):
+        with capsys.disabled():
+            print("\n| %s | %s |" % (request.node.name[len("test_"):], text % values))
+    return print_row
+
+
+@pytest.fixture
+def many_files():
+    """Descriptors for a few thousand connections, on our side."""
+    resource = pytest.importorskip("resource")
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not os.path.isdir("/proc/self/fd") or most < 8000:
+        pytest.skip("needs Linux and 8,000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8000, most))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+
+
+def of(values, share):
+    """The value below which that share of the values lies."""
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+class Stream:
+    """One client of many: what came on its connection, and when."""
+
+    def __init__(self, server, prompt):
+        body = json.dumps({"model": "m", "prompt": prompt, "stream": True})
+        self.rest, self.texts, self.times, self.begun = b"", [], [], time.monotonic()
+        self.tail = b""
+        self.client = dial(server)
+        self.client.sendall(http_post(body.encode(), b"Connection: close\r\n"))
+
+    def read(self):
+        """Take what is there; False at the end."""
+        block = self.client.recv(65536)
+        self.times.append(time.monotonic())
+        self.tail = (self.tail + block)[-300:]
+        whole, blank, self.rest = (self.rest + block).rpartition(b"\n\n")
+        self.texts += re.findall(rb'"text":"([^"]*)"', whole + blank)
+        return bool(block)
+
+
+def watch_streams(streams, events, halfway):
+    """Read all the streams to their ends; call `halfway` once, after half the events."""
+    selector, half = selectors.DefaultSelector(), None
+    for stream in streams:
+        selector.register(stream.client, selectors.EVENT_READ, stream)
+    while selector.get_map():
+        for key, _ in selector.select(30) or pytest.fail("silence for 30 s"):
+            if not key.data.read():
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+        if half is None and len(streams[0].texts) > events / 2:
+            half = [halfway()]
+    return half[0]
+
+
+@stress
+def test_a_thousand_streams_at_once_are_complete_and_in_order(many_files, row):
+    count, events = (300, 60) if SHORT else (1000, 400)
+    with Process(max_connections=1100) as server:
+        talk(server, http_post(http_PROMPT) + LAST)
+        before = server.memory()
+        streams = [Stream(server, "tick %d" % events) for _ in range(count)]
+        during = watch_streams(streams, events, server.memory)
+    expected = " ".join(map(str, range(events))).encode()
+    assert all(b"".join(stream.texts) == expected for stream in streams)
+    assert all(stream.tail.endswith(b"0\r\n\r\n") for stream in streams)
+    first = [stream.times[0] - stream.begun for stream in streams]
+    whole = [stream.times[-1] - stream.times[0] for stream in streams]
+    row("%d streams x %d events, all complete; first event p50 %.0f, p99 %.0f ms; rate p50 %.1f,"
+        " least %.1f events/s; %.0f KiB a stream", count, events, 1000 * of(first, 0.5),
+        1000 * of(first, 0.99), events / of(whole, 0.5), events / max(whole),
+        1024 * (during - before) / count)
+    assert of(first, 0.99) < 1
+
+
+class Slowloris:
+    """A client that sends a request byte by byte, and comes again when it is dropped."""
+
+    raw = b"POST /v1/completions HTTP/1.1\r\n" + b"X-Slow: y\r\n" * 90
+
+    def __init__(self, server):
+        self.server, self.drops, self.client, self.sent = server, 0, dial(server), 0
+
+    def step(self):
+        try:
+            if select.select([self.client], [], [], 0)[0]:
+                raise ConnectionError
+            self.client.send(self.raw[self.sent:self.sent + 1])
+            self.sent += 1
+        except OSError:
+            self.client.close()
+            self.drops, self.client, self.sent = self.drops + 1, dial(self.server), 0
+
+
+def http_ask(connection, i):
+    """One completion, on a connection that is kept."""
+    connection.request("POST", "/v1/completions", b'{"model":"m","prompt":"number %d"}' % i)
+    reply = connection.getresponse()
+    assert reply.status == 200
+    return json.loads(reply.read())["choices"][0]["text"] == "number %d" % i
+
+
+@stress
+def test_slow_clients_do_not_disturb_the_others(row):
+    seconds, slow, rate = (10, 100, 200) if SHORT else (60, 300, 200)
+    late, good = [], 0
+    with Process(request_timeout=5) as server:
+        snails = [Slowloris(server) for _ in range(slow)]
+        connections = [http.client.HTTPConnection(*server.server_address) for _ in range(8)]
+        begin = time.monotonic()
+        for i in range(seconds * rate):
+            due = begin + i / rate
+            snails[i % slow].step()
+            snails[(i + slow // 2) % slow].step()
+            time.sleep(max(due - time.monotonic(), 0))
+            if i % 50 == 0:
+                connections[i // 50 % 8].close()        # the next one dials again
+            good += http_ask(connections[i % 8], i)
+            late.append(time.monotonic() - due)
+        took = time.monotonic() - begin
+        for client in connections + [snail.client for snail in snails]:
+            client.close()
+    row("%d requests at %.0f/s beside %d slow clients, dropped %d times: %d good; p50 %.1f, p99 "
+        "%.1f, worst %.0f ms", len(late), len(late) / took, slow, sum(s.drops for s in snails),
+        good, 1000 * of(late, 0.5), 1000 * of(late, 0.99), 1000 * max(late))
+    assert good == seconds * rate and sum(snail.drops for snail in snails) >= slow
+
+
+SOAK = [get(), http_post(http_PROMPT), http_STREAMED, http_post(http_CHAT, target=b"/v1/chat/completions"), http_post(b"{"),
+        post_chunked(CHUNKS_TAKEN["one for each byte"]), get(b"/v1/nowhere"), get(b"/v1/models"),
+        http_post(http_PROMPT, b"Expect: 100-continue\r\n"), get(b"/v1/models/m", method=b"OPTIONS")]
+
+
+@stress
+def test_memory_and_descriptors_stay_flat(many_files, row):
+    rounds, raw = 200 if SHORT else 2000, b"".join(SOAK) * 5
+    expected = [200, 200, 200, 200, 400, 200, 404, 200, 200, 204] * 5 + [200]
+    with Process() as server:
+        begin, marks = time.monotonic(), []
+        for i in range(rounds):
+            assert statuses(server, raw + LAST) == expected
+            if i in (rounds // 10, rounds - 1):
+                marks.append((server.memory(), server.descriptors()))
+        took = time.monotonic() - begin
+    (memory, files), (more_memory, more_files) = marks
+    row("%d exchanges in %.0f s; %.1f MiB after a tenth, %.1f at the end; %d and %d descriptors",
+        rounds * 51, took, memory, more_memory, files, more_files)
+    assert more_memory - memory < 5 and more_files <= files + 1
+
+
+@stress
+def test_a_killed_client_ends_its_backends(row):
+    code = "import socket, sys\nheld = []\nfor _ in range(50):\n    held.append(socket." \
+           "create_connection(('127.0.0.1', int(sys.argv[1]))))\n    held[-1].sendall(%r)\n" \
+           "print(held[-1].recv(1), flush=True)\nsys.stdin.read()" % http_STREAMED
+    begun, closed = [], []
+
+    def backend(request):
+        begun.append(1)
+        try:
+            while True:
+                time.sleep(0.01)
+                yield "x"
+        finally:
+            closed.append(1)
+    with Server(backend) as server:
+        client = subprocess.Popen([sys.executable, "-c", code, str(server.server_port)],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        client.stdout.readline()
+        assert http_until(lambda: len(begun) == 50)
+        client.kill()
+        begin = time.monotonic()
+        assert http_until(lambda: len(closed) == 50 and not server.connections)
+        client.communicate()
+    row("a client with 50 streams, kill -9: 50 backends closed after %.0f ms",
+        1000 * (time.monotonic() - begin))
+
+
+@stress
+def test_a_reset_at_any_event_ends_the_backend(row):
+    count = 50 if SHORT else 400
+    with Server(lambda request: Endless(pause=0)(request)) as server:
+        for events in range(count):
+            with dial(server) as client:
+                client.sendall(http_STREAMED)
+                got = b""
+                while got.count(b"data: ") < events:
+                    got += client.recv(300)
+                reset(client)
+        assert http_until(lambda: not server.connections)
+        outcomes = {exchange.outcome for exchange in server.journal}
+    row("%d streams, each reset after one event more: outcomes %s", count, outcomes)
+    assert outcomes == {"client left"}
+
+
+@stress
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that one could catch")
+def test_sigterm_lets_replies_finish_or_ends_them_with_an_error(row):
+    script = openai_compat.__file__, "--port", "0", "--delay", "0.05", "--quiet"
+    with Process(*script) as server:
+        prompts = ["w " * 40] * 50 + ["w " * 1000] * (0 if SHORT else 50)
+        streams = [Stream(server, prompt) for prompt in prompts]
+        watch_streams(streams, 20, server.child.terminate)
+        begin = time.monotonic()
+        assert server.child.wait(5) == 0
+    done = [stream.tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for stream in streams]
+    error = [b'data: {"error":' in stream.tail for stream in streams]
+    row("SIGTERM beside %d streams: %d finished, %d ended with an error event after 10 s, %d "
+        "cut; status 0 %.0f ms after the last", len(streams), sum(done), sum(error),
+        len(streams) - sum(done + error), 1000 * (time.monotonic() - begin))
+    assert all(done[:50]) and all(error[50:])
+
+
+@stress
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that one could catch")
+def test_a_second_sigterm_ends_at_once(row):
+    with Process(openai_compat.__file__, "--port", "0", "--delay", "0.2", "--quiet") as server:
+        streams = [Stream(server, "w " * 1000) for _ in range(50)]
+        assert all([stream.read() for stream in streams])       # each reply has begun
+        server.child.terminate()
+        assert http_until(lambda: http_refused(server))
+        server.child.terminate()
+        begin = time.monotonic()
+        assert server.child.wait(5) == 0
+        took = time.monotonic() - begin
+        for stream in streams:
+            read_to_end(stream.client)
+            stream.client.close()
+    row("a second SIGTERM beside 50 streams: status 0 after %.0f ms", 1000 * took)
+
+
+def http_refused(server):
+    """Does nobody listen any more?"""
+    try:
+        dial(server).close()
+    except OSError:
+        return True
+
+
+@stress
+def test_a_server_without_descriptors_recovers(row):
+    with Process(files=64, request_timeout=60) as server, served(server) as old:
+        held = [dial(server) for _ in range(150)]
+        begin, cpu = time.monotonic(), server.cpu()
+        for _ in range(100):
+            old.sendall(get())
+            assert read_until(old, b"}").startswith(b"HTTP/1.1 200")
+            select.select([], [], [], 0.01)
+        spent = server.cpu() - cpu
+        for client in held:
+            client.close()
+        again = time.monotonic()
+        assert statuses(server, LAST) == [200]
+    row("150 connections at 64 descriptors: an old connection is served, %.2f s CPU in %.1f s; a "
+        "new one %.0f ms after", spent, again - begin, 1000 * (time.monotonic() - again))
+
+
+@stress
+def test_blocked_backends_hold_up_nobody(row):
+    count, times = 200, 200 if SHORT else 2000
+    with Process() as server, contextlib.ExitStack() as held:
+        for _ in range(count):
+            held.enter_context(dial(server)).sendall(http_post(http_PROMPT.replace(b"Hi", b"block")))
+        begin = time.monotonic()
+        for _ in range(times // 20):
+            assert statuses(server, http_post(http_PROMPT) * 19 + LAST) == [200] * 20
+    row("%d requests beside %d backends that block for ever: all good, %.2f ms each", times,
+        count, 1000 * (time.monotonic() - begin) / times)
+
+
+@stress
+def test_a_thousand_starts_and_stops_leave_nothing_behind(row):
+    start_and_stop(10)
+    threads, files = threading.active_count(), descriptors()
+    seconds = start_and_stop(200 if SHORT else 1000)
+    row("%d starts and stops with a connection held: median %.2f, p99 %.2f ms",
+        len(seconds), 1000 * of(seconds, 0.5), 1000 * of(seconds, 0.99))
+    assert http_until(lambda: threading.active_count() <= threads and descriptors() <= files)
+
+
+# ==================================================================================
+# THE CLIENT
+
+CLIENT = str(Path(client.__file__).resolve())
+
+
+# ---------------------------------------------------------------------------
+# A server that says what it is told: bytes in, bytes out, over a real socket.
+
+@contextlib.contextmanager
+def playing(*replies, tls=None):
+    """A loopback server: its n-th connection gets the n-th reply, later ones the last.
+
+    A reply is bytes, or a function of the connection. Gives the base_url and the list
+    of the requests as they come: (request line, headers in lower case, body).
+    """
+    requests, over = [], []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        for reply in itertools.chain(replies, itertools.repeat(replies[-1])):
+            connection, _ = listener.accept()
+            if over:
+                return connection.close()
+            with contextlib.suppress(OSError), tls.wrap_socket(
+                    connection, server_side=True) if tls else connection as connection:
+                requests.append(request_on(connection))
+                connection.sendall(reply) if isinstance(reply, bytes) else reply(connection)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield "http%s://127.0.0.1:%d/v1" % ("s" * bool(tls), listener.getsockname()[1]), requests
+    finally:
+        over.append(True)
+        socket.create_connection(listener.getsockname()).close()  # wakes accept, everywhere
+        thread.join(5)
+        listener.close()
+
+
+def request_on(connection):
+    with connection.makefile("rb") as file:
+        line, headers = file.readline().decode().strip(), {}
+        for header in iter(file.readline, b"\r\n"):
+            name, _, value = header.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        return line, headers, file.read(int(headers.get("content-length", 0)))
+
+
+def reply(body, status="200 OK", **headers):
+    """The bytes of a whole reply; body is bytes, or what becomes JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = ["HTTP/1.1 " + status, "Content-Length: %d" % len(body)]
+    head += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
+    return "\r\n".join(head + ["", ""]).encode() + body
+
+
+def client_refusal(status, **fields):
+    return reply({"error": {"message": "no", **fields}}, status)
+
+
+def streamed(*events):
+    """The bytes of a streamed reply, a transfer chunk for each event."""
+    body = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events)
+    return STREAM_HEAD + body + b"0\r\n\r\n"
+
+
+def then_held(reply):
+    """Send the reply, and keep the connection until the client has left."""
+    def serve(connection):
+        connection.sendall(reply)
+        connection.settimeout(5)
+        try:
+            connection.recv(1)
+        except socket.timeout:
+            return
+        except OSError:
+            pass
+        serve.left.set()
+    serve.left = threading.Event()
+    return serve
+
+
+def then_reset(reply):
+    def serve(connection):
+        connection.sendall(reply)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return serve
+
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+               b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def event(delta, finish_reason=None, index=0):
+    choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
+    return b"data: " + json.dumps({"id": "c", "choices": [choice]}).encode() + b"\n\n"
+
+
+client_ROLE, client_HI, THERE, STOP, DONE = (
+    event({"role": "assistant", "content": ""}), event({"content": "Hi"}),
+    event({"content": " there"}), event({}, "stop"), b"data: [DONE]\n\n")
+GOOD = streamed(client_ROLE, client_HI, THERE, STOP, DONE)
+WHOLE = {"id": "c", "object": "chat.completion", "choices": [
+    {"index": 0, "message": {"role": "assistant", "content": "Hi there"},
+     "finish_reason": "stop"}]}
+client_MODELS = reply({"object": "list", "data": [{"id": "first"}, {"id": "second"}]})
+
+
+def asked(answer, **settings):
+    """The text of a streamed answer that is played."""
+    with playing(answer) as (base_url, _):
+        stream = Client(base_url, **settings).chat_completions("Hi", "m", stream=True)
+        return "".join(pieces(stream))
+
+
+def client_read(body):
+    """The text in the bytes of an event stream, without a socket."""
+    return "".join(pieces(chunks(events(lines([body])))))
+
+
+# ---------------------------------------------------------------------------
+# Lines and events: the examples of the standard (WHATWG HTML 9.2), the cases of the SDKs.
+
+client_STREAMS = {  # name: (lines without their ends, what the events say)
+    "stock": ("data: YHOO|data: +2|data: 10||", ["YHOO\n+2\n10"]),
+    "ids": (": test stream||data: first event|id: 1||data:second event|id||"
+            "data:  third event||", ["first event", "second event", " third event"]),
+    "no value": ("data||data|data||", ["", "\n"]),
+    "space": ("data:test||data: test||", ["test", "test"]),
+    "types": ("event: add|data: 73857293||event: remove|data: 2153||",
+              ["73857293", "2153"]),
+    "no data": ("event: ping||retry: 1000||id: 7||: c||data: x||", ["x"]),
+    "blank lines": ("|||data: x|||||data: y||", ["x", "y"]),
+    "empty between": ('data: {|data:|data: "a":|data: 1}||', ['{\n\n"a":\n1}']),
+    "unknown fields": ("date: x|data : y|dat|data: z||", ["z"]),
+    "separators": ("data: a\u2028b\x85c\x0cd||", ["a\u2028b\x85c\x0cd"]),
+    "many bytes each": ("data: \u00fc\u65e5\U0001f600||", ["\u00fc\u65e5\U0001f600"]),
+    "id, then comment": ("id: 1|data: x||: c||data: y||", ["x", "y"]),
+}
+ENDS = {"LF": "\n", "CR": "\r", "CRLF": "\r\n"}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("text, said", client_STREAMS.values(), ids=client_STREAMS)
+def test_a_stream_reads_the_same_wherever_it_is_cut(text, said, end):
+    body = text.replace("|", end).encode()
+    for cut in range(len(body) + 1):
+        assert list(events(lines([body[:cut], b"", body[cut:]]))) == said
+    assert list(events(lines(bytes([byte]) for byte in body))) == said
+
+
+@pytest.mark.parametrize("mix", list(itertools.product(ENDS.values(), repeat=3)))
+def test_line_ends_may_be_mixed(mix):
+    body = "data: a%sdata: b%s%s" % mix + "\n"
+    assert list(events(lines(bytes([byte]) for byte in body.encode())))[0][0] == "a"
+
+
+def test_an_event_names_its_type():
+    types = [event.type for event in events(["event: add", "data: 1", "", "data: 2", ""])]
+    assert types == ["add", "message"]
+
+
+def test_a_type_without_data_does_not_reach_the_next_event():
+    assert next(events(["event: error", "", "data: x", ""])).type == "message"
+
+
+@pytest.mark.parametrize("given", [
+    [b"data: a", b"data: b", b""], [b"data: a\n", b"data: b\r\n", b"\r\n"],
+    ["data: a", "data: b", ""], ["data: a\r", "data: b\n", "\n"]])
+def test_events_reads_bytes_and_str_with_and_without_line_ends(given):
+    assert list(events(given)) == ["a\nb"]
+
+
+def test_one_byte_order_mark_is_dropped_and_only_one():
+    assert list(events([b"\xef\xbb\xbfdata: a", b"", b"\xef\xbb\xbfdata: b", b""])) == ["a"]
+
+
+def test_a_byte_that_is_no_utf8_becomes_a_replacement_character():
+    assert list(events([b"data: a\xffb", b""])) == ["a\ufffdb"]
+
+
+def test_a_last_event_without_its_blank_line_is_marked():
+    assert [(event, event.whole) for event in events([b"data: x"])] == [("x", False)]
+
+
+def test_a_cr_ends_its_line_at_once():
+    reading = lines(iter([b"data: x\r", b"\r"]))
+    assert (next(reading), next(reading)) == (b"data: x", b"")
+
+
+@pytest.mark.parametrize("line", [b": comment\n", b"data: x\n", b"unknown\n"])
+@pytest.mark.parametrize("size", [1, 97, 100000])
+def test_lines_without_a_blank_one_are_no_event_yet(line, size):
+    body = line * 2000
+    reading = lines(body[i:i + size] for i in range(0, len(body), size))
+    assert not [event for event in events(reading) if event.whole]
+
+
+def test_two_thousand_events_come_out_of_one_read():
+    assert len(list(events(lines([b"data: x\n\n" * 2000])))) == 2000
+
+
+def test_ten_thousand_data_lines_are_one_event():
+    assert list(events(lines([b"data: x\n" * 10000 + b"\n"]))) == ["\n".join("x" * 10000)]
+
+
+def test_an_event_of_64_mib_is_read_in_linear_time():
+    block, started = b"x" * 4096, time.process_time()
+    reading = itertools.chain([b"data: "], itertools.repeat(block, 16384), [b"\n\n"])
+    assert len(next(events(lines(reading)))) == 64 << 20
+    assert time.process_time() - started < 4
+
+
+# ---------------------------------------------------------------------------
+# Chunks and pieces: what counts as an end, as an error, as nothing at all.
+
+TOLERATED = {  # protocol.md 3.5 and 5.6: the bytes of a stream that says "Hi there"
+    "as the API": client_HI + THERE + STOP + DONE,
+    "no space": (client_HI + THERE + STOP + DONE).replace(b"data: ", b"data:"),
+    "comments": b":\n\n" + client_HI + b": c\n\n" + THERE + STOP + DONE,
+    "ids and comments": b"id: 1\n" + client_HI + b": c\n\n" + THERE + STOP + DONE,
+    "retry": b"retry: 1000\n\n" + client_HI + THERE + STOP + DONE,
+    "ping without data": b"event: ping\n\n" + client_HI + THERE + STOP + DONE,
+    "ping": b"event: ping\ndata: {}\n\n" + client_HI + THERE + STOP + DONE,
+    "named events": b"event: message\n" + client_HI + b"event: foo\n" + THERE + STOP + DONE,
+    "empty data": b"data: \n\n" + client_HI + b"data:\n\n" + THERE + STOP + DONE,
+    "null": b"data: null\n\n" + client_HI + THERE + STOP + DONE,
+    "byte order mark": b"\xef\xbb\xbf" + client_HI + THERE + STOP + DONE,
+    "several data lines": client_HI.replace(b", ", b",\ndata: ") + THERE + STOP + DONE,
+    "[DONE] and a space": client_HI + THERE + STOP + b"data: [DONE] \n\n",
+    "a named [DONE]": client_HI + THERE + STOP + b"event: done\n" + DONE,
+    "more after [DONE]": client_HI + THERE + STOP + DONE + client_HI + b"data: {nonsense\n\n",
+    "no [DONE]": client_HI + THERE + STOP,
+    "no finish_reason": client_HI + THERE + DONE,
+    "no last blank line": client_HI + THERE + STOP[:-1],
+    "[DONE] without its line end": client_HI + THERE + b"data: [DONE]",
+    "half an event after the end": client_HI + THERE + STOP + b'data: {"choi',
+    "no choices": b"data: {\"choices\": []}\n\n" + client_HI + THERE + STOP + DONE,
+    "choices null": b"data: {\"choices\": null}\n\n" + client_HI + THERE + STOP + DONE,
+    "choices missing": b"data: {\"usage\": null}\n\n" + client_HI + THERE + STOP + DONE,
+    "delta null": event(None) + client_HI + THERE + event(None, "stop"),
+    "content null": event({"content": None}) + client_HI + THERE + STOP,
+    "finish_reason empty": event({"content": "Hi"}, "") + THERE + event({}, "") + DONE,
+    "error null": client_HI.replace(b'"id"', b'"error": null, "id"') + THERE + STOP + DONE,
+    "other choices": client_HI + event({"content": "no"}, None, 1) + THERE + STOP + DONE,
+    "text": b'data: {"choices":[{"text":"Hi there","finish_reason":"length"}]}\n\n',
+}
+
+
+@pytest.mark.parametrize("body", TOLERATED.values(), ids=TOLERATED)
+def test_odd_but_legible_streams_are_read(body):
+    assert client_read(body) == "Hi there"
+
+
+@pytest.mark.parametrize("body", TOLERATED.values(), ids=TOLERATED)
+def test_odd_streams_are_read_in_single_bytes_with_crlf_as_well(body):
+    body = body.replace(b"\n", b"\r\n")
+    reading = chunks(events(lines(bytes([byte]) for byte in body)))
+    assert "".join(pieces(reading)) == "Hi there"
+
+
+@pytest.mark.parametrize("body, text", [
+    (b"", ""), (b": only a comment\n\n", ""), (client_ROLE + client_HI, "Hi"), (client_HI + THERE[:-9], "Hi"),
+    (client_HI + b"data: {\"choices\": []}\n\n", "Hi"), (b"<html>", "")])
+def test_a_stream_that_just_ends_is_truncated_and_gives_its_text(body, text):
+    with pytest.raises(StreamTruncated) as caught:
+        client_read(body)
+    assert caught.value.text == text
+
+
+def test_a_stream_cut_at_any_byte_is_truncated_until_its_finish_reason_has_come():
+    body = client_ROLE + client_HI + THERE + STOP
+    for cut in range(len(body) - len("\n\n")):
+        with pytest.raises(StreamTruncated):
+            client_read(body[:cut])
+
+
+@pytest.mark.parametrize("said, message, code", [
+    (b'data: {"error":{"message":"busy","type":"t","code":"c"}}', "busy", "c"),
+    (b'data: {"error":"busy"}', "busy", None),
+    (b'event: error\ndata: {"message":"busy","code":"c"}', "busy", "c"),
+    (b'event: error\ndata: {"error":{"message":"busy"}}', "busy", None),
+    (b"event: error\ndata: busy", "busy", None),
+    (b'data: {"object":"error","message":"busy","code":3}', "busy", 3),
+    (b'data: {"message":"busy"}', "busy", None)])
+def test_an_error_event_raises_with_what_it_says(said, message, code):
+    with pytest.raises(client.APIError) as caught:
+        client_read(client_HI + said + b"\n\n" + DONE)
+    assert (caught.value.message, caught.value.code) == (message, code)
+
+
+@pytest.mark.parametrize("said", [b'{"choices"', b"hello", b"[1]", b"17", b"[" * 100000])
+def test_an_event_that_is_no_json_object_is_a_bad_reply(said):
+    with pytest.raises(BadReply):
+        client_read(b"data: " + said + b"\n\n" + STOP)
+
+
+def test_chunks_stay_as_the_wire_has_them():
+    assert list(chunks(['{"choices": [], "new": [1]}', "[DONE]"])) == [
+        {"choices": [], "new": [1]}]
+
+
+def test_closing_pieces_closes_the_chunks():
+    def upstream():
+        try:
+            yield {"choices": [{"delta": {"content": "x"}}]}
+        finally:
+            closed.append(True)
+    closed, chunks = [], upstream()
+    reading = pieces(chunks)
+    next(reading)
+    reading.close()
+    assert closed
+
+
+# ---------------------------------------------------------------------------
+# Fold.
+
+def folded(*deltas, **choice):
+    """The message that deltas make."""
+    return fold({"choices": [{"index": 0, "delta": delta, **choice}]}
+                for delta in deltas)["choices"][0]["message"]
+
+
+def client_call(arguments=None, **fields):
+    function = {"name": fields.pop("name", None), "arguments": arguments}
+    return {"tool_calls": [{**fields, "function": {name: value for name, value
+                                                   in function.items() if value is not None}}]}
+
+
+def test_fold_joins_the_stream_into_the_completion():
+    completion = fold(chunks(events(lines([client_ROLE + client_HI + THERE + STOP + DONE]))))
+    assert completion == {"id": "c", "object": "chat.completion", "choices": [
+        {"index": 0, "logprobs": None, "finish_reason": "stop", "message": {
+            "role": "assistant", "content": "Hi there", "refusal": None}}]}
+
+
+def test_fold_keeps_the_last_usage_and_the_fields_it_does_not_know():
+    completion = fold([{"usage": None, "x": 1, "choices": []}, {"usage": {"total_tokens": 3}}])
+    assert (completion["usage"], completion["x"]) == ({"total_tokens": 3}, 1)
+
+
+def test_fold_sorts_the_choices_that_came_mixed():
+    parts = [(1, "b"), (0, "a"), (1, "B"), (0, "A")]
+    completion = fold({"choices": [{"index": index, "text": text}]} for index, text in parts)
+    assert [choice["text"] for choice in completion["choices"]] == ["aA", "bB"]
+
+
+def test_fold_joins_the_log_probabilities():
+    parts = ({"choices": [{"text": t, "logprobs": {"tokens": [t]}}]} for t in "ab")
+    assert fold(parts)["choices"][0]["logprobs"] == {"tokens": ["a", "b"]}
+
+
+def test_fold_does_not_change_the_chunks():
+    given = [{"choices": [{"delta": {"content": "x"}, "logprobs": {"content": [1]}}]}] * 2
+    before = json.dumps(given)
+    fold(given)
+    assert json.dumps(given) == before
+
+
+@pytest.mark.parametrize("deltas, message", [
+    ([{"content": "a"}, {"content": "b"}], {"content": "ab"}),
+    ([{"role": "assistant"}, {"role": "assistant", "content": "a"}], {"role": "assistant"}),
+    ([{"role": "", "content": "a"}], {"role": "assistant"}),
+    ([None, {"content": "a"}], {"content": "a"}),
+    ([{"content": None, "refusal": ""}, {"refusal": "No."}], {"content": None, "refusal": "No."}),
+    ([{"reasoning_content": "a"}, {"reasoning_content": "b"}], {"reasoning_content": "ab"}),
+    ([{"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": "{}"}}],
+     {"function_call": {"name": "f", "arguments": "{}"}})])
+def test_fold_joins_deltas(deltas, message):
+    assert message.items() <= folded(*deltas).items()
+
+
+F = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+G = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("deltas, calls", [
+    ([client_call("", index=0, id="1", name="f"), client_call('{"a"', index=0), client_call(":1}", index=0)], [F]),
+    ([client_call('{"a":1}', index=0, id="1", name="f"), client_call("{}", index=1, id="2", name="g")], [F, G]),
+    ([client_call("", index=1, id="1", name="f"), client_call('{"a":1}', index=1)], [F]),
+    ([client_call("", index=-1, id="1", name="f"), client_call('{"a":1}', index=-1)], [F]),
+    ([client_call("", id="1", name="f"), client_call('{"a":1}'), client_call("{}", id="2", name="g")], [F, G]),
+    ([client_call("", id="1", name="f"), client_call('{"a":1}', id="1")], [F]),
+    ([client_call('{"a":1}', id="1", name="f"), client_call("", id="2", name="g"), client_call("{}")], [F, G]),
+    ([{"tool_calls": [{"function": F["function"]}, {"function": G["function"]}]}],
+     [{"type": "function", "function": F["function"]},
+      {"type": "function", "function": G["function"]}]),
+    ([client_call('{"a"', index=0, id="1", name="f"), client_call(":1}", index=0, id="1", name="f")], [F]),
+    ([client_call({"a": 1}, index=0, id="1", name="f")], [{**F, "function": {
+        "name": "f", "arguments": '{"a": 1}'}}]),
+    ([client_call("", index=0, id="2", name="g")], [G]),
+    ([{"tool_calls": [F, G]}], [F, G]),
+    ([{"content": "x", "tool_calls": []}, {"tool_calls": None}], None)])
+def test_fold_merges_tool_calls(deltas, calls):
+    assert folded(*deltas).get("tool_calls") == calls
+
+
+def test_fold_of_a_long_stream_is_linear():
+    part, started = {"choices": [{"delta": {"content": "x" * 100}}]}, time.process_time()
+    assert len(fold(itertools.repeat(part, 100000))["choices"][0]["message"]["content"]) == 10 ** 7
+    assert time.process_time() - started < 3
+
+
+# ---------------------------------------------------------------------------
+# The client on a socket: what it sends.
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+def test_a_chat_is_one_post_with_the_key_and_compact_utf8():
+    with playing(reply(WHOLE)) as (base_url, requests):
+        Client(base_url, "sk-1").chat_completions("\u00fc", "m", n=2)
+    line, headers, body = requests[0]
+    assert line == "POST /v1/chat/completions HTTP/1.1"
+    assert headers["authorization"] == "Bearer sk-1"
+    assert body.decode() == ('{"model":"m","messages":[{"role":"user","content":"\u00fc"}],'
+                             '"n":2,"stream":false}')
+
+
+def test_completions_are_asked_in_all_forms_of_a_prompt():
+    with playing(reply({"choices": [{"text": "x"}]})) as (base_url, requests):
+        Client(base_url).completions([[1, 2], [3]], "m")
+    assert json.loads(requests[0][2])["prompt"] == [[1, 2], [3]]
+
+
+def test_a_lone_surrogate_goes_out_escaped():
+    with playing(reply(WHOLE)) as (base_url, requests):
+        Client(base_url).chat_completions("\ud83d", "m")
+    assert b'"\\ud83d"' in requests[0][2]
+
+
+def test_without_a_model_the_servers_first_is_taken_and_asked_for_once():
+    with playing(client_MODELS, reply(WHOLE)) as (base_url, requests):
+        asking = Client(base_url)
+        asking.chat_completions("a"), asking.chat_completions("b")
+    assert [line.split()[1] for line, _, _ in requests] == [
+        "/v1/models"] + 2 * ["/v1/chat/completions"]
+    assert json.loads(requests[1][2])["model"] == "first"
+
+
+def test_settings_come_from_the_environment(monkeypatch):
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv("OPENAI_" + name, name)
+    with playing(client_MODELS) as (base_url, requests):
+        monkeypatch.setenv("OPENAI_BASE_URL", base_url + "/")
+        assert Client().models() == ["first", "second"]
+    line, headers, _ = requests[0]
+    assert line.split()[1] == "/v1/models" and headers["authorization"] == "Bearer API_KEY"
+    assert (headers["openai-organization"], headers["openai-project"]) == ("ORG_ID", "PROJECT_ID")
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", ""), monkeypatch.setenv("OPENAI_API_KEY", " ")
+    asking = Client()
+    assert asking.url("/models") == "http://127.0.0.1:8000/v1/models"
+    assert "Authorization" not in asking.headers
+
+
+@pytest.mark.parametrize("settings", [
+    {"base_url": "localhost:8000"}, {"base_url": "file:///etc"}, {"base_url": "http://"},
+    {"base_url": "http://a:b/"}, {"base_url": "http://a b/"}, {"timeout": 0},
+    {"base_url": "https://a", "cafile": "/no/such/file"}])
+def test_settings_that_cannot_work_are_a_client_error(settings):
+    with pytest.raises(ClientError):
+        Client(**settings)
+
+
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown():
+    with pytest.raises(ClientError) as caught:
+        Client(api_key="sk-\nsecret")
+    assert "secret" not in repr(caught.value) and caught.value.__context__ is None
+
+
+def test_a_proxy_is_not_asked_for_loopback_addresses(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert asked(GOOD) == "Hi there"
+
+
+def test_a_proxy_from_the_environment_is_asked_for_others(monkeypatch):
+    with playing(client_MODELS) as (base_url, requests):
+        monkeypatch.setenv("http_proxy", base_url[:-3])
+        Client("http://model.invalid/v1").models()
+    assert requests[0][0].startswith("GET http://model.invalid/v1/models")
+
+
+# ---------------------------------------------------------------------------
+# What it makes of the answers.
+
+def test_a_stream_is_an_iterator_of_chunks():
+    assert asked(GOOD) == "Hi there"
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_a_stream_may_come_in_any_sizes(size):
+    body = (client_ROLE + event({"content": "\u65e5"}) + STOP + DONE)
+    assert asked(streamed(*(body[i:i + size] for i in range(0, len(body), size)))) == "\u65e5"
+
+
+def test_a_stream_may_end_with_its_connection():
+    assert asked(b"HTTP/1.0 200 OK\r\n\r\n" + client_HI + THERE + STOP) == "Hi there"
+
+
+def test_after_done_nothing_is_waited_for():
+    assert asked(then_held(GOOD[:-len(b"0\r\n\r\n")])) == "Hi there"
+
+
+def test_a_whole_completion_instead_of_a_stream_is_one_chunk():
+    assert asked(reply(WHOLE)) == "Hi there"
+
+
+def test_a_stream_instead_of_a_whole_completion_is_folded():
+    with playing(GOOD) as (base_url, _):
+        completion = Client(base_url).chat_completions("Hi", "m")
+    assert completion["choices"][0]["message"]["content"] == "Hi there"
+
+
+PAGE = reply(b"<!DOCTYPE html><p>Welcome", content_type="text/html")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("answer, error", [
+    (PAGE, BadReply), (reply({"error": {"message": "no"}}), client.APIError),
+    (b"HTTP/1.1 200 OK\r\n\r\n", ClientError), (reply(b"[]"), ClientError),
+    (reply(b'{"choices"'), BadReply), (b"nonsense\r\n\r\n", ConnectionFailed),
+    (b"", ConnectionFailed)])
+def test_an_answer_that_is_none_is_a_named_error(answer, error, stream):
+    with playing(answer) as (base_url, _), pytest.raises(error):
+        list(Client(base_url, max_retries=0).chat_completions("Hi", "m", stream=stream))
+
+
+@pytest.mark.parametrize("answer", [
+    STREAM_HEAD + GOOD[len(STREAM_HEAD):-60],         # in the middle of a transfer chunk
+    streamed(client_ROLE, client_HI, THERE)[:-len(b"0\r\n\r\n")],   # between two of them
+    then_reset(streamed(client_ROLE, client_HI, THERE)[:-5]),
+    reply(client_ROLE + client_HI + THERE + STOP).replace(b"\r\nContent-Length: ", b"\r\nContent-Length: 9")])
+def test_a_connection_that_is_cut_in_mid_stream_is_a_truncation(answer):
+    with pytest.raises(StreamTruncated) as caught:
+        asked(answer)
+    assert caught.value.text == "Hi there"
+
+
+def test_a_server_that_falls_silent_is_a_failed_connection():
+    with pytest.raises(ConnectionFailed):
+        asked(then_held(STREAM_HEAD + b"%x\r\n%s\r\n" % (len(client_HI), client_HI)), timeout=0.1)
+
+
+def test_closing_the_iterator_closes_the_connection():
+    answer = then_held(GOOD[:-60])
+    with playing(answer) as (base_url, _):
+        stream = Client(base_url).chat_completions("Hi", "m", stream=True)
+        next(stream)
+        stream.close()
+        assert answer.left.wait(2)
+
+
+def test_closing_an_iterator_that_was_never_read_closes_the_connection_too():
+    answer = then_held(GOOD[:-60])
+    with playing(answer) as (base_url, _):
+        Client(base_url).chat_completions("Hi", "m", stream=True).close()
+        assert answer.left.wait(2)
+
+
+def test_leaving_the_loop_closes_the_connection():
+    answer = then_held(GOOD[:-60])
+    with playing(answer) as (base_url, _):
+        for _ in Client(base_url).chat_completions("Hi", "m", stream=True):
+            break
+        assert answer.left.wait(2)
+
+
+# ---------------------------------------------------------------------------
+# TLS, with a certificate that nobody signed.
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """The file of a certificate for 127.0.0.1, and a server's context with it."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    made = str(tmp_path_factory.mktemp("tls") / "made.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                    "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+                    "-keyout", made, "-out", made + ".crt"], check=True, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made + ".crt", made)
+    return made + ".crt", context
+
+
+def test_a_certificate_that_nobody_signed_is_refused_at_once(certificate):
+    with playing(GOOD, tls=certificate[1]) as (base_url, requests):
+        started = time.monotonic()
+        with pytest.raises(ConnectionFailed, match="certificate .* cannot be trusted"):
+            Client(base_url).chat_completions("Hi", "m")
+    assert requests == [] and time.monotonic() - started < 1
+
+
+def test_a_cafile_says_whom_to_trust(certificate):
+    with playing(GOOD, tls=certificate[1]) as (base_url, _):
+        stream = Client(base_url, cafile=certificate[0]).chat_completions("Hi", "m", stream=True)
+        assert "".join(pieces(stream)) == "Hi there"
+
+
+def test_so_does_the_variable_ssl_cert_file(certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    with playing(client_MODELS, tls=certificate[1]) as (base_url, _):
+        assert Client(base_url).models() == ["first", "second"]
+
+
+def test_a_bad_certificate_is_one_line_on_the_command_line(certificate):
+    with playing(GOOD, tls=certificate[1]) as (base_url, _):
+        done = run("models", base_url=base_url)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"--cafile" in done.stderr
+
+
+# ---------------------------------------------------------------------------
+# Refusals and retries.
+
+def client_refused(answer, **settings):
+    """The error of a chat that is refused, and how many requests were made."""
+    with playing(answer) as (base_url, requests), pytest.raises(ClientError) as caught:
+        Client(base_url, **settings).chat_completions("Hi", "m")
+    return caught.value, len(requests)
+
+
+@pytest.mark.parametrize("body, message", [
+    ({"error": {"message": "no"}}, "no"), ({"error": "no"}, "no"), ({"message": "no"}, "no"),
+    ({"object": "error", "message": "no"}, "no"), (b"no", "no"),
+    ({"detail": "no"}, '{"detail": "no"}'), (b"", "Bad"), (b"<html>x", "Bad"),
+    (["no"], '["no"]'), ({}, "{}"), ({"error": None}, '{"error": null}')])
+def test_an_error_has_a_message_whatever_the_body(body, message):
+    error, _ = client_refused(reply(body, "400 Bad"))
+    assert (error.status, error.message) == (400, message)
+
+
+def test_an_error_has_all_that_the_server_told():
+    error, _ = client_refused(reply({"error": {"message": "no", "type": "t", "code": "c",
+                                        "param": "p"}}, "400 Bad", x_request_id="req_1"))
+    assert (error.type, error.code, error.param) == ("t", "c", "p")
+    assert (error.request_id, error.headers["X-Request-Id"]) == ("req_1", "req_1")
+    assert str(error) == "400 c: no"
+
+
+def test_an_error_before_the_stream_is_raised_by_the_call():
+    with playing(client_refusal("401 No")) as (base_url, _), pytest.raises(client.APIError):
+        Client(base_url).chat_completions("Hi", "m", stream=True)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_but_named(status):
+    error, requests = client_refused(reply(b"", "%d Moved" % status, location="http://evil/"))
+    assert requests == 1 and "http://evil/" in error.message
+
+
+def test_the_key_is_in_no_error_even_if_the_server_repeats_it():
+    error, _ = client_refused(client_refusal("401 No", message="bad key sk-secret"), api_key="sk-secret")
+    assert "sk-secret" not in repr((error, vars(error), error.headers.items()))
+
+
+@pytest.mark.parametrize("status, headers, requests", [
+    (400, {}, 1), (401, {}, 1), (404, {}, 1), (408, {}, 3), (409, {}, 3), (429, {}, 3),
+    (500, {}, 3), (503, {}, 3), (400, {"x_should_retry": "true"}, 3),
+    (500, {"x_should_retry": "false"}, 1), (429, {"retry_after": "121"}, 1),
+    (429, {"retry_after": "1e999"}, 1), (500, {"x_should_retry": "true",
+                                              "retry_after_ms": "200000"}, 1)])
+def test_what_may_pass_is_tried_three_times(status, headers, requests):
+    headers = {"retry_after_ms": "1", **headers}
+    if "retry_after" in headers:
+        del headers["retry_after_ms"]
+    answer = reply({"error": {"message": "no"}}, "%d No" % status, **headers)
+    assert client_refused(answer)[1] == requests
+
+
+def test_a_quota_that_is_used_up_is_not_asked_again():
+    answer = reply({"error": {"message": "no", "code": "insufficient_quota"}}, "429 No",
+                   retry_after_ms="1", x_should_retry="true")
+    assert client_refused(answer)[1] == 1
+
+
+def test_a_retry_that_succeeds_is_all_that_is_seen():
+    again = reply({"error": {"message": "no"}}, "429 No", retry_after_ms="1")
+    with playing(again, then_reset(b""), GOOD) as (base_url, requests):
+        stream = Client(base_url).chat_completions("Hi", "m", stream=True)
+        assert "".join(pieces(stream)) == "Hi there" and len(requests) == 3
+
+
+def test_a_stream_that_has_begun_is_not_tried_again():
+    with playing(then_reset(streamed(client_HI)[:-5])) as (base_url, requests):
+        with pytest.raises(StreamTruncated):
+            list(Client(base_url).chat_completions("Hi", "m", stream=True))
+    assert len(requests) == 1
+
+
+def test_a_whole_reply_that_was_cut_is_tried_again():
+    with playing(reply(WHOLE)[:-5], reply(WHOLE)) as (base_url, requests):
+        Client(base_url).chat_completions("Hi", "m")
+    assert len(requests) == 2
+
+
+def wait_after(status=429, retries=0, **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return client.pause(client.APIError(status, "no", headers=headers), retries)
+
+
+@pytest.mark.parametrize("headers, seconds", [
+    ({"retry_after": "7"}, 7), ({"retry_after": "0.5"}, 0.5), ({"retry_after": "120"}, 120),
+    ({"retry_after_ms": "20"}, 0.02), ({"retry_after_ms": "20", "retry_after": "7"}, 0.02),
+    ({"retry_after_ms": "soon", "retry_after": "7"}, 7)])
+def test_the_server_says_how_long_to_wait(headers, seconds):
+    assert wait_after(**headers) == seconds
+
+
+def test_the_server_may_say_until_when_to_wait():
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert 28 < wait_after(retry_after=date) <= 30
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "nan", "soon", "", "Thu, 01 Jan 1970 00:00:00 GMT"])
+@pytest.mark.parametrize("retries, most", [(0, 0.5), (1, 1), (2, 2), (3, 4), (4, 8), (9, 8)])
+def test_else_the_wait_doubles_up_to_eight_seconds(retries, most, value):
+    assert 0.75 * most <= wait_after(retries=retries, retry_after=value) <= most
+
+
+# ---------------------------------------------------------------------------
+# The command line, in processes of its own.
+
+def environment(base_url=None, **more):
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("OPENAI_", "PYTHON"))}
+    return {**kept, **({"OPENAI_BASE_URL": base_url} if base_url else {}), **more}
+
+
+def run(*words, base_url=None, stdin=b"", **more):
+    """A finished process: its returncode, and what it wrote as bytes."""
+    return subprocess.run([sys.executable, CLIENT, *words], input=stdin, timeout=20,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=environment(base_url, **more))
+
+
+def ran(answer, *words, **how):
+    """A finished process whose server played `answer`, and the body of its request."""
+    with playing(answer) as (base_url, requests):
+        done = run(*words, "--model", "m", base_url=base_url, **how)
+    return done, json.loads(requests[-1][2] or b"null") if requests else None
+
+
+def test_without_a_command_it_prints_its_help():
+    done = run()
+    assert done.returncode == 0 and b"usage" in done.stdout
+
+
+def test_chat_prints_the_answer_as_it_comes():
+    answer = then_held(GOOD[:-len(streamed(STOP, DONE)) + len(STREAM_HEAD)])
+    with playing(answer) as (base_url, _):
+        process = subprocess.Popen([sys.executable, CLIENT, "chat", "Hi", "--model", "m"],
+                                   stdout=subprocess.PIPE, env=environment(base_url))
+        assert process.stdout.read(len("Hi there")) == b"Hi there"
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("words, stdin", [
+    (["chat", "Hi"], b"no"), (["chat"], b"Hi\n"), (["chat", "-"], b"Hi"),
+    (["chat", "--prompt", "Hi"], b"")])
+def test_the_prompt_is_the_argument_or_standard_input(words, stdin):
+    done, request = ran(GOOD, *words, stdin=stdin)
+    assert (done.returncode, done.stdout.split()) == (0, [b"Hi", b"there"])
+    assert request["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_the_options_reach_the_request(tmp_path):
+    (tmp_path / "tools.json").write_text('[{"type": "function"}]')
+    _, request = ran(GOOD, "--temperature", "0", "chat", "--system", "Be.", "Hi", "--stop", "a",
+                     "--stop", "b", "--max-tokens", "5", "-p", "user=me", "-p", "seed=1",
+                     "-p", "tools=@%s" % (tmp_path / "tools.json"), "-p",
+                     'stream_options={"include_usage": true}', "-p", "top_p=NaN")
+    assert request == {
+        "model": "m", "stream": True, "temperature": 0.0, "max_tokens": 5, "stop": ["a", "b"],
+        "user": "me", "seed": 1, "tools": [{"type": "function"}], "top_p": "NaN",
+        "stream_options": {"include_usage": True}, "messages": [
+            {"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}]}
+
+
+def test_complete_prints_the_text():
+    answer = reply({"choices": [{"text": " upon a time", "finish_reason": "stop"}]})
+    done, request = ran(answer, "complete", "Once", "--no-stream")
+    assert done.stdout.split() == [b"upon", b"a", b"time"]
+    assert (request["prompt"], request["stream"]) == ("Once", False)
+
+
+def test_models_prints_the_ids():
+    done, _ = ran(client_MODELS, "models")
+    assert done.stdout.split() == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("how", [[], ["--no-stream"]])
+def test_json_prints_one_document(how):
+    done, _ = ran(reply(WHOLE) if how else GOOD, "chat", "Hi", "--json", *how)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Hi there"
+
+
+def test_raw_prints_the_event_lines_as_they_came():
+    body = b": c\r\n\r\n" + client_HI + b"retry: 1\n\n" + STOP + DONE
+    assert ran(streamed(body[:9], body[9:]), "chat", "Hi", "--raw")[0].stdout == body
+
+
+def test_refusals_and_tool_calls_are_shown():
+    deltas = [{"refusal": "I won't."}, client_call("", index=0, id="1", name="f"),
+              client_call('{"a":1}', index=0)]
+    done, _ = ran(streamed(*map(event, deltas), event({}, "tool_calls"), DONE), "chat", "Hi")
+    client_refusal, shown = done.stdout.decode().splitlines()
+    assert client_refusal == "I won't." and json.loads(shown) == F
+
+
+@pytest.mark.skipif(not shutil.which("curl") or os.name == "nt", reason="needs curl and sh")
+def test_curl_prints_a_command_that_asks_the_same():
+    words = ["chat", "it's \"\u00fc\" $HOME `x` \\", "--model", "m'", "-p", 'user="\\ud83d"']
+    with playing(GOOD) as (base_url, requests):
+        key = {"OPENAI_API_KEY": "sk-1", "PYTHONUTF8": "1"}
+        run(*words, base_url=base_url, **key)
+        command = run(*words, "--curl", base_url=base_url, **key).stdout
+        subprocess.run(["sh", "-c", command], env=environment(**key), stdout=subprocess.DEVNULL)
+    (line, sent, body), (curl_line, curl_sent, curl_body) = requests
+    assert b"sk-1" not in command and (line, json.loads(body)) == (curl_line, json.loads(curl_body))
+    assert [sent[name] == curl_sent[name] for name in ("authorization", "content-type")]
+
+
+def test_curl_without_a_key_sends_none():
+    done = run("models", "--curl", base_url="http://127.0.0.1:1/v1")
+    assert done.stdout.decode().split() == ["curl", "-sS", "-N", "http://127.0.0.1:1/v1/models"]
+
+
+def test_the_config_file_names_key_model_and_server(tmp_path):
+    with playing(GOOD) as (base_url, requests):
+        (tmp_path / "config.ini").write_text(
+            "[OpenAI]\nAPI_SECRET_KEY = sk-%%1\nMODEL = mine\nBASE_URL = %s\n" % base_url)
+        run("chat", "Hi", "--config", str(tmp_path / "config.ini"))
+    _, headers, body = requests[0]
+    assert headers["authorization"] == "Bearer sk-%1" and json.loads(body)["model"] == "mine"
+
+
+@pytest.mark.parametrize("words", [
+    ["chat"], ["complete"], ["nonsense"], ["chat", "a", "b"], ["chat", "Hi", "-p", "x"],
+    ["chat", "Hi", "-p", "x=@/no/such"], ["chat", "Hi", "--config", "/no/such"],
+    ["chat", "Hi", "--base-url", "nowhere"], ["chat", "Hi", "--timeout", "0"],
+    ["bench", "--requests", "0"]])
+def test_what_makes_no_sense_is_status_2(words):
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (2, b"") and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("answer, told", [
+    (client_refusal("401 No", code="invalid_api_key"), "401 invalid_api_key: no (--api-key or"),
+    (client_refusal("404 No", message="a\nb"), "404: a b (`client.py models`"),
+    (PAGE, "text/html"), (streamed(client_HI), "before the answer was complete"),
+    (streamed(client_HI)[:-5], "cut"), (b"", "cannot reach")])
+def test_a_refusal_is_status_1_and_one_line(answer, told):
+    done, _ = ran(answer, "chat", "Hi", "--retries", "0")
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"client.py: ") and told in done.stderr.decode()
+
+
+def test_nobody_there_is_status_1_and_one_line():
+    done = run("models", "--retries", "0", base_url="http://127.0.0.1:1/v1")
+    assert done.returncode == 1 and b"is the server running" in done.stderr
+
+
+def test_a_terminal_that_knows_no_utf8_gets_question_marks():
+    done, _ = ran(streamed(event({"content": "\u65e5\ud83d!"}), STOP, DONE), "chat", "Hi",
+                  PYTHONIOENCODING="ascii")
+    assert done.stdout.split() == [b"??!"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+def test_a_pipe_that_closes_is_no_error():
+    with playing(streamed(*[client_HI] * 20000, DONE)) as (base_url, _):
+        command = ["sh", "-c", '"$0" "$1" chat Hi --model m | head -c 5', sys.executable, CLIENT]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=environment(base_url))
+    assert (done.stdout, done.stderr) == (b"HiHiH", b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_ctrl_c_is_status_130_and_closes_the_connection():
+    answer = then_held(STREAM_HEAD + b"%x\r\n%s\r\n" % (len(client_HI), client_HI))
+    with playing(answer) as (base_url, _):
+        process = subprocess.Popen([sys.executable, CLIENT, "chat", "Hi", "--model", "m"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=environment(base_url))
+        process.stdout.read(2)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == b""
+        assert process.returncode == 130 and answer.left.wait(2)
+
+
+# ---------------------------------------------------------------------------
+# The conversation, on a pseudo-terminal, and the load generator.
+
+@contextlib.contextmanager
+def terminal(*words, base_url):
+    """A client on a terminal of its own: (expect, type); expect reads up to a text."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, CLIENT, *words], stdin=slave, stdout=slave,
+                               stderr=slave, env=environment(base_url, TERM="dumb"),
+                               start_new_session=True)
+    os.close(slave)
+    seen = [""]  # and not yet expected
+
+    def expect(text):
+        while text not in seen[0]:
+            assert select.select([master], [], [], 5)[0], "%r instead of %r" % (seen[0], text)
+            seen[0] += os.read(master, 4096).decode()
+        before, _, seen[0] = seen[0].partition(text)
+        return before
+
+    try:
+        yield process, expect, lambda text: os.write(master, text.encode())
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_a_conversation_keeps_its_history():
+    with playing(GOOD) as (base_url, requests):
+        with terminal("chat", "--model", "m", base_url=base_url) as (process, expect, type):
+            for line in ("one\n", "two\n"):
+                expect("> "), type(line), expect("Hi there")
+            expect("> "), type("\x04")
+            assert process.wait(5) == 0
+    assert [m["content"] for m in json.loads(requests[1][2])["messages"]] == [
+        "one", "Hi there", "two"]
+
+
+def test_a_conversation_obeys_its_commands():
+    with playing(GOOD) as (base_url, requests):
+        with terminal("chat", "--model", "m", base_url=base_url) as (process, expect, type):
+            for line in ("one\n", "/system Be brief.\n", "/model other\n", "/reset\n", "/help\n"):
+                expect("> "), type(line)
+            expect("Ctrl-D"), expect("> "), type("two\n"), expect("there"), expect("> ")
+            type("/quit\n")
+            assert process.wait(5) == 0
+    request = json.loads(requests[1][2])
+    assert request["model"] == "other"
+    assert [m["content"] for m in request["messages"]] == ["Be brief.", "two"]
+
+
+def test_ctrl_c_stops_a_reply_but_not_the_conversation():
+    answer = then_held(STREAM_HEAD + b"%x\r\n%s\r\n" % (len(client_HI), client_HI))
+    with playing(answer, GOOD) as (base_url, requests):
+        with terminal("chat", "--model", "m", base_url=base_url) as (process, expect, type):
+            expect("> "), type("one\n"), expect("Hi")
+            process.send_signal(signal.SIGINT)
+            assert answer.left.wait(2)
+            expect("> "), type("two\n"), expect("Hi there")
+    assert [m["content"] for m in json.loads(requests[1][2])["messages"]] == ["one", "Hi", "two"]
+
+
+def test_a_server_that_goes_away_is_one_line_in_the_conversation():
+    with playing(streamed(client_HI)[:-5], GOOD) as (base_url, requests):
+        with terminal("chat", "--model", "m", base_url=base_url) as (_, expect, type):
+            expect("> "), type("one\n")
+            assert "client.py: the connection was cut" in expect("> ")
+            type("two\n"), expect("Hi there")
+    assert [m["content"] for m in json.loads(requests[1][2])["messages"]] == ["two"]
+
+
+def test_tool_calls_in_a_conversation_are_shown_but_not_kept():
+    tool = streamed(event(client_call("{}", index=0, id="2", name="g")), event({}, "tool_calls"), DONE)
+    with playing(tool, GOOD) as (base_url, requests):
+        with terminal("chat", "--model", "m", base_url=base_url) as (_, expect, type):
+            expect("> "), type("one\n"), expect('"name": "g"')
+            expect("> "), type("two\n"), expect("Hi there")
+    assert [m["content"] for m in json.loads(requests[1][2])["messages"]] == ["two"]
+
+
+@pytest.mark.parametrize("cpu, concurrency, limit", [
+    (0.5, 8, False), (0.9, 8, True), (0.1, 1, False), (0.4, 1, True)])
+def test_bench_says_when_the_client_was_the_limit(cpu, concurrency, limit):
+    report = client._report([([0.1, 0.2], None)], 1.0, cpu, concurrency)
+    assert report["client_is_the_limit"] == limit
+
+
+def test_bench_counts_requests_events_and_errors():
+    with playing(client_MODELS, GOOD, GOOD, client_refusal("429 No", code="slow"), GOOD) as (base_url, _):
+        done = run("bench", "--requests", "5", "--concurrency", "2", "--json", base_url=base_url)
+    report = json.loads(done.stdout)
+    assert (report["requests"], report["completed"]) == (5, 4)
+    assert report["errors"] == {"429 slow": 1}
+    assert round(report["events_per_second"] * report["seconds"]) == 4 * 4
+    assert 0 < report["first_event"]["median"] <= report["first_event"]["p99"]
+
+
+def test_bench_prints_what_people_read():
+    with playing(client_MODELS, GOOD) as (base_url, _):
+        done = run("bench", "--requests", "3", base_url=base_url)
+    assert done.stdout.startswith(b"requests      3 of 3 completed") and done.stderr == b""
+
+
+def test_bench_fails_when_nothing_succeeds():
+    assert run("bench", "--model", "m", base_url="http://127.0.0.1:1/v1").returncode == 1
+
+
+def test_the_client_needs_no_package():
+    code = "import sys; sys.path[:] = [p for p in sys.path if 'packages' not in p]; import client"
+    assert not subprocess.run([sys.executable, "-B", "-S", "-c", code], cwd=os.path.dirname(CLIENT),
+                              env=environment()).returncode
+
+
+# ==================================================================================
+# THE SYSTEM
+
+SERVER = os.path.abspath(openai_compat.__file__)
+system_CLIENT = os.path.join(os.path.dirname(SERVER), "client.py")
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+
+
+def system_until(condition, seconds=5):
+    """Poll for a condition; False after the time is over."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
+
+
+
+
+
+
+def read_past(client, mark):
+    """The bytes up to and with `mark`."""
+    got = b""
+    while mark not in got:
+        block = client.recv(65536)
+        assert block, "closed after %r" % got
+        got += block
+    return got
+
+
+# ----------------------------------------------------------------------------------
+# Asking.  `asking` leaves when its block ends; `answered` waits for the whole answer.
+
+def chat_request(text="Hi", path="/v1/chat/completions", headers=(), **fields):
+    """The bytes of a request; afterwards the connection is to be closed."""
+    fields = {"model": "m", "messages": [{"role": "user", "content": text}], **fields}
+    body = json.dumps(fields).encode()
+    lines = ["POST %s HTTP/1.1" % path, "Host: localhost", "Connection: close",
+             "Content-Length: %d" % len(body), *map("%s: %s".__mod__, dict(headers).items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@contextlib.contextmanager
+def asking(server, text="Hi", **fields):
+    """A socket through which a chat was asked for; leaving the block, the client leaves."""
+    with socket.create_connection(server.server_address[:2], timeout=10) as client:
+        client.sendall(chat_request(text, **fields))
+        yield client
+
+
+def answered(server, text="Hi", **fields):
+    """(status, headers, body); http.client raises unless the answer is complete."""
+    with asking(server, text, **fields) as client:
+        return answer_on(client)
+
+
+def answer_on(client):
+    with http.client.HTTPResponse(client) as response:
+        response.begin()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, headers, response.read()
+
+
+def content(answer):
+    """What a whole reply says, streamed or not."""
+    status, headers, body = answer
+    assert status == 200, body
+    if headers["content-type"] == "application/json":
+        return json.loads(body)["choices"][0]["message"]["content"]
+    assert body.endswith(b"data: [DONE]\n\n"), body
+    return "".join(system_deltas(body))
+
+
+def system_deltas(stream):
+    """The texts of the chunks in a stream, or in a part of one."""
+    said = re.findall(rb'"delta":\{"content":("(?:[^"\\]|\\.)*")', stream)
+    return [json.loads(text.decode()) for text in said]
+
+
+def error_of(answer):
+    """(status, message), of an error status or of an error event."""
+    status, headers, body = answer
+    if headers["content-type"] != "application/json":
+        assert b"[DONE]" not in body
+        body = body.strip().rpartition(b"data: ")[2]
+    return status, json.loads(body)["error"]["message"]
+
+
+def ended(connection):
+    """Has the other side closed, or died?"""
+    with contextlib.suppress(ConnectionError):
+        return connection.recv(65536) == b""
+    return True
+
+
+both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+# ----------------------------------------------------------------------------------
+# Programs.  A program says its number at the gate and waits there until the test lets it
+# pass, by closing its side; when the program dies, the test finds that side closed.
+
+class Gate:
+    PRELUDE = """
+import json, os, signal, socket, subprocess, sys
+def out(text):
+    sys.stdout.buffer.write(text if isinstance(text, bytes) else text.encode())
+    sys.stdout.flush()
+def knock():
+    return socket.create_connection(("127.0.0.1", %d))
+def gate():
+    knock().recv(1)
+def child(code):
+    return subprocess.Popen([sys.executable, "-S", "-c", prelude + code])
+"""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(10)
+
+    def program(self, code, *arguments):
+        prelude = self.PRELUDE % self.listener.getsockname()[1]
+        prelude += "prelude = %r\n" % prelude
+        return [sys.executable, "-S", "-c", prelude + code, *arguments]
+
+    def arrival(self):
+        """The next program at the gate, as a socket: close it, and the program goes on."""
+        door, _ = self.listener.accept()
+        door.settimeout(10)
+        return door
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    with gate.listener:
+        yield gate
+
+
+def program(code, *arguments):
+    """A program of a few lines that needs no gate."""
+    return [sys.executable, "-S", "-c", "import json, os, signal, sys\n" + code, *arguments]
+
+
+PRINT = "sys.stdout.buffer.write(os.fsencode(sys.argv[1]))"
+
+
+def test_what_a_program_says_is_sent_before_it_has_finished(gate):
+    speaker = gate.program("out('one'); gate(); out('two')")
+    with Server(command(speaker)) as server, asking(server, stream=True) as client:
+        first = read_past(client, b'"one"')
+        gate.arrival().close()
+        assert b"two" not in first and b'"two"' in read_past(client, b"[DONE]")
+
+
+@pytest.mark.parametrize("text", ["Hi", "", "two words", "it's \"quoted\" $HOME `ls` \\ %PATH%",
+                                  "{prompt}", "line\nline", "naïve 世界 🎈", "-n"])
+def test_the_prompt_reaches_a_program_as_it_is(text):
+    with Server(command(program(PRINT, "<{prompt}>"))) as server:
+        assert content(answered(server, text)) == "<%s>" % text
+
+
+@posix
+def test_a_line_of_words_is_split_as_a_shell_would_split_it():
+    line = '"%s" -c "import sys; print(sys.argv[1:])" {prompt} "a b"' % sys.executable
+    with Server(command(line)) as server:
+        assert content(answered(server, "c d")) == "['c d', 'a b']\n"
+
+
+READ = "request = json.load(sys.stdin); print(json.dumps(request))"
+
+
+def test_standard_input_has_the_request_as_one_json_document():
+    with Server(command(program(READ))) as server:
+        seen = json.loads(content(answered(server, "Hé", temperature=0.5, top_k=3)))
+    assert seen["messages"] == [{"role": "user", "content": "Hé"}] and seen["text"] == "Hé"
+    assert (seen["endpoint"], seen["index"], seen["temperature"]) == ("chat", 0, 0.5)
+
+
+def test_a_request_with_a_lone_surrogate_reaches_standard_input():
+    with Server(command(program(READ))) as server:
+        assert json.loads(content(answered(server, "\ud800")))["text"] == "\ud800"
+
+
+def test_each_prompt_of_a_completion_has_a_program_of_its_own():
+    with Server(command(program(PRINT, "{prompt}!"))) as server:
+        _, _, body = answered(server, path="/v1/completions", prompt=["a", "b"], n=2)
+    assert [choice["text"] for choice in json.loads(body)["choices"]] == ["a!", "a!", "b!", "b!"]
+
+
+@pytest.mark.parametrize("text", ["é", "世", "🎈", "né世🎈!"])
+def test_no_character_is_split(gate, text):
+    speaker = gate.program("for byte in %r: out(bytes([byte])); gate()" % text.encode())
+    with Server(command(speaker)) as server, asking(server, stream=True) as client:
+        for _ in text.encode():
+            gate.arrival().close()
+        assert system_deltas(read_to_end(client)) == list(text)
+
+
+@both
+def test_a_program_that_fails_in_silence_at_first_gets_a_status(stream):
+    fails = program("sys.exit('loading\\nout of memory')")
+    with Server(command(fails)) as server:
+        status, message = error_of(answered(server, stream=stream))
+    assert status == 500 and "out of memory" in message and "loading" not in message
+
+
+def test_a_program_that_fails_later_ends_its_stream_with_an_error_event(gate):
+    fails = gate.program("out('so far'); gate(); sys.exit('out of memory')")
+    with Server(command(fails)) as server, asking(server, stream=True) as client:
+        gate.arrival().close()
+        status, headers, body = answer_on(client)
+    assert system_deltas(body) == ["so far"] and "out of memory" in error_of((200, headers, body))[1]
+
+
+@both
+def test_a_program_that_dies_within_a_character_is_an_error(stream):
+    dies = program(r"os.write(1, b'ok\xf0\x9f'); sys.exit('died')")
+    with Server(command(dies)) as server:
+        answer = answered(server, stream=stream)
+    assert "died" in error_of(answer)[1] and answer[0] == (200 if stream else 500)
+
+
+@posix
+def test_a_program_that_a_signal_ends_is_an_error():
+    with Server(command(program("os.kill(os.getpid(), signal.SIGKILL)"))) as server:
+        assert error_of(answered(server))[0] == 500
+
+
+FAULTS = {
+    "missing":        ("no-such-program", None, 0),
+    "no file":        ("./no/such/program", None, 0),
+    "not executable": ("plain", b"#!/bin/sh\n", 0o644),
+    "no program":     ("garbage", b"neither a script nor a binary\n", 0o755),
+}
+
+
+@both
+@pytest.mark.parametrize("name, text, mode", rows(FAULTS))
+def test_a_program_that_cannot_be_run_is_named_in_a_500(tmp_path, name, text, mode, stream):
+    path = str(tmp_path / name) if text else name
+    if text:
+        (tmp_path / name).write_bytes(text)
+        os.chmod(path, mode)
+    with Server(command([path, "{prompt}"])) as server:
+        for _ in range(2):      # the first has given its place back
+            status, message = error_of(answered(server, stream=stream))
+            assert status == 500 and path in message
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "a\udc80b", "long " * 2 ** 20],
+                         ids=["NUL", "surrogate", "low surrogate", "too long"])
+def test_a_prompt_that_cannot_be_an_argument_is_a_400(text):
+    with Server(command(program(PRINT, "{prompt}"))) as server:
+        assert error_of(answered(server, text))[0] == 400
+        assert content(answered(server, "short")) == "short"
+
+
+LEFT = {    # what a program does, and how many processes of it come to the gate
+    "silent":           ("gate()", 1),
+    "speaking":         ("out('word'); gate()", 1),
+    "with a child":     ("child('gate()'); gate()", 2),
+    "stubborn":         ("signal.signal(signal.SIGTERM, signal.SIG_IGN); gate()", 1),
+    "survived by a child": ("child('gate()')", 1),
+    "without output":   ("out('word'); os.close(1); gate()", 1),
+}
+
+
+@posix
+@both
+@pytest.mark.parametrize("code, processes", rows(LEFT))
+def test_the_client_leaving_ends_a_program_and_its_children(gate, code, processes, stream):
+    with Server(command(gate.program(code))) as server:
+        with asking(server, stream=stream):
+            doors = [gate.arrival() for _ in range(processes)]
+        assert all(map(ended, doors))
+        assert system_until(lambda: server.journal[-1].outcome == "client left")
+
+
+@posix
+def test_the_server_closing_ends_the_programs(gate):
+    with Server(command(gate.program("gate()"))) as server, asking(server):
+        door = gate.arrival()
+        server.close()
+        assert ended(door)
+
+
+def test_a_stop_ends_the_program(gate):
+    speaker = gate.program("door = knock(); out('one. two'); door.recv(1)")
+    with Server(command(speaker)) as server, asking(server, stop="."):
+        assert ended(gate.arrival())
+
+
+ALONE = """
+os.close(os.open(%r, os.O_CREAT | os.O_EXCL))
+os.unlink(%r)
+print(end="alone")
+"""
+
+
+def together(count, work):
+    """The results of `count` threads that do the same at once."""
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+def test_programs_never_overlap_where_one_runs_at_once(tmp_path):
+    lock = str(tmp_path / "lock")
+    with Server(command(program(ALONE % (lock, lock)), at_once=1)) as server:
+        said = together(6, lambda: content(answered(server, stream=True)))
+    assert said == ["alone"] * 6
+
+
+def test_as_many_programs_as_may_run_at_once_do(gate):
+    with Server(command(gate.program("gate()"), at_once=2)) as server:
+        with asking(server), asking(server):
+            doors = gate.arrival(), gate.arrival()
+            assert all(map(socket.socket.close, doors)) is False
+
+
+@both
+@pytest.mark.parametrize("fields", [{"n": 3}, {"path": "/v1/completions", "prompt": ["a"] * 3},
+                                    {"path": "/v1/completions", "prompt": "a", "n": 3}])
+def test_several_choices_do_not_wait_for_each_other(fields, stream):
+    with Server(command(program("print(end='so')"), at_once=1)) as server:
+        status, _, body = answered(server, stream=stream, **fields)
+    assert status == 200 and body.count(b'"so"') == 3
+
+
+def test_a_waiting_client_that_leaves_frees_its_turn(gate):
+    with Server(command(gate.program("gate(); out('done')"), at_once=1)) as server:
+        with asking(server) as first:
+            door = gate.arrival()
+            with asking(server):
+                assert system_until(lambda: len(server.journal) == 2)
+            assert system_until(lambda: server.journal[1].outcome == "client left")
+            door.close()
+            assert content(answer_on(first)) == "done"
+        with asking(server) as last:
+            gate.arrival().close()
+            assert content(answer_on(last)) == "done"
+
+
+def test_a_program_need_not_read_its_input():
+    with Server(command(program("print(end='ok')"))) as server:
+        assert content(answered(server, "word " * 2 ** 18)) == "ok"
+
+
+def test_a_program_may_complain_at_length():
+    with Server(command(program("sys.stderr.write('x' * 2**20); print(end='ok')"))) as server:
+        assert content(answered(server)) == "ok"
+
+
+FOR_EVER = """
+door = knock()
+while True:
+    out(b"x" * 2**20)
+    door.sendall(b".")
+"""
+
+
+def system_taken(source, most):
+    """How many bytes a socket gives before it falls silent."""
+    count = 0
+    with contextlib.suppress(socket.timeout):
+        while count < most:
+            count += len(source.recv(1))
+    return count
+
+
+def test_a_program_is_held_up_by_a_client_that_does_not_read(gate):
+    with Server(command(gate.program(FOR_EVER))) as server, asking(server, stream=True):
+        door = gate.arrival()
+        door.settimeout(0.3)
+        assert system_taken(door, 64) < 64, "that many MiB are kept somewhere"
+
+
+# ----------------------------------------------------------------------------------
+# Relay.  An upstream that does what the test says, in the test's own thread.
+
+class Upstream:
+    """One connection at a time: the test reads what came and says what goes back."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(10)
+        self.url = "http://127.0.0.1:%d/v1" % self.listener.getsockname()[1]
+
+    def accept(self):
+        """(connection, head, body) of the next request."""
+        connection, _ = self.listener.accept()
+        connection.settimeout(10)
+        head, _, body = read_past(connection, b"\r\n\r\n").partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", head)
+        while length and len(body) < int(length[1]):
+            body += connection.recv(65536)
+        return connection, head.decode("latin-1"), body
+
+
+@pytest.fixture
+def upstream():
+    upstream = Upstream()
+    with upstream.listener:
+        yield upstream
+
+
+def response(body, status="200 OK", type="application/json", **headers):
+    """The bytes of a response with a Content-Length."""
+    headers = {"Content-Type": type, "Content-Length": len(body), **headers}
+    lines = ["HTTP/1.1 " + status, *map("%s: %s".__mod__, headers.items())]
+    return "\r\n".join(lines).replace("_", "-").encode() + b"\r\n\r\n" + body
+
+
+CHUNKED = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+           b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def in_chunks(*blocks):
+    """A whole response, a transfer chunk for each block."""
+    return CHUNKED + b"".join(map(transfer_chunk, blocks)) + b"0\r\n\r\n"
+
+
+def transfer_chunk(block):
+    return b"%x\r\n%b\r\n" % (len(block), block)
+
+
+system_EVENTS = (b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"H\xc3\xa9"}}]}\n\n',
+          b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":" \xe4\xb8\x96"}}]'
+          b',"obfuscation":"x9"}\n\n',
+          b"data: [DONE]\n\n")
+EXCHANGES = {   # the bytes of an upstream, and the status and the body that are in them
+    "whole":    (response(b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'), 200,
+                 b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'),
+    "streamed": (in_chunks(*system_EVENTS), 200, b"".join(system_EVENTS)),
+    "split":    (in_chunks(*(bytes([byte]) for byte in b"".join(system_EVENTS))), 200, b"".join(system_EVENTS)),
+    "refused":  (response(b'{"error": {"code": "model_not_found"}}\n', "404 Not Found"), 404,
+                 b'{"error": {"code": "model_not_found"}}\n'),
+    "no UTF-8": (response(b"\xff\xfe\x00", type="text/html"), 200, b"\xff\xfe\x00"),
+    "empty":    (response(b""), 200, b""),
+    "to the close": (b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(system_EVENTS), 200, b"".join(system_EVENTS)),
+}
+exchanges = pytest.mark.parametrize("sent, status, body", rows(EXCHANGES))
+
+
+def relayed(server, upstream, sent, **fields):
+    """The answer of a relay whose upstream sends these bytes and closes."""
+    with asking(server, **fields) as client:
+        connection, _, _ = upstream.accept()
+        connection.sendall(sent)
+        connection.close()
+        return answer_on(client)
+
+
+@exchanges
+def test_an_upstreams_answer_comes_back_as_it_was(upstream, sent, status, body):
+    with Server(Relay(upstream.url)) as server:
+        got, _, whole = relayed(server, upstream, sent)
+    assert (got, whole) == (status, body)
+
+
+@exchanges
+def test_what_was_recorded_is_replayed_as_it_was(upstream, tmp_path, sent, status, body):
+    tape = str(tmp_path / "tape")
+    with Server(Relay(upstream.url, record=tape)) as server:
+        got, headers, _ = relayed(server, upstream, sent)
+    with Server(Replay(tape)) as server:
+        again, same_headers, whole = answered(server)
+    assert (got, again, whole) == (status, status, body)
+    assert headers.get("content-type") == same_headers.get("content-type")
+
+
+RETURNED = {"content-type": "text/x-odd; a=b", "x-request-id": "req_upstream",
+            "retry-after": "7", "retry-after-ms": "70", "x-should-retry": "false",
+            "x-ratelimit-limit-requests": "60", "x-ratelimit-reset-tokens": "6m0s",
+            "openai-model": "m-1", "openai-processing-ms": "17", "openai-version": "2020-10-01",
+            "openai-organization": "org-1"}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_header_that_clients_read_comes_back(upstream, name):
+    with Server(Relay(upstream.url)) as server:
+        head = "HTTP/1.1 200 OK\r\n%s: %s\r\nContent-Length: 2\r\n\r\n{}" % (name, RETURNED[name])
+        _, headers, _ = relayed(server, upstream, head.encode())
+    assert headers[name] == RETURNED[name]
+
+
+@pytest.mark.parametrize("name", ["Set-Cookie", "Server", "Access-Control-Allow-Origin", "X-Other"])
+def test_other_headers_do_not(upstream, name):
+    with Server(Relay(upstream.url)) as server:
+        _, headers, _ = relayed(server, upstream, response(b"{}", **{name.replace("-", "_"): "no"}))
+    assert headers.get(name.lower()) != "no"
+
+
+def test_an_event_passes_before_the_next_is_there(upstream):
+    with Server(Relay(upstream.url)) as server, asking(server, stream=True) as client:
+        connection, _, _ = upstream.accept()
+        connection.sendall(CHUNKED)
+        for block in system_EVENTS:
+            connection.sendall(transfer_chunk(block))
+            read_past(client, block)
+        connection.sendall(b"0\r\n\r\n")
+        assert read_past(client, b"0\r\n\r\n")
+
+
+def test_an_upstreams_refusal_passes_unchanged():
+    refusal = APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
+    with Server(Script(refusal)) as first, Server(Relay(first.base_url)) as server:
+        status, headers, body = answered(server)
+    assert (status, headers["retry-after-ms"]) == (429, "20")
+    assert json.loads(body) == refusal.body()
+
+
+BASES = {"": "/chat/completions", "/v1": "/v1/chat/completions", "/v1/": "/v1/chat/completions",
+         "/deep/er/v1": "/deep/er/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "//v1//chat/completions/"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_path_is_put_after_the_upstreams_own(upstream, base, path):
+    with Server(Relay(upstream.url[:-len("/v1")] + base)) as server, asking(server, path=path):
+        _, head, _ = upstream.accept()
+    assert head.split(" ")[1] == BASES[base]
+
+
+def test_the_models_are_the_upstreams():
+    with Server(models=["their-model"]) as first, Server(Relay(first.base_url)) as server:
+        with urllib.request.urlopen(server.base_url + "/models") as models:
+            assert b"their-model" in models.read()
+
+
+def test_a_body_goes_upstream_as_it_came(upstream):
+    body = b'{ "n":"many",\n"messages": 5, "odd": 1e2, "text": "\\u00e9"}'
+    with Server(Relay(upstream.url)) as server:
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(chat_request().partition(b"Content-Length")[0]
+                           + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            assert upstream.accept()[2] == body
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'"text"'])
+def test_what_is_no_json_object_does_not_go_upstream(body):
+    request = chat_request().partition(b"Content-Length")[0]
+    with Server(Relay("http://127.0.0.1:9/v1")) as server:
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(request + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            assert answer_on(client)[0] == 400
+
+
+PARTS = {   # how far an upstream has come
+    "nothing":           b"",
+    "half a head":       b"HTTP/1.1 200 OK\r\nContent-Type: te",
+    "a head":            CHUNKED,
+    "an event":          CHUNKED + transfer_chunk(system_EVENTS[0]),
+    "half a chunk":      CHUNKED + b"100\r\ndata: ",
+    "half a chunk size": CHUNKED + transfer_chunk(system_EVENTS[0]) + b"1",
+    "half a body":       response(b"{}" * 100)[:-9],
+}
+
+
+@both
+@pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
+def test_the_client_leaving_closes_the_upstream(upstream, sent, stream):
+    with Server(Relay(upstream.url)) as server:
+        with asking(server, stream=stream) as client:
+            connection, _, _ = upstream.accept()
+            connection.sendall(sent)
+            if system_EVENTS[0] in sent:
+                read_past(client, system_EVENTS[0])
+        assert ended(connection)
+
+
+def complete(raw):
+    """Would a client take these bytes for a whole reply that is no error?"""
+    with contextlib.suppress(http.client.HTTPException, ValueError):
+        near, far = socket.socketpair()
+        with near, far:
+            near.sendall(raw)
+            near.shutdown(socket.SHUT_WR)
+            return answer_on(far)[0] < 500
+    return False
+
+
+def close(connection):
+    connection.close()
+
+
+def system_reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize("end", [close, system_reset])
+@pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
+def test_an_upstream_that_is_cut_never_looks_complete(upstream, tmp_path, sent, end):
+    tape = tmp_path / "tape"
+    with Server(Relay(upstream.url, record=str(tape))) as server, asking(server) as client:
+        connection, _, _ = upstream.accept()
+        connection.sendall(sent)
+        end(connection)
+        assert not complete(read_to_end(client))
+        assert system_until(lambda: server.journal[0].outcome == "error")
+    assert tape.read_bytes() == b""
+
+
+def test_the_events_before_a_cut_reach_the_client(upstream):
+    with Server(Relay(upstream.url)) as server, asking(server) as client:
+        connection, _, _ = upstream.accept()
+        connection.sendall(CHUNKED + transfer_chunk(system_EVENTS[0]))
+        connection.close()
+        assert system_EVENTS[0] in read_to_end(client)
+
+
+@pytest.mark.parametrize("sent", [b"", b"SSH-2.0-OpenSSH\r\n", b"\0" * 70000, b"HTTP/1.1 2"],
+                         ids=["nothing", "another protocol", "noise", "half a line"])
+def test_an_upstream_that_speaks_no_http_is_a_502(upstream, sent):
+    with Server(Relay(upstream.url)) as server:
+        assert error_of(relayed(server, upstream, sent))[0] == 502
+
+
+def test_an_upstream_that_is_not_there_is_a_502_that_names_it(upstream):
+    upstream.listener.close()
+    with Server(Relay(upstream.url, api_key="sk-secret")) as server:
+        status, message = error_of(answered(server))
+    assert status == 502 and upstream.url in message and "secret" not in message
+
+
+KEYS = {    # our keys, the relay's, what the client sends, what goes upstream
+    "none at all":            ((), None, {}, None),
+    "the client's":           ((), None, {"Authorization": "Bearer theirs"}, "Bearer theirs"),
+    "the relay's":            ((), "up", {}, "Bearer up"),
+    "the relay's before it":  ((), "up", {"Authorization": "Bearer theirs"}, "Bearer up"),
+    "ours stays here":        (["ours"], None, {"Authorization": "Bearer ours"}, None),
+    "ours is replaced":       (["ours"], "up", {"Authorization": "Bearer ours"}, "Bearer up"),
+    "ours in another header": (["ours"], None, {"api-key": "ours"}, None),
+}
+
+
+@pytest.mark.parametrize("ours, key, headers, expected", rows(KEYS))
+def test_the_key_that_goes_upstream(upstream, ours, key, headers, expected):
+    with Server(Relay(upstream.url, api_key=key), api_keys=ours) as server:
+        with asking(server, headers=headers):
+            _, head, _ = upstream.accept()
+    sent = re.search(r"(?i)\r\nauthorization: ([^\r]*)", head)
+    assert (sent and sent[1]) == expected and (not ours or "ours" not in head)
+
+
+def test_an_upstream_is_held_up_by_a_client_that_does_not_read(upstream):
+    with Server(Relay(upstream.url)) as server, asking(server, stream=True):
+        connection, _, _ = upstream.accept()
+        connection.settimeout(0.3)
+        connection.sendall(CHUNKED)
+        block, count = transfer_chunk(b"x" * 2 ** 16), 0
+        with contextlib.suppress(socket.timeout):
+            while count < 1024:
+                connection.sendall(block)
+                count += 1
+    assert count < 1024, "that many transfer chunks are kept somewhere"
+
+
+def test_the_journal_counts_the_events_of_an_upstream(upstream):
+    with Server(Relay(upstream.url)) as server:
+        relayed(server, upstream, in_chunks(*system_EVENTS))
+        assert (server.journal[0].events, server.journal[0].outcome) == (3, "complete")
+
+
+# ----------------------------------------------------------------------------------
+# Tapes.
+
+def recorded(tape, *texts, backend=echo, **fields):
+    """Record a streamed exchange for each text; the bodies of the answers."""
+    with Server(backend) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+        return [answered(server, text, stream=True, **fields)[2] for text in texts]
+
+
+def test_a_tape_has_a_whole_json_line_for_each_exchange(tmp_path):
+    recorded(tmp_path / "tape", "one", "two")
+    lines = (tmp_path / "tape").read_bytes().splitlines(keepends=True)
+    assert all(line.endswith(b"\n") for line in lines)
+    assert [json.loads(line)["request"]["body"]["messages"][0]["content"] for line in lines] == [
+        "one", "two"]
+
+
+def test_a_tape_is_gone_on_with(tmp_path):
+    one, two = (recorded(tmp_path / "tape", text) for text in ("one", "two"))
+    with Server(Replay(str(tmp_path / "tape"))) as server:
+        assert [answered(server, text, stream=True)[2] for text in ("one", "two")] == one + two
+
+
+def test_a_tape_holds_no_key(tmp_path):
+    tape = tmp_path / "tape"
+    with Server(api_keys="sk-upstream") as first:
+        with Server(Relay(first.base_url, "sk-upstream", str(tape)), api_keys="sk-ours") as server:
+            answered(server, headers={"Authorization": "Bearer sk-ours", "Cookie": "sk-cookie"})
+    assert tape.stat().st_size and b"sk-" not in tape.read_bytes()
+
+
+def test_an_exchange_whose_client_left_is_not_recorded(upstream, tmp_path):
+    tape = tmp_path / "tape"
+    with Server(Relay(upstream.url, record=str(tape))) as server:
+        with asking(server, stream=True) as client:
+            connection, _, _ = upstream.accept()
+            connection.sendall(CHUNKED + transfer_chunk(system_EVENTS[0]))
+            read_past(client, system_EVENTS[0])
+        assert system_until(lambda: server.journal[0].outcome == "client left")
+    assert tape.read_bytes() == b""
+
+
+def test_many_clients_at_once_are_recorded_whole(tmp_path):
+    tape, texts = tmp_path / "tape", ["word " * 500 + str(i) for i in range(12)]
+    with Server() as first, Server(Relay(first.base_url, record=str(tape))) as server:
+        waiting = list(texts)
+        together(12, lambda: answered(server, waiting.pop(), stream=True))
+    with Server(Replay(str(tape))) as server:
+        assert [content(answered(server, text, stream=True)) for text in texts] == texts
+
+
+def test_a_tape_that_cannot_be_written_costs_no_reply(tmp_path, caplog):
+    tape = tmp_path / "folder" / "tape"
+    tape.parent.mkdir()
+    with Server(say("ok")) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+        shutil.rmtree(str(tape.parent))
+        assert content(answered(server, stream=True)) == "ok"
+    assert str(tape) in caplog.text
+
+
+def test_a_tape_that_can_never_be_written_is_refused_at_once(tmp_path):
+    with pytest.raises(OSError):
+        Relay("http://127.0.0.1:9/v1", record=str(tmp_path))
+
+
+def test_the_same_request_however_it_is_spelled_gets_the_recording(tmp_path):
+    body = recorded(tmp_path / "tape", "one")[0]
+    with Server(Replay(str(tmp_path / "tape"))) as server:
+        spelled = json.dumps({"stream": True, "messages": [{"content": "one", "role": "user"}],
+                              "model": "m"}, indent=1).encode()
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(chat_request().partition(b"Content-Length")[0]
+                           + b"Content-Length: %d\r\n\r\n%b" % (len(spelled), spelled))
+            assert answer_on(client)[2] == body
+
+
+def test_repeated_requests_take_their_recordings_in_order_and_the_last_stays(tmp_path):
+    recorded(tmp_path / "tape", "x", "x", "x", backend=Script("one", "two", "three"))
+    with Server(Replay(str(tmp_path / "tape"))) as server:
+        said = [content(answered(server, "x", stream=True)) for _ in range(5)]
+    assert said == ["one", "two", "three", "three", "three"]
+
+
+def test_an_unknown_request_is_told_the_nearest_recording(tmp_path):
+    recorded(tmp_path / "tape", "one", backend=say("a"))
+    recorded(tmp_path / "tape", "two", backend=say("b"), temperature=0.5, seed=4)
+    with Server(Replay(str(tmp_path / "tape"))) as server:
+        status, message = error_of(answered(server, "two", stream=True, temperature=0.5, seed=5))
+    assert status == 404 and "line 2" in message and "seed" in message
+    assert "4" in message and "5" in message
+
+
+def test_a_field_that_was_not_recorded_is_named_too(tmp_path):
+    recorded(tmp_path / "tape", "one")
+    with Server(Replay(str(tmp_path / "tape"))) as server:
+        assert "seed" in error_of(answered(server, "one", stream=True, seed=5))[1]
+
+
+system_BROKEN = {"cut": lambda line: line[:-20], "no JSON": lambda line: b"garbage\n",
+          "another file": lambda line: b'{"hello": "world"}\n', "a list": lambda line: b"[]\n",
+          "no status": lambda line: line.replace(b'"status"', b'"stat"')}
+
+
+@pytest.mark.parametrize("broken", system_BROKEN.values(), ids=list(system_BROKEN))
+def test_a_broken_tape_is_refused_with_its_name_and_line(tmp_path, broken):
+    tape = tmp_path / "tape"
+    recorded(tape, "one", "two")
+    one, two = tape.read_bytes().splitlines(keepends=True)
+    tape.write_bytes(one + broken(two))
+    with pytest.raises(ValueError, match="line 2 of .*tape"):
+        Replay(str(tape))
+
+
+def tape_with_pauses(tmp_path, *pauses):
+    """A tape whose one recording has a write after each of these pauses."""
+    tape = tmp_path / "tape"
+    recorded(tape, "x")
+    recording = json.loads(tape.read_text())
+    recording["writes"] = [[pause, "data: word\n\n"] for pause in pauses]
+    tape.write_text(json.dumps(recording) + "\n")
+    return str(tape)
+
+
+@pytest.mark.parametrize("speed, least", [(1, 0.1), (2, 0.05), (0.5, 0.2)])
+def test_a_replay_is_as_fast_as_it_is_told(tmp_path, speed, least):
+    with Server(Replay(tape_with_pauses(tmp_path, 0, 0.1), speed)) as server:
+        started = time.monotonic()
+        assert answered(server, "x", stream=True)[2] == b"data: word\n\n" * 2
+    assert least <= time.monotonic() - started < 2
+
+
+def test_without_a_speed_a_replay_does_not_pause(tmp_path):
+    with Server(Replay(tape_with_pauses(tmp_path, 60, 60))) as server:
+        assert answered(server, "x", stream=True)[2] == b"data: word\n\n" * 2
+
+
+def test_a_client_that_leaves_does_not_wait_for_a_pause(tmp_path):
+    with Server(Replay(tape_with_pauses(tmp_path, 0, 60), 1)) as server:
+        with asking(server, "x", stream=True) as client:
+            read_past(client, b"word")
+        assert system_until(lambda: server.journal[0].outcome == "client left", 0.5)
+
+
+def test_the_pauses_of_the_upstream_are_on_the_tape(tmp_path):
+    recorded(tmp_path / "tape", "x", backend=Script(Reply("a b c", delay=0.03)))
+    writes = json.loads((tmp_path / "tape").read_text())["writes"]
+    assert sum(pause for pause, _ in writes[1:]) >= 0.05
+
+
+def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tmp_path):
+    with Server(Relay(upstream.url, record=str(tmp_path / "tape"))) as server:
+        relayed(server, upstream, response(b"\xff\xfe"))
+    writes = json.loads((tmp_path / "tape").read_text())["writes"]
+    assert [base64.b64decode(write["base64"]) for _, write in writes] == [b"\xff\xfe"]
+
+
+# ==================================================================================
+# OTHERS
+
+HERE = Path(openai_compat.__file__).resolve().parent
+
+
+# ----------------------------------------------------------------------------------
+# The SDKs of others.  `make interop` makes an environment for each; a script runs in
+# one as a program of its own, and what it prints is what the SDK understood.
+
+interop = pytest.mark.interop
+OLD, FIRST, ONE, NEW = SDKS = ["openai-0.28.1", "openai-1.0.0", "openai-1", "openai"]
+
+PRELUDE_OF_OLD = """
+import asyncio, json, os, openai
+openai.api_base, openai.api_key = os.environ["OPENAI_BASE_URL"], "any"
+chat, complete = openai.ChatCompletion.create, openai.Completion.create
+achat = openai.ChatCompletion.acreate
+list_models, retrieve_model = openai.Model.list, openai.Model.retrieve
+extra, Refused = dict, openai.error.OpenAIError
+def plain(answer): return answer.to_dict_recursive()
+def body_of(error): return (error.json_body or {}).get("error", {})    # none of a 503
+def leave(stream): stream.close()
+"""
+PRELUDE_OF_NEW = """
+import asyncio, json, os, openai
+client = openai.OpenAI(base_url=os.environ["OPENAI_BASE_URL"], api_key="any")
+chat, complete = client.chat.completions.create, client.completions.create
+def achat(**fields):
+    async_client = openai.AsyncOpenAI(base_url=client.base_url, api_key="any")
+    return async_client.chat.completions.create(**fields)
+list_models, retrieve_model = client.models.list, client.models.retrieve
+def extra(**fields): return {"extra_body": fields}      # what 1.0.0 has no name for
+Refused = openai.OpenAIError
+def plain(answer): return answer.model_dump()
+def body_of(error): return error.response.json()["error"]
+def leave(stream): stream.response.close()
+"""
+interop_COMMON = """
+ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}
+"""
+
+
+def printed(environment, script, base_url, *arguments, **options):
+    """The lines that a Python script prints in one of the environments."""
+    python = HERE / ".venvs" / environment / "bin" / "python"
+    assert python.exists(), "no .venvs/%s: run `make interop`" % environment
+    return interop_run([str(python), "-X", "utf8", "-c", script, base_url, *arguments], base_url,
+               **options)
+
+
+def interop_run(command, base_url="", timeout=60, cwd=None, **environment):
+    """The lines that a program prints which finds the server in its environment."""
+    keep = {name: value for name, value in os.environ.items()
+            if not name.startswith(("OPENAI_", "PYTEST_"))}
+    found = {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "any", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(command, env={**keep, **found, **environment}, timeout=timeout,
+                          cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def said(sdk, script, server):
+    """What a script prints that is written for all the generations of the SDK."""
+    prelude = PRELUDE_OF_OLD if sdk == OLD else PRELUDE_OF_NEW
+    return printed(sdk, prelude + interop_COMMON + script, server.base_url)
+
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
+CALLS = [ToolCall("add", {"a": 1}, id="call_1"), ToolCall("add", {"a": 2}, id="call_2")]
+AWKWARD = ["你好 \U0001f600", "\u2028", "\u2029", "\x85", "\ud800 \x00 \x7f",
+           "\\ \" \r\n\t </b>"]
+HELLO = say("Hello", " world", "!")
+
+READS = [  # rule, backend, script, what it prints
+    ("a chat has its text, its reason and its usage", HELLO, """
+answer = chat(**ask)
+print(answer.object, answer.choices[0].message.role, answer.choices[0].message.content)
+print(answer.choices[0].finish_reason, answer.usage.completion_tokens, type(answer.created))
+print(answer.usage.prompt_tokens + 3 == answer.usage.total_tokens)
+""", ["chat.completion assistant Hello world!", "stop 3 <class 'int'>", "True"]),
+
+    ("a streamed chat comes piece by piece", HELLO, """
+for chunk in chat(stream=True, **ask):
+    delta = chunk.choices[0].delta
+    print(chunk.object, repr(getattr(delta, "content", None)), chunk.choices[0].finish_reason)
+""", ["chat.completion.chunk '' None", "chat.completion.chunk 'Hello' None",
+      "chat.completion.chunk ' world' None", "chat.completion.chunk '!' None",
+      "chat.completion.chunk None stop"]),
+
+    ("the usage of a streamed chat comes last, without choices", HELLO, """
+*_, last = chat(stream=True, **ask, **extra(stream_options={"include_usage": True}))
+print(last.choices, dict(last.usage)["completion_tokens"])
+""", ["[] 3"]),
+
+    ("n choices are told apart by their index", HELLO, """
+texts = ["", ""]
+for chunk in chat(stream=True, n=2, **ask):
+    for choice in chunk.choices:
+        texts[choice.index] += getattr(choice.delta, "content", None) or ""
+print(texts, [choice.index for choice in chat(n=2, **ask).choices])
+""", ["['Hello world!', 'Hello world!'] [0, 1]"]),
+
+    ("a completion obeys max_tokens and echo", HELLO, """
+answer = complete(model="m", prompt="Well:", max_tokens=2, temperature=0, echo=True)
+print(answer.object, answer.choices[0].text, answer.choices[0].finish_reason)
+""", ["text_completion Well:Hello world length"]),
+
+    ("a streamed completion obeys stop", HELLO, """
+for chunk in complete(model="m", prompt=["x"], stop="wor", stream=True):
+    print(chunk.object, repr(chunk.choices[0].text), chunk.choices[0].finish_reason)
+""", ["text_completion 'Hello' None", "text_completion ' ' None", "text_completion '' stop"]),
+
+    ("logprobs have their shape on both endpoints", HELLO, """
+chosen = complete(model="m", prompt="x", logprobs=2).choices[0].logprobs
+print(chosen.tokens, len(chosen.token_logprobs), chosen.text_offset)
+chosen = plain(chat(**ask, **extra(logprobs=True, top_logprobs=2)))["choices"][0]["logprobs"]
+print([(token["token"], len(token["top_logprobs"])) for token in chosen["content"]])
+""", ["['Hello', ' world', '!'] 3 [1, 6, 12]", "[('Hello', 2), (' world', 2), ('!', 2)]"]),
+
+    ("tool calls arrive whole", lambda request: CALLS, """
+choice = plain(chat(**ask, **extra(tools=[%r])))["choices"][0]
+print(choice["finish_reason"], choice["message"]["content"])
+for call in choice["message"]["tool_calls"]:
+    print(call["id"], call["type"], call["function"]["name"], call["function"]["arguments"])
+""" % ADD, ["tool_calls None", 'call_1 function add {"a":1}', 'call_2 function add {"a":2}']),
+
+    ("streamed tool calls are told apart by their index", lambda request: CALLS, """
+ids, arguments = {}, {}
+for chunk in chat(stream=True, **ask, **extra(tools=[%r])):
+    for call in plain(chunk)["choices"][0]["delta"].get("tool_calls") or []:
+        ids.setdefault(call["index"], []).append(call.get("id"))
+        old = arguments.get(call["index"], "")
+        arguments[call["index"]] = old + call["function"]["arguments"]
+print(arguments, [list(filter(None, ids[i])) for i in ids], chunk.choices[0].finish_reason)
+""" % ADD, ["""{0: '{"a":1}', 1: '{"a":2}'} [['call_1'], ['call_2']] tool_calls"""]),
+
+    ("a forced tool is called with arguments that fit", echo, """
+fields = extra(tools=[%r], tool_choice="required", parallel_tool_calls=False)
+choice = plain(chat(**ask, **fields))["choices"][0]
+call, = choice["message"]["tool_calls"]
+print(call["function"]["name"], type(json.loads(call["function"]["arguments"])["a"]))
+""" % ADD, ["add <class 'int'>"]),
+
+    ("the legacy functions are called", echo, """
+choice = chat(functions=[%r], function_call={"name": "add"}, **ask).choices[0]
+call = choice.message.function_call
+print(choice.finish_reason, call.name, type(json.loads(call.arguments)["a"]))
+""" % ADD["function"], ["function_call add <class 'int'>"]),
+
+    ("json_object and json_schema are obeyed", echo, """
+schema = {"name": "s", "schema": {"type": "object", "properties": {"b": {"type": "boolean"}},
+                                  "required": ["b"]}}
+for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": schema}):
+    text = chat(**ask, **extra(response_format=form)).choices[0].message.content
+    print(form["type"], list(json.loads(text)))
+""", ["json_object ['text']", "json_schema ['b']"]),
+
+    ("the models are listed and shown", HELLO, """
+print([model.id for model in list_models().data], retrieve_model("say").object)
+""", ["['say'] model"]),
+
+    ("an async stream is the same", HELLO, """
+async def main():
+    async for chunk in await achat(stream=True, **ask):
+        print(repr(getattr(chunk.choices[0].delta, "content", None)), end=" ")
+asyncio.run(main())
+""", ["'' 'Hello' ' world' '!' None "]),
+
+    ("no character is lost, streamed or not", lambda request: AWKWARD[int(request["text"])], """
+for number in range(%d):
+    ask["messages"][0]["content"] = str(number)
+    print(ascii(chat(**ask).choices[0].message.content))
+    pieces = [chunk.choices[0].delta for chunk in chat(stream=True, **ask)]
+    print(ascii("".join(getattr(piece, "content", None) or "" for piece in pieces)))
+""" % len(AWKWARD), [ascii(text) for text in AWKWARD for _ in range(2)]),
+]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS)
+@pytest.mark.parametrize("rule, backend, script, lines", READS, ids=[row[0] for row in READS])
+def test_every_generation_reads_that(rule, backend, script, lines, sdk):
+    with Server(backend) as server:
+        assert said(sdk, script, server) == lines
+
+
+EXCEPTIONS = [  # status, its exception in 0.28.1, since 1.0
+    (400, "InvalidRequestError", "BadRequestError"),
+    (401, "AuthenticationError", "AuthenticationError"),
+    (403, "PermissionError", "PermissionDeniedError"),
+    (404, "InvalidRequestError", "NotFoundError"),
+    (422, "APIError", "UnprocessableEntityError"),
+    (429, "RateLimitError", "RateLimitError"),
+    (500, "APIError", "InternalServerError"),
+    (503, "ServiceUnavailableError", "InternalServerError"),
+]
+
+
+def exception_of(status, sdk):
+    return next(row[1 if sdk == OLD else 2] for row in EXCEPTIONS if row[0] == status)
+
+
+interop_REFUSED = """
+if "client" in globals(): client.max_retries = 0
+def describe(error): return body_of(error).get("code"), body_of(error).get("param")
+def refused(**fields):
+    try: print(next(iter(chat(**fields))))
+    except Refused as error: print(type(error).__name__, describe(error))
+"""
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_error_is_the_right_exception(sdk, stream):
+    statuses = [row[0] for row in EXCEPTIONS]
+    script = "for _ in range(%d): refused(stream=%s, **ask)" % (len(statuses), stream)
+    with Server(Script(*[APIError(status, "No.") for status in statuses])) as server:
+        lines = said(sdk, interop_REFUSED + script, server)
+        assert [line.split()[0] for line in lines] == [exception_of(status, sdk)
+                                                       for status in statuses]
+        assert [exchange.status for exchange in server.journal] == statuses
+
+
+REFUSALS = [  # settings of the server, fields, status, code and param of the refusal
+    (dict(api_keys=["right"]), {}, 401, "invalid_api_key", None),
+    (dict(models=["other"]), {}, 404, "model_not_found", None),
+    ({}, {"temperature": 5}, 400, "decimal_above_max_value", "temperature"),
+    ({}, {"n": "2"}, 400, "invalid_type", "n"),
+]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS)
+@pytest.mark.parametrize("settings, fields, status, code, param", REFUSALS)
+def test_each_refusal_of_the_server_names_its_cause(settings, fields, status, code, param, sdk):
+    with Server(**settings) as server:
+        lines = said(sdk, interop_REFUSED + "refused(**ask, **%r)" % fields, server)
+    assert lines == ["%s %s" % (exception_of(status, sdk), (code, param))]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS)
+def test_an_error_in_mid_stream_raises(sdk):
+    with Server(HELLO, quirk="error_event") as server:
+        lines = said(sdk, interop_REFUSED + """
+try: print(*[chunk.choices[0].delta.content for chunk in chat(stream=True, **ask)])
+except Refused as error: print(type(error).__name__)""", server)
+    assert lines == ["APIError"]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS[1:])
+def test_a_429_is_retried_when_the_server_says(sdk):
+    slow = APIError(429, "Slow down.", headers={"retry-after-ms": "10", "retry-after": "0.01"})
+    with Server(Script(slow, slow, "Hello!")) as server:
+        assert said(sdk, "print(chat(**ask).choices[0].message.content)", server) == ["Hello!"]
+        assert [exchange.status for exchange in server.journal] == [429, 429, 200]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS[1:])
+def test_an_empty_account_is_not_retried(sdk):
+    empty = APIError(429, "You are out of money.", code="insufficient_quota")
+    with Server(Script(empty)) as server:
+        assert said(sdk, interop_REFUSED.replace("= 0", "= 2") + "refused(**ask)", server) == [
+            "RateLimitError ('insufficient_quota', None)"]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS)
+def test_leaving_a_stream_early_ends_the_backend(sdk):
+    ended = threading.Event()
+
+    def endless(request):
+        try:
+            while request["text"] == "Hello!":
+                yield "x"
+        finally:
+            ended.set()
+
+    with Server(endless) as server:
+        assert said(sdk, """
+stream = chat(stream=True, **ask)
+next(iter(stream)); leave(stream); del stream
+print(chat(model="m", messages=[{"role": "user", "content": "Bye."}]).choices[0].finish_reason)
+""", server) == ["stop"]
+        assert ended.wait(5)
+    assert [exchange.outcome for exchange in server.journal] == ["client left", "complete"]
+
+
+@interop
+@pytest.mark.parametrize("sdk", SDKS)
+def test_pieces_arrive_while_the_backend_still_works(sdk):
+    arrived = threading.Event()
+
+    def backend(request):
+        if request["text"] == "The first has arrived.":
+            arrived.set()
+        yield "first"
+        yield "second" if arrived.wait(5) else "too late"
+
+    with Server(backend) as server:
+        assert said(sdk, """
+for chunk in chat(stream=True, **ask):
+    print(getattr(chunk.choices[0].delta, "content", None), end=" ")
+    if getattr(chunk.choices[0].delta, "content", None) == "first":
+        chat(model="m", messages=[{"role": "user", "content": "The first has arrived."}])
+""", server) == [" first second None "]
+
+
+@interop
+def test_0_28_as_the_reference_documents_call_it():
+    with Server() as server:
+        assert printed(OLD, """
+import sys, openai
+openai.api_base = sys.argv[1]
+openai.api_key = "EMPTY"
+messages = [{"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "你好"}]
+reply = openai.ChatCompletion.create(model="gpt-3.5-turbo", messages=messages)
+print(reply["choices"][0]["message"]["content"], reply.usage.total_tokens > 0)
+for chunk in openai.ChatCompletion.create(model="gpt-3.5-turbo", messages=messages, stream=True):
+    print(chunk["choices"][0]["delta"].get("content", ""), end="|")
+print(chunk.choices[0].finish_reason, dict(chunk.choices[0].delta), len(chunk.id))
+reply = openai.Completion.create(engine="gpt-3.5-turbo-instruct", prompt="Say this is a test",
+                                 max_tokens=2, temperature=0)
+print(reply["choices"][0]["text"], reply["choices"][0]["finish_reason"])
+for chunk in openai.Completion.create(model="m", prompt="你好", stream=True):
+    print(chunk["choices"][0]["text"], end="|")
+""", server.base_url) == ["你好 True", "|你|好||stop {} 38", "Say this length", "你|好||"]
+
+
+# ------ what only the newer generations have
+
+@interop
+@pytest.mark.parametrize("sdk", [ONE, NEW])
+def test_the_accumulating_helper_rebuilds_text_and_calls(sdk):
+    with Server(lambda request: Reply("Hello world!", tool_calls=CALLS)) as server:
+        assert said(sdk, """
+tool = %r
+tool["function"]["strict"] = True
+kinds = []
+with client.chat.completions.stream(tools=[tool], **ask) as stream:
+    for event in stream:
+        if event.type not in kinds: kinds.append(event.type)
+    choice = stream.get_final_completion().choices[0]
+print(*sorted(kinds))
+print(choice.message.content, choice.finish_reason)
+print([(call.id, call.function.parsed_arguments) for call in choice.message.tool_calls])
+""" % ADD, server) == [
+            "chunk content.delta content.done tool_calls.function.arguments.delta "
+            "tool_calls.function.arguments.done",
+            "Hello world! tool_calls", "[('call_1', {'a': 1}), ('call_2', {'a': 2})]"]
+
+
+@interop
+@pytest.mark.parametrize("sdk", [ONE, NEW])
+def test_a_typed_parse_gets_an_instance_of_its_model(sdk):
+    with Server() as server:
+        assert said(sdk, """
+from typing import List, Literal, Optional
+from pydantic import BaseModel, Field
+class Step(BaseModel):
+    text: str
+    kind: Literal["think", "act"]
+    next: Optional["Step"]
+class Plan(BaseModel):
+    steps: List[Step]
+    cost: float
+    name: str
+parsed = client.chat.completions.parse(response_format=Plan, **ask).choices[0].message.parsed
+print(type(parsed).__name__, type(parsed.cost).__name__, type(parsed.steps).__name__)
+with client.chat.completions.stream(response_format=Plan, **ask) as stream:
+    print(stream.get_final_completion().choices[0].message.parsed == parsed)
+tools = [openai.pydantic_function_tool(Plan)]
+answer = client.chat.completions.parse(tools=tools, tool_choice="required", **ask)
+print(type(answer.choices[0].message.tool_calls[0].function.parsed_arguments).__name__)
+""", server) == ["Plan float list", "True", "Plan"]
+
+
+@interop
+@pytest.mark.parametrize("sdk", [ONE, NEW])
+def test_a_parse_cut_short_is_a_length_error(sdk):
+    with Server(say('{"a": 1', "}")) as server:
+        assert said(sdk, """
+from pydantic import BaseModel
+class A(BaseModel): a: int
+try: client.chat.completions.parse(response_format=A, max_tokens=1, **ask)
+except openai.LengthFinishReasonError as error: print("length")
+""", server) == ["length"]
+
+
+# ------ clients written by hand
+
+BY_HAND = '''
+import json, sys, requests
+base = sys.argv[1]
+headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
+
+def chat_completions(messages, stream=False, path="/chat/completions", **fields):
+    return post(path, stream, {"messages": messages, **fields})
+
+def completions(prompt, stream=False, **fields):
+    return post("/completions", stream, {"prompt": prompt, **fields})
+
+def post(path, stream, fields):
+    fields = {"model": "m", "stream": stream, "max_tokens": 100, "temperature": 0.8, "top_p": 1,
+              "presence_penalty": 0, "frequency_penalty": 0, **fields}
+    response = requests.post(base + path, headers=headers, json=fields, stream=stream)
+    return read(response) if stream else response.json()["choices"][0]
+
+def read(response):
+    for line in response.iter_lines():
+        if line:
+            line = line.decode("utf-8").replace("data: ", "")
+            if line != "[DONE]":
+                yield json.loads(line)["choices"][0]
+
+hello = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "你好"}]
+'''
+
+
+@interop
+@pytest.mark.parametrize("script, lines", [
+    ("print(chat_completions(hello)['message']['content'])", ["你好"]),
+    ("print(completions('你好')['text'])", ["你好"]),
+    ("print(*[c['text'] for c in completions('你好', True)], sep='|')", ["你|好|"]),
+    ("print(*[c['delta'].get('content') for c in chat_completions(hello, True)], sep='|')",
+     ["|你|好|None"]),
+    ("base = base[:-len('/v1')]\n"
+     "print(*[c['delta'].get('content') for c in chat_completions(hello, True, '/sse')], sep='|')",
+     ["|你|好|None"]),
+], ids=["chat", "completion", "streamed completion", "streamed chat", "POST /sse"])
+def test_requests_reads_as_the_reference_documents_do(script, lines):
+    with Server() as server:
+        assert printed("requests", BY_HAND + script, server.base_url) == lines
+
+
+# A command that gets the fixture: the newest SDK for Node that this Node can run.
+interop_NODE = """
+const OpenAI = require("openai");
+(async () => {
+  const ask = {model: "m", messages: [{role: "user", content: "Hello!"}]};
+  const client = new OpenAI();
+  const stream = await client.chat.completions.create({...ask, stream: true});
+  for await (const chunk of stream)
+    console.log(JSON.stringify(chunk.choices[0].delta.content ?? null));
+  const helper = client.chat.completions.stream(ask);
+  console.log(await helper.finalContent());
+})();
+"""
+
+
+@interop
+@pytest.mark.skipif(not shutil.which("node"), reason="no node here")
+def test_a_command_in_node_gets_the_server_and_streams():
+    environment = HERE / ".venvs" / "node"
+    assert (environment / "ready").exists(), "no .venvs/node: run `make interop`"
+    lines = interop_run([sys.executable, str(HERE / "openai_compat.py"), "--quiet", "--say",
+                 "Hello world", "--", "node", "-e", interop_NODE], cwd=str(environment))
+    assert lines == ['""', '"Hello"', '" world"', "null", "Hello world"]
+
+
+# ----------------------------------------------------------------------------------
+# The torture list: what three clients make of every quirk.  The newest official SDK
+# with its accumulating helper, requests with the line reader that people write by
+# hand, and the client of this house, which is right or says what is wrong, always.
+
+RIGHT = 'assistant Hello big world tool_calls add{"a":1} add{"a":2}'
+NO_ROLE, NO_REASON = RIGHT.replace("assistant", "None"), RIGHT.replace("tool_calls", "None")
+ROLES, interop_NAMES = RIGHT.replace("assistant", "assistant+"), RIGHT.replace("add", "add+")
+interop_SHORT = "assistant Hello None"          # taken for whole
+TORTURE = {  # quirk: (the official SDK, requests by hand, client.Client)
+    "comment":            (RIGHT, "JSONDecodeError", RIGHT),
+    "crlf":               (RIGHT, RIGHT, RIGHT),
+    "no_space":           (RIGHT, "JSONDecodeError", RIGHT),
+    "bom":                (NO_ROLE, "JSONDecodeError", RIGHT),
+    "id_field":           ("JSONDecodeError", "JSONDecodeError", RIGHT),
+    "retry_block":        ("JSONDecodeError", "JSONDecodeError", RIGHT),
+    "empty_data":         ("JSONDecodeError", "JSONDecodeError", RIGHT),
+    "split_bytes":        (RIGHT, RIGHT, RIGHT),
+    "one_write":          (RIGHT, RIGHT, RIGHT),
+    "no_role":            (NO_ROLE, NO_ROLE, RIGHT),
+    "role_every":         (ROLES, RIGHT, RIGHT),
+    "usage_always":       (RIGHT, "IndexError", RIGHT),
+    "no_done":            (RIGHT, RIGHT, RIGHT),
+    "no_finish":          (NO_REASON, NO_REASON, "StreamTruncated"),
+    "no_terminator":      (RIGHT, RIGHT, RIGHT),
+    "missing_tool_index": ("TypeError", "KeyError", RIGHT),
+    "duplicate_tool_id":  (interop_NAMES, interop_NAMES, RIGHT),
+    "bad_json":           ("JSONDecodeError", "JSONDecodeError", "BadReply"),
+    "error_event":        ("APIError", "KeyError", "APIError"),
+    "truncate":           (interop_SHORT, interop_SHORT, "StreamTruncated"),
+    "stall":              ("APITimeoutError", "ConnectionError", "ConnectionFailed"),
+    "reset":              ("APIConnectionError", "ChunkedEncodingError", "StreamTruncated"),
+    "html_502":           ("InternalServerError", "JSONDecodeError", "APIError"),
+}
+
+READERS = {"openai": """
+import openai
+client = openai.OpenAI(base_url=base_url, api_key="any", timeout=1, max_retries=0)
+def read(quirk):
+    with client.chat.completions.stream(**ask, extra_headers={"X-Quirk": quirk}) as stream:
+        return stream.get_final_completion().choices[0].model_dump()
+""", "requests": """
+import requests
+def read(quirk):
+    response = requests.post(base_url + "/chat/completions", json={**ask, "stream": True},
+                             headers={"X-Quirk": quirk}, stream=True, timeout=1)
+    message, calls = {"role": None, "content": ""}, {}
+    for line in response.iter_lines():
+        if line:
+            line = line.decode("utf-8").replace("data: ", "")
+            if line == "[DONE]":
+                break
+            choice = json.loads(line)["choices"][0]
+            delta = choice["delta"]
+            message["role"] = delta.get("role", message["role"])
+            message["content"] += delta.get("content") or ""
+            for part in delta.get("tool_calls", ()):
+                call = calls.setdefault(part["index"], {"name": "", "arguments": ""})
+                for name in part["function"]:
+                    call[name] += part["function"][name]
+    message["tool_calls"] = [{"function": call} for call in calls.values()]
+    return {"message": message, "finish_reason": choice["finish_reason"]}
+""", "client": """
+import client
+def read(quirk):
+    ours = client.Client(base_url, timeout=1, max_retries=0)
+    ours.headers["X-Quirk"] = quirk
+    return client.fold(ours.chat_completions(**ask, stream=True))["choices"][0]
+"""}
+TORTURE_SCRIPT = r"""
+import json, re, sys
+base_url, *quirks = sys.argv[1:]
+ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}
+%s
+def brief(quirk):
+    try:
+        choice = read(quirk)
+    except Exception as error:
+        return type(error).__name__
+    message = choice["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    words = [str(message["role"]), message["content"], str(choice["finish_reason"])]
+    words += [call["name"] + call["arguments"] for call in calls]
+    return re.sub(r"\b(\w\w+?)\1+\b", r"\1+", " ".join(words))     # addadd -> add+
+for quirk in quirks:
+    print(brief(quirk))
+"""
+
+
+@pytest.fixture(scope="module")
+def tortured():
+    """A function of a reader: {quirk: what it made of it}, each reader being run once."""
+    results = {}
+
+    def read(reader):
+        if reader not in results:
+            script = TORTURE_SCRIPT % READERS[reader]
+            answer = Reply("Hello big world", tool_calls=CALLS)
+            with Server(lambda request: answer, quirk_header=True) as server:
+                if reader == "client":
+                    command = [sys.executable, "-c", script, server.base_url, *QUIRKS]
+                    lines = interop_run(command, cwd=str(HERE))
+                else:
+                    lines = printed(reader, script, server.base_url, *QUIRKS)
+            results[reader] = dict(zip(QUIRKS, lines))
+        return results[reader]
+    return read
+
+
+@pytest.mark.parametrize("column, reader", [
+    pytest.param(0, "openai", marks=interop), pytest.param(1, "requests", marks=interop),
+    (2, "client")], ids=["openai", "requests", "client"])
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_of_each_quirk_a_client_makes_what_the_table_says(quirk, column, reader, tortured):
+    assert tortured(reader)[quirk] == TORTURE[quirk][column]
+
+
+def test_this_client_is_right_about_every_quirk_or_names_the_error():
+    for quirk, (_, _, ours) in TORTURE.items():
+        assert ours == RIGHT or issubclass(getattr(client, ours), client.ClientError), quirk
+
+
+# ----------------------------------------------------------------------------------
+# Somebody's application: an agent on the official SDK, written as its users write it,
+# and its tests, which have nothing but this fixture.
+
+AGENT = '''
+import json
+import openai
+from pydantic import BaseModel
+
+
+class Forecast(BaseModel):
+    city: str
+    celsius: float
+
+
+class Agent:
+    """Answers questions about the weather with a tool."""
+
+    def __init__(self, client, weather, model="gpt-4o-mini"):
+        self.client, self.weather, self.model = client, weather, model
+
+    def answer(self, question, rounds=3):
+        messages = [{"role": "user", "content": question}]
+        for _ in range(rounds):
+            reply = self.client.chat.completions.create(
+                model=self.model, messages=messages,
+                tools=[openai.pydantic_function_tool(Forecast, name="weather")])
+            message = reply.choices[0].message
+            messages.append(message.model_dump(exclude_none=True))
+            if not message.tool_calls:
+                return message.content
+            messages += [self.obey(call) for call in message.tool_calls]
+        raise RuntimeError("no answer after %d rounds" % rounds)
+
+    def obey(self, call):
+        celsius = self.weather(json.loads(call.function.arguments)["city"])
+        return {"role": "tool", "tool_call_id": call.id, "content": str(celsius)}
+
+    def forecast(self, text):
+        return self.client.chat.completions.parse(
+            model=self.model, messages=[{"role": "user", "content": text}],
+            response_format=Forecast).choices[0].message.parsed
+
+    def tell(self, question, enough=lambda text: False):
+        text = ""
+        with self.client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": question}],
+                stream=True) as stream:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                if enough(text):
+                    break
+        return text
+'''
+
+TESTS_OF_THE_AGENT = '''
+import asyncio, time
+import openai, pytest
+from agent import Agent, Forecast
+from openai_compat import APIError, Reply, Script, Server, ToolCall, say
+
+
+def agent_on(server, weather={"Oslo": 4, "Rome": 21}.get):
+    return Agent(openai.OpenAI(base_url=server.base_url, api_key="test"), weather)
+
+
+def test_it_calls_the_tool_and_answers_with_its_result():
+    script = Script(
+        [ToolCall("weather", {"city": "Oslo"}), ToolCall("weather", {"city": "Rome"})],
+        Reply("Rome is warmer.",
+              expect=lambda body: [m["content"] for m in body["messages"][2:]] == ["4", "21"]))
+    with Server(script) as server:
+        assert agent_on(server).answer("Oslo or Rome?") == "Rome is warmer."
+
+
+def test_it_gives_up_on_a_model_that_only_calls_tools():
+    with Server(lambda request: ToolCall("weather", {"city": "Oslo"})) as server:
+        with pytest.raises(RuntimeError):
+            agent_on(server).answer("Oslo?")
+        assert len(server.journal) == 3
+
+
+def test_it_understands_a_structured_forecast():
+    with Server(Script(\'{"city": "Oslo", "celsius": 4}\')) as server:
+        assert agent_on(server).forecast("Oslo?") == Forecast(city="Oslo", celsius=4)
+
+
+def test_any_forecast_that_fits_the_schema_will_do():
+    with Server() as server:
+        assert isinstance(agent_on(server).forecast("Oslo?"), Forecast)
+
+
+def test_it_waits_when_the_limit_is_reached():
+    slow = APIError(429, "Slow down.", headers={"retry-after-ms": "10"})
+    with Server(Script(slow, slow, "4 degrees")) as server:
+        begun = time.monotonic()
+        assert agent_on(server).answer("Oslo?") == "4 degrees"
+        assert time.monotonic() - begun < 1
+
+
+def test_it_does_not_wait_for_an_empty_account():
+    with Server(Script(APIError(429, "Pay.", code="insufficient_quota"))) as server:
+        with pytest.raises(openai.RateLimitError):
+            agent_on(server).answer("Oslo?")
+
+
+def test_it_tells_the_answer_as_it_comes():
+    with Server(say("4", " degrees")) as server:
+        assert agent_on(server).tell("Oslo?") == "4 degrees"
+
+
+def test_it_leaves_when_it_has_heard_enough():
+    with Server(lambda request: Reply("blah " * 1000, delay=0.001)) as server:
+        text = agent_on(server).tell("Oslo?", enough=lambda text: text.count("blah") == 3)
+    assert text.count("blah") == 3
+    assert server.journal[0].outcome == "client left" and server.journal[0].events < 1000
+
+
+def test_a_cancelled_task_leaves_too():
+    async def ask(base_url):
+        client = openai.AsyncOpenAI(base_url=base_url, api_key="test")
+        messages = [{"role": "user", "content": "Oslo?"}]
+        return await client.chat.completions.create(model="m", messages=messages)
+
+    async def give_up(base_url):
+        await asyncio.wait_for(ask(base_url), timeout=0.2)
+
+    with Server(lambda request: Reply("late", delay=60)) as server:
+        with pytest.raises(asyncio.TimeoutError):
+            asyncio.run(give_up(server.base_url))
+    assert server.journal[0].outcome == "client left"
+
+
+def test_a_stream_that_breaks_is_no_answer():
+    with Server(say("4", " degrees"), quirk="reset") as server:
+        with pytest.raises(openai.APIConnectionError):
+            agent_on(server).tell("Oslo?")
+'''
+
+
+@interop
+def test_an_application_is_tested_with_nothing_but_this_fixture(tmp_path):
+    (tmp_path / "agent.py").write_text(AGENT, encoding="utf-8")
+    (tmp_path / "test_agent.py").write_text(TESTS_OF_THE_AGENT, encoding="utf-8")
+    python = HERE / ".venvs" / "openai" / "bin" / "python"
+    lines = interop_run([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+                cwd=str(tmp_path), PYTHONPATH=str(HERE))
+    assert lines[-1].startswith("10 passed")
+
+
+# ----------------------------------------------------------------------------------
+# Many fixtures at once, as parallel test runners make them.
+
+FIFTY_FIXTURES = """
+import contextlib, os, sys, threading, urllib.request
+from openai_compat import Server, say
+
+def held():
+    descriptors = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
+    return threading.active_count(), descriptors
+
+with Server() as server:            # what is made once and kept is made now
+    urllib.request.urlopen(server.base_url + "/models").read()
+before = held()
+for _ in range(5):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(say("x"))) for _ in range(10)]
+        for server in servers:
+            urllib.request.urlopen(server.base_url + "/models").read()
+        print(*[server.server_port for server in servers])
+print(held() == before or (before, held()))
+"""
+
+
+def test_500_fixtures_in_10_processes_do_not_clash_and_leave_nothing():
+    command = [sys.executable, "-c", FIFTY_FIXTURES]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  cwd=str(HERE), universal_newlines=True) for _ in range(10)]
+    for process in processes:
+        lines = process.communicate(timeout=60)[0].splitlines()
+        assert process.returncode == 0, lines
+        assert lines[-1] == "True" and len(lines) == 6
+        assert all(len(set(line.split())) == 10 for line in lines[:-1])
