@@ -287,12 +287,13 @@ def either(text, other):
     return check_either
 
 
-def mapping(spec, least=None, most=None):
-    """A spec for an object with any keys and such values."""
+def mapping(spec, least=None, most=None, key=None, pairs=None):
+    """A spec for an object of so many pairs, with keys so long, and such values."""
     def check_mapping(where, value):
-        check(where, value, "object")
-        for key, item in value.items():
-            check(f"{where}.{key[:64]}", item, spec, least, most)
+        check(where, value, "object", None, pairs)
+        for name, item in value.items():
+            check(where, name, "string", None, key)
+            check(f"{where}.{name[:64]}", item, spec, least, most)
     return check_mapping
 
 
@@ -329,16 +330,18 @@ RESPONSE_FORMAT = tagged("type", text={}, json_object={}, json_schema={"json_sch
     "name!": name, "description": "string", "schema": "object", "strict": "boolean"}})
 STREAM_OPTIONS = {"include_usage": "boolean", "include_obfuscation": "boolean"}
 STOP = limited("string", None, 1000)
+METADATA = mapping("string", None, 512, key=64, pairs=16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class Fields(dict):
-    """A table of fields, name: (spec, default, least, most), and all the defaults."""
+    """A table of fields, name: (spec, least, most), with their defaults."""
 
     def __init__(self, *rows):
-        super().__init__({row[0]: row[1:] for row in rows})
+        super().__init__({name: (spec, least, most) for name, spec, _, least, most in rows})
         self.defaults = {name: default for name, _, default, _, _ in rows}
+        self.required = [name for name in self if self.defaults[name] is REQUIRED]
 
 
 REQUIRED = object()             # as a default: the field has none
@@ -385,7 +388,7 @@ CHAT_FIELDS = Fields(
     ("reasoning_effort",       EFFORTS,                      None,     None,    None),
     ("verbosity",              ("low", "medium", "high"),    None,     None,    None),
     ("store",                  "boolean",                    False,    None,    None),
-    ("metadata",               mapping("string", None, 512), None,     None,    None),
+    ("metadata",               METADATA,                     None,     None,    None),
     ("web_search_options",     "object",                     None,     None,    None),
     ("moderation",             "object",                     None,     None,    None),
 )
@@ -414,12 +417,11 @@ def checked(body, fields):
     given = {field: value for field, value in body.items() if value is not None}
     if not given.get("model"):
         raise invalid("you must provide a model parameter", None)
-    for field in fields:
-        if field in given:
-            spec, _, least, most = fields[field]
-            check(field, given[field], spec, least, most)
-        elif fields[field][1] is REQUIRED:
+    for field in fields.required:
+        if field not in given:
             raise missing(field)
+    for field in [field for field in fields if field in given]:     # in the table's order
+        check(field, given[field], *fields[field])
     for field, other, words in NEEDS:
         if field in given and not given.get(other):
             raise invalid(words, field)
@@ -440,7 +442,6 @@ def parse_chat(body, strict=True):
     if "audio" in request["modalities"]:
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with this "
                       "model.", "modalities", "unsupported_value")
-    check("metadata", list(request["metadata"] or ()), [limited("string", None, 64)], None, 16)
     text = asked(request["messages"])
     return {**request, "endpoint": "chat", "body": body, "prompt": text, "text": text}
 
@@ -945,15 +946,6 @@ def has_left(client):
         return True
 
 
-def paced(items, delay):
-    """The items, each `delay` seconds after the one before; (first, between) or one number."""
-    first, between = delay if type(delay) in (tuple, list) else (delay, delay)
-    pauses = itertools.chain([first], itertools.repeat(between))
-    for pause, item in zip(pauses, items):
-        wait(pause)
-        yield item
-
-
 # ----------------------------------------------------------------------------------
 # Backends.  Any function of the request; it returns a str, a Reply, or an iterable of
 # pieces (str or ToolCall).  It is called once per choice, and may raise APIError.
@@ -969,7 +961,7 @@ class ToolCall:
         self.name, self.id = name, id
         if not isinstance(arguments, str):
             arguments = to_json({} if arguments is None else arguments).decode()
-        self.arguments = arguments or "{}"          # "" is no JSON, and clients parse it
+        self.arguments = arguments
 
     def __repr__(self):
         return f"ToolCall({self.name!r}, {self.arguments!r})"
@@ -985,14 +977,14 @@ class Reply:
 
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
                  usage=None, delay=0, quirk=None, headers=None, expect=None):
-        one_call = isinstance(tool_calls, ToolCall)
         self.text, self.refusal = text, refusal
-        self.tool_calls = [tool_calls] if one_call else list(tool_calls)
+        self.tool_calls = [tool_calls] if isinstance(tool_calls, ToolCall) else list(tool_calls)
+        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
+            raise TypeError(f"tool_calls are ToolCall, not {self.tool_calls!r}")
         self.finish_reason, self.usage, self.delay = finish_reason, usage or {}, delay
         self.quirk, self.headers, self.expect = quirk, dict(headers or {}), expect
         self.pieces = None                          # instead of text, as they come
-        if quirk is not None:
-            parse_quirk(quirk)                      # a wrong name shall fail here
+        parse_quirk(quirk)                          # a wrong name shall fail here
 
     def is_at_hand(self):
         """Is all of it there already, so that several pieces may share a send?"""
@@ -1076,7 +1068,9 @@ class Script:
     model = "script"
 
     def __init__(self, *steps):
-        self.steps, self.taken, self.faults = steps, 0, []
+        self.steps = [Reply(tool_calls=step) if isinstance(step, (list, tuple)) else step
+                      for step in steps]
+        self.taken, self.faults = 0, []
         self._lock, self._here = threading.Lock(), threading.local()
 
     @classmethod
@@ -1094,8 +1088,6 @@ class Script:
         step = self._here.step
         if isinstance(step, APIError):
             raise step
-        if isinstance(step, (list, tuple)):
-            return Reply(tool_calls=step)
         if callable(step):
             return step(request)
         return step
@@ -1186,6 +1178,8 @@ def command(program, at_once=1):
     """
     if isinstance(program, str):
         program = shlex.split(program, posix=os.name != "nt")
+    if at_once < 1 or not program:
+        raise ValueError("--command wants a program, and --at-once at least 1")
     places = threading.BoundedSemaphore(at_once)
 
     def backend(request):
@@ -1308,7 +1302,7 @@ def choice(reply, request, tokenize, delay):
     """One choice: the pieces of a reply as far as the request wants them, and Finish."""
     with closing(spoken(reply, tokenize)) as source:
         pieces = paced(source, delay) if delay else source
-        if request.get("parallel_tool_calls") is False:
+        if request.get("parallel_tool_calls") is False or is_legacy(request):
             pieces = one_call(pieces)
         limits = [request.get(name) for name in ("max_tokens", "max_completion_tokens")]
         if limits != [None, None]:
@@ -1355,8 +1349,22 @@ def yielded(pieces, tokenize):
     return called
 
 
+def paced(pieces, delay):
+    """Each piece so many seconds after the one before: one number, or (first, between)."""
+    first, between = delay if type(delay) in (tuple, list) else (delay, delay)
+    for pause, piece in zip(itertools.chain([first], itertools.repeat(between)), pieces):
+        if type(piece) is not Finish:
+            wait(pause)
+        yield piece
+
+
+def is_legacy(request):
+    """Does it know functions only, from before there were tools?  Then a call is alone."""
+    return bool(request.get("functions")) and not request["tools"]
+
+
 def one_call(pieces):
-    """Without parallel_tool_calls: only the first call."""
+    """Only the first call, for those who want no more."""
     called = False
     for piece in pieces:
         if not (called and isinstance(piece, Call)):
@@ -1479,6 +1487,9 @@ def wants_usage(request):
 
 def in_turn(choices):
     """(index, item) of each choice in turn, an item each, until all have ended."""
+    if len(choices) == 1:               # by far the usual case
+        yield from zip(itertools.repeat(0), choices[0])
+        return
     running = list(enumerate(choices))
     while running:
         for index, items in list(running):
@@ -1513,7 +1524,7 @@ def chat_deltas(request, pieces, usage):
             opened = True
             yield opening(piece), None if top is None else NO_LOGPROBS, None
         if type(piece) is Finish:
-            legacy = piece == "tool_calls" and not request["tools"] and request["functions"]
+            legacy = piece == "tool_calls" and is_legacy(request)
             yield {}, None, "function_call" if legacy else str(piece)
             return
         usage.completion_tokens += len(piece)
@@ -1540,7 +1551,7 @@ def opening(piece):
 
 def call_deltas(request, call, index):
     """A call opens with its id and name and no input; fragments of its input follow."""
-    if not request["tools"] and request["functions"]:
+    if is_legacy(request):
         yield {"function_call": {"name": call.name, "arguments": ""}}
         for token in call:
             yield {"function_call": {"arguments": token}}
@@ -1549,7 +1560,7 @@ def call_deltas(request, call, index):
     field = CALL_INPUT[kind]
     yield {"tool_calls": [{"index": index, "id": call.id, "type": kind,
                            kind: {"name": call.name, field: ""}}]}
-    for token in call:
+    for token in call or ["{}"] * (kind == "function"):     # "" is no JSON: clients stumble
         yield {"tool_calls": [{"index": index, kind: {field: token}}]}
 
 
@@ -1575,8 +1586,8 @@ def completion_texts(request, prompt, pieces, usage):
             logprobs = None if top is None else text_logprobs(prompt, top, 0, first=True)
             yield "".join(prompt), logprobs, None
         if isinstance(piece, Finish):
-            yield "", None, str(piece)
-            continue
+            yield "", None if top is None else text_logprobs([], top, offset), str(piece)
+            return
         if type(piece) is not list:
             raise backend_fault("a tool call or a refusal has no place in a text "
                                 "completion: this backend is for chat")
@@ -1613,7 +1624,7 @@ def text_logprobs(tokens, top, offset, first=False):
     offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
     logprobs = {"tokens": tokens, "token_logprobs": [entry[token] for token, entry
                                                      in zip(tokens, likely)],
-                "top_logprobs": likely, "text_offset": list(offsets)}
+                "top_logprobs": likely, "text_offset": list(offsets)[:len(tokens)]}
     if first and tokens:
         logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
     return logprobs
@@ -1736,7 +1747,9 @@ class Instead(Exception):
 
 
 def parse_quirk(text):
-    """"stall@3" -> ("stall", 3); two events where no number is given."""
+    """"stall@3" -> ("stall", 3), two events where no number is given; None -> none."""
+    if text is None:
+        return None, 0
     name, at, place = str(text).partition("@")
     if name not in QUIRKS or at and not (place.isascii() and place.isdigit()):
         raise ValueError(f"no quirk {text!r}; there are: {', '.join(QUIRKS)}")
@@ -2181,10 +2194,12 @@ class Exchange:
         for name in SECRET.intersection(self.headers):
             self.secrets[name], self.headers[name] = self.headers[name], "***"
         self.route, self.model = normal_path(path)
-        self.content, self.body = b"", None             # the body as it came, and parsed
-        self.status = self.outcome = self.seconds = self.quirk = None
-        self.events, self.failed, self.keyed, self.sources = 0, False, False, []
+        self.sources = []               # generators and sockets, to be closed at its end
         self.started, self._clock = time.time(), time.perf_counter()
+
+    content, body = b"", None           # the body as it came, and parsed
+    status = outcome = seconds = quirk = None
+    events, failed, keyed = 0, False, False
 
     def has_content(self):
         return ("transfer-encoding" in self.headers
@@ -2319,7 +2334,8 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         self.connection, self.buffer = self.request, bytearray()
         self.open, self.unread, self.exchange, self.pending = True, False, Exchange(), []
-        self.connection.settimeout(self.server.request_timeout)
+        self.limited = 0
+        self.limit(self.server.request_timeout)
         if self.server.tls:     # here, so that a silent client holds up its own thread only
             self.connection = self.server.tls.wrap_socket(
                 self.request, server_side=True, do_handshake_on_connect=False)
@@ -2364,7 +2380,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise socket.timeout
             self.limit(left)
             block = self.connection.recv(65536)
-        except socket.timeout:
+        except (socket.timeout, BlockingIOError):
             raise bad_request("The request took too long to arrive.", 408) from None
         except OSError:
             raise ClientLeft from None
@@ -2373,9 +2389,18 @@ class Handler(BaseHTTPRequestHandler):
         self.buffer += block
 
     def limit(self, seconds):
-        """settimeout, which is a system call, where it makes a difference."""
-        if abs(self.connection.gettimeout() - seconds) > 0.05 * seconds:
-            self.connection.settimeout(seconds)
+        """Let recv and send give up after so long; set where it makes a difference."""
+        if abs(self.limited - seconds) <= 0.05 * seconds:
+            return
+        self.limited = seconds
+        if os.name == "nt" or self.server.tls:
+            return self.connection.settimeout(seconds)
+        # The kernel's own limit spares two polls an exchange, and with them the hand-over
+        # of the interpreter to another thread: a sixth of the time with many connections.
+        self.connection.settimeout(None)
+        span = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self.connection.setsockopt(socket.SOL_SOCKET, option, span)
 
     def await_request(self):
         """A connection may be idle between requests, but not for ever."""
@@ -2417,8 +2442,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_request(self):
         """The next request, admitted and with its body, as self.exchange."""
-        self.open, self.unread, self.exchange = False, True, Exchange()    # for now
         self.deadline = time.monotonic() + self.server.request_timeout
+        self.open, self.unread, self.exchange = False, True, Exchange()     # until we know better
         self.exchange = exchange = parse_head(self.take_until(b"\r\n\r\n", 431, 414))
         self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
         try:
@@ -2636,7 +2661,6 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"       # there it would share the port
     allow_reuse_port = False
     request_queue_size = 1024   # of 32 clients at once, 5 make most wait for a second
-    timeout = 0.5               # for `shutdown`, should its knock not come through
     delay = 0                   # seconds between pieces, where a reply says nothing else
     trace = False
 
@@ -2644,7 +2668,8 @@ class Server(ThreadingHTTPServer):
                  tokenize=tokenize, strict=True, quirk=None, quirk_header=False, tls=None,
                  cors=(), max_body=32 * 2**20, max_connections=512, request_timeout=30,
                  journal=1000):
-        self.backend, self.models, self.tokenize, self.strict = backend, models, tokenize, strict
+        self.backend, self.tokenize, self.strict = backend, tokenize, strict
+        self.models = None if models is None else one_or_many(models)
         self.api_keys = [key.encode() for key in one_or_many(api_keys)]
         self.quirk, self.quirk_header = quirk, quirk_header
         self.tls, self.cors = tls_context(tls), set(one_or_many(cors))
@@ -2654,8 +2679,7 @@ class Server(ThreadingHTTPServer):
         self.connections, self.idle = {}, set()     # thread: its socket; those that wait
         self.closing, self.hanging_up, self.thread = False, False, None
         self.numbers = itertools.count(1)           # of connections, for the trace
-        if quirk:
-            parse_quirk(quirk)                      # a wrong name shall fail here
+        parse_quirk(quirk)                          # a wrong name shall fail here
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
@@ -2684,10 +2708,17 @@ class Server(ThreadingHTTPServer):
         self.thread.start()
         return self
 
-    def serve_forever(self, poll_interval=None):
-        """Accept until `shutdown`, which knocks: nothing here has to poll for it."""
+    def serve_forever(self, poll_interval=0.5):
+        """Accept until `shutdown`, which knocks: the poll is for the case that it cannot."""
+        self.socket.settimeout(poll_interval)
         while not self.closing:
-            self.handle_request()
+            with suppress(OSError):
+                connection, address = self.get_request()
+                try:
+                    self.process_request(connection, address)
+                except Exception:               # no more threads to be had
+                    self.handle_error(connection, address)
+                    connection.close()
 
     def shutdown(self):
         """Take no more connections."""
@@ -2733,20 +2764,19 @@ class Server(ThreadingHTTPServer):
 
     # ------ connections, each in a thread
 
-    def verify_request(self, connection, address):
-        """Beyond max_connections a thread still says 503; far beyond, not even that."""
-        return not self.closing and len(self.connections) < 2 * self.max_connections + 16
-
     def is_crowded(self):
         return len(self.connections) > self.max_connections
 
     def process_request(self, connection, address):
+        """Beyond max_connections a thread still says 503; far beyond, not even that."""
+        if self.closing or len(self.connections) > 2 * self.max_connections + 16:
+            return connection.close()
         thread = threading.Thread(target=self.process_request_thread,
                                   args=(connection, address), daemon=True)
         self.connections[thread] = connection
         try:
             thread.start()
-        except RuntimeError:                    # no more threads to be had
+        except RuntimeError:
             del self.connections[thread]
             raise
 
@@ -2759,8 +2789,9 @@ class Server(ThreadingHTTPServer):
     def get_request(self):
         try:
             return super().get_request()
-        except OSError:
-            time.sleep(0.05)                    # out of descriptors: it is no use to spin
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)                # out of descriptors: it is no use to spin
             raise
 
     def handle_error(self, connection, address):
@@ -2873,9 +2904,10 @@ class Server(ThreadingHTTPServer):
         """The diagram at the top of this file, as code."""
         backend, tokenize = self.backend, self.tokenize
         prompts = prompt_tokens(request, tokenize)
+        header_quirk = self.header_quirk(exchange.headers)
         replies = [as_reply(backend(view)) for view in views(request, prompts)]
         first = replies[0]
-        quirk, k = self.pick_quirk(first, exchange.headers)
+        quirk, k = parse_quirk(first.quirk or self.quirk or header_quirk)
         exchange.quirk = quirk
         usage = Usage(sum(map(len, prompts)), first.usage)
         choices = exchange.sources = [choice(reply, request, tokenize, reply.delay or self.delay)
@@ -2894,13 +2926,13 @@ class Server(ThreadingHTTPServer):
         at_hand = not quirk and all(reply.is_at_hand() for reply in replies) and not self.delay
         return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
 
-    def pick_quirk(self, reply, fields):
-        wanted = fields.get("x-quirk") if self.quirk_header else None
+    def header_quirk(self, headers):
+        wanted = headers.get("x-quirk") if self.quirk_header else None
         try:
-            quirk = reply.quirk or self.quirk or wanted
-            return parse_quirk(quirk) if quirk else (None, 0)
+            parse_quirk(wanted)
         except ValueError as error:
             raise APIError(400, str(error), "X-Quirk") from None
+        return wanted
 
     def check_model(self, model):
         if self.models is not None and model not in self.models:
@@ -3078,7 +3110,12 @@ def parse_arguments(argv):
     for flag, about in BACKENDS:
         one_of.add_argument(flag, **about)
     end = argv.index("--") if "--" in argv else len(argv)
-    return parser.parse_args(argv[:end]), argv[end + 1:], "--" in argv
+    args = parser.parse_args(argv[:end])
+    for flag, other in (("record", "upstream"), ("upstream_key", "upstream"),
+                        ("tls_key", "tls_cert"), ("tls_cert", "tls_key")):
+        if getattr(args, flag) and not getattr(args, other):
+            parser.error(f"--{flag} says nothing without --{other}".replace("_", "-"))
+    return args, argv[end + 1:], "--" in argv
 
 
 def server_of(args, port):
@@ -3129,8 +3166,10 @@ def main(argv=None):
                         level=logging.WARNING if args.quiet or has_program else logging.INFO)
     try:
         server = server_of(args, 0 if has_program else args.port)
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        print(f"openai_compat: {error}", file=sys.stderr)
+    except (OSError, OverflowError, ValueError, ImportError, AttributeError) as error:
+        at_fault = args.tls_cert or args.script or args.replay or args.record
+        where = f" ({at_fault})" if at_fault else f" (--host {args.host} --port {args.port})"
+        print(f"openai_compat: {error}{where}", file=sys.stderr)
         return 1
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s can use this server",
@@ -3146,10 +3185,12 @@ def main(argv=None):
 
 def serve(server):
     """Serve until SIGTERM or Ctrl-C; then running replies get 10 s, unless it comes again."""
-    print(f"Serving {server.base_url} with {model_name(server.backend)}; Ctrl-C ends it.",
-          file=sys.stderr)
+    sys.setswitchinterval(0.02)     # hundreds of threads in a queue for the interpreter, each
+    # asking for it every 5 ms, come to half the events a second that they do with 20 ms
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        print(f"Serving {server.base_url} with {model_name(server.backend)}; Ctrl-C ends it.",
+              file=sys.stderr, flush=True)
         while True:
             time.sleep(0.2)     # in short steps: on Windows nothing interrupts a long one
     except KeyboardInterrupt:
@@ -3176,10 +3217,17 @@ def run_beside(server, program):
     environment = {**os.environ, "OPENAI_BASE_URL": server.base_url,
                    "OPENAI_API_BASE": server.base_url, "OPENAI_API_KEY": key or "none",
                    "NO_PROXY": bypass, "no_proxy": bypass}
-    process = subprocess.Popen([found, *program[1:]], env=environment)
+    running = []                # empty until there is somebody to pass a signal to
     for name in ("SIGTERM", "SIGHUP", "SIGINT"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), functools.partial(pass_signal, process))
+            signal.signal(getattr(signal, name), functools.partial(pass_signal, running))
+    try:
+        process = subprocess.Popen([found, *program[1:]], env=environment)
+    except OSError as error:
+        server.close()
+        print(f"openai_compat: cannot run {found}: {error.strerror}", file=sys.stderr)
+        return 126
+    running.append(process)
     while process.poll() is None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
@@ -3187,10 +3235,12 @@ def run_beside(server, program):
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def pass_signal(process, number, frame):
+def pass_signal(running, number, frame):
     """A terminal's Ctrl-C reaches the command anyway; twice would be once too often."""
-    if process.poll() is None and not (number == signal.SIGINT and sys.stdin.isatty()):
-        process.send_signal(number)
+    if not running:
+        sys.exit(128 + number)
+    if not (number == signal.SIGINT and sys.stdin.isatty()) and running[0].poll() is None:
+        running[0].send_signal(number)
 
 
 if __name__ == "__main__":

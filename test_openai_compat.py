@@ -7,6 +7,7 @@ import base64
 import contextlib
 import gc
 import http.client
+import http.server
 import itertools
 import json
 import logging
@@ -16,6 +17,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -26,6 +28,7 @@ import sys
 import threading
 import time
 import unicodedata
+import urllib.parse
 import urllib.request
 from http.client import HTTPConnection
 from pathlib import Path
@@ -577,7 +580,7 @@ def made_call(**fields):
     return [{"role": "assistant", "tool_calls": [{**call, **fields}]}, tool_message("a")]
 
 
-@pytest.mark.parametrize("fields, param, code, message", [
+REFUSED = [  # fields, and the param, code and message of the refusal
     ({"model": None}, None, None, "you must provide a model parameter"),
     ({"model": ""}, None, None, "you must provide a model parameter"),
     ({"messages": None}, "messages", "missing_required_parameter",
@@ -682,7 +685,10 @@ def made_call(**fields):
      "invalid_type", None),
     ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls",
      "invalid_type", None),
-])
+]
+
+
+@pytest.mark.parametrize("fields, param, code, message", REFUSED)
 def test_a_chat_request_is_refused(fields, param, code, message):
     got = refused(**fields)
     assert got[1:] == (param, code) and message in (None, got[0])
@@ -781,6 +787,7 @@ def test_a_message_as_clients_send_it_is_taken(message):
     (user("a") + user("b"), "b"), (user("a") + [{"role": "assistant", "content": "b"}], "a"),
     (user("a") + [CALLED, tool_message("a"), tool_message("b")], "a"),
     ([{"role": "system", "content": "s"}], "s"),
+    ([{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}], "no"),
 ])
 def test_what_is_asked_is_the_last_user_message(messages, text):
     assert parsed(messages=messages)["text"] == text
@@ -1663,6 +1670,10 @@ def test_with_echo_the_logprobs_cover_the_prompt_and_begin_with_null():
     assert [each is None for each in logprobs["top_logprobs"]] == [True, False, False]
 
 
+def test_an_echoed_empty_prompt_keeps_the_columns_parallel():
+    assert text_logprobs(["x"], logprobs=1, prompt="", echo=True)["tokens"] == ["x"]
+
+
 def test_a_scorer_gets_the_logprobs_of_its_prompt_alone():
     logprobs = text_logprobs(["x"], logprobs=1, prompt=[5, 6, 7], echo=True, max_tokens=0)
     assert len(logprobs["tokens"]) == 3 and all(logprobs["top_logprobs"][1:])
@@ -1747,6 +1758,14 @@ def test_legacy_functions_get_a_function_call():
     first, reason = message(lambda request: ToolCall("f", {"n": 1}), **FUNCTIONS)
     assert first["function_call"] == {"name": "f", "arguments": '{"n":1}'}
     assert reason == "function_call" and "tool_calls" not in first and first["content"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_legacy_functions_are_called_one_at_a_time(stream):
+    reply = Reply(tool_calls=[ToolCall("f", {"n": 1}), ToolCall("g")])
+    got = ask(lambda request: reply, stream=stream, **FUNCTIONS)
+    said = said_in_turn(got.chunks) if stream else said_at_once(got.json)
+    assert said[0]["function"] == ("f", '{"n":1}')
 
 
 def test_a_legacy_call_is_streamed_as_an_opening_and_fragments():
@@ -2427,21 +2446,24 @@ def test_without_a_quirk_the_body_is_plain():
     assert written(None) == PLAIN
 
 
-@pytest.mark.parametrize("quirk, undone, count", [
-    ("comment", lambda body: re.sub(r":[^\n]*\n\n(?=data: )", "", body), EVENTS),
-    ("crlf", lambda body: body.replace("\r\n", "\n"), 2 * EVENTS),
-    ("no_space", lambda body: re.sub("(?m)^data:", "data: ", body), EVENTS),
-    ("bom", lambda body: re.sub("^\ufeff", "", body), 1),
-    ("id_field", lambda body: re.sub(r"(?m)^(id: ?\d+\n|:.*\n\n)", "", body), EVENTS),
-    ("retry_block", lambda body: re.sub(r"(?m)^retry: ?\d+\n\n", "", body), 1),
-    ("empty_data", lambda body: re.sub(r"(?m)^data: ?\n\n", "", body), 1),
-    ("no_done", lambda body: body + "data: [DONE]\n\n", 0),
+@pytest.mark.parametrize("quirk, undone", [
+    ("comment", lambda body: re.sub(r":[^\n]*\n\n(?=data: )", "", body)),
+    ("crlf", lambda body: body.replace("\r\n", "\n")),
+    ("no_space", lambda body: re.sub("(?m)^data:", "data: ", body)),
+    ("bom", lambda body: re.sub("^\ufeff", "", body)),
+    ("id_field", lambda body: re.sub(r"(?m)^(id: ?\d+\n|:.*\n\n)", "", body)),
+    ("retry_block", lambda body: re.sub(r"(?m)^retry: ?\d+\n\n", "", body)),
+    ("empty_data", lambda body: re.sub(r"(?m)^data: ?\n\n", "", body)),
+    ("no_done", lambda body: body + "data: [DONE]\n\n"),
 ])
-def test_a_quirk_about_lines(quirk, undone, count):
+def test_a_quirk_about_lines_does_that_and_no_more(quirk, undone):
     body = written(quirk)
     assert body != PLAIN and undone(body) == PLAIN
-    if quirk == "crlf":
-        assert body.count("\n") == body.count("\r\n")
+
+
+def test_crlf_ends_every_line():
+    body = written("crlf")
+    assert body.count("\r\n") == body.count("\n") == 2 * EVENTS
 
 
 def test_ids_come_before_comment_blocks():
@@ -2653,6 +2675,12 @@ def test_quirks_touch_the_two_endpoints_only(method, path):
     with Server(quirk="html_502", quirk_header=True) as server:
         got = call(server, method, path, headers={"X-Quirk": "reset"})
     assert got.status in (200, 204, 404)
+
+
+def test_a_request_with_a_wrong_quirk_takes_no_step():
+    with Server(Script("a"), quirk_header=True) as server:
+        assert post(server, CHAT_PATH, HI, {"X-Quirk": "bogus"}).status == 400
+        assert contents(server, 1) == ["a"]
 
 
 def test_a_scripts_reply_may_have_a_quirk():
@@ -3102,7 +3130,12 @@ def dial(server, timeout=10):
 
 
 def read_to_end(client):
-    return b"".join(iter(lambda: client.recv(65536), b""))
+    got, block = bytearray(), b"-"
+    while block and len(got) < 2**24:           # a reply that has no end shall fail, not hang
+        block = client.recv(65536)
+        got += block
+    assert not block, "no end"
+    return bytes(got)
 
 
 def read_until(client, end):
@@ -3238,7 +3271,7 @@ TAKEN = {
                              .replace(b"chunked", b"Chunked"), 200),
     "an expectation with its body": (http_post(http_PROMPT, b"Expect: 100-continue\r\n"), 200),
 }
-REFUSED = {
+http_REFUSED = {
     "HTTP/0.9": (b"GET /health\r\n\r\n", 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP/3.0": (get(version=b"3.0"), 505),
@@ -3280,7 +3313,8 @@ REFUSED = {
     "a name in Latin-1": (get(headers=b"Host: x\r\n\xfc: y\r\n"), 400),
     "a hundred headers and one": (get(headers=b"Host: x\r\n" + b"X: y\r\n" * 100), 431),
     "a header too long": (get(headers=b"Host: x\r\nX: %b\r\n" % LONG), 431),
-    "headers too long together": (get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 99), 431),
+    "headers too long together":
+        (get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 99), 431),
     "a target too long": (get(b"/" + LONG), 414),
     "a length twice": (http_post(http_PROMPT, b"Content-Length: 27\r\n"), 400),
     "two different lengths": (http_post(http_PROMPT, b"Content-Length: 5\r\n"), 400),
@@ -3347,7 +3381,7 @@ def test_a_request_that_was_read_whole_leaves_the_connection_open(server, calm, 
     assert statuses(server, raw + LAST) == [status, 200]
 
 
-@pytest.mark.parametrize("raw, status", rows(REFUSED))
+@pytest.mark.parametrize("raw, status", rows(http_REFUSED))
 def test_a_malformed_request_gets_one_refusal_and_a_close(server, calm, raw, status):
     [reply] = talk(server, raw + LAST)
     assert reply[0] == status and refusal(reply)
@@ -3456,9 +3490,8 @@ def test_options_is_204_everywhere(server, target):
 @pytest.mark.parametrize("headers, kept", [
     (b"", False), (b"Connection: close\r\n", False), (b"Connection: keep-alive\r\n", True)])
 def test_http_1_0_is_kept_only_when_asked_and_told_so(server, headers, kept):
-    status, got, _ = talk(server, http_post(http_PROMPT, headers, version=b"1.0"))[0] \
-        if not kept else talk(server, http_post(http_PROMPT, headers, version=b"1.0") + LAST)[0]
-    assert status == 200 and "content-length" in got
+    (status, got, _), *rest = talk(server, http_post(http_PROMPT, headers, version=b"1.0") + LAST)
+    assert status == 200 and "content-length" in got and bool(rest) == kept
     assert got["connection"] == ("keep-alive" if kept else "close")
 
 
@@ -3883,7 +3916,8 @@ STRANGE = [None, True, False, 0, 1, -1, 2.5, 10**30, -1e300, "", "x", "auto", SU
            {"type": "x", "function": {}}, [{"role": "user"}], [{"type": "text", "text": 1}]]
 http_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "strict": False,
         "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "n", "schema": http_TOOL["function"]["parameters"]}}
+SCHEMA = {"type": "json_schema",
+          "json_schema": {"name": "n", "schema": http_TOOL["function"]["parameters"]}}
 http_CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 FULL = [("/v1/chat/completions", {
     "model": "m", "stream": True, "stream_options": {"include_usage": True}, "n": 2, "seed": 1,
@@ -3972,7 +4006,8 @@ def check_all(server, requests):
 @pytest.mark.parametrize("path, body", FULL, ids=["chat", "tools", "functions", "text", "ids"])
 def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body):
     dice = random.Random(SEED)
-    assert statuses(roomy, http_post(json.dumps(body).encode(), target=path.encode()) + LAST) == [200] * 2
+    valid = http_post(json.dumps(body).encode(), target=path.encode())
+    assert statuses(roomy, valid + LAST) == [200, 200]
     check_all(roomy, [
         (path, changed(body, place, value)) for place in places(body)
         for value in dice.sample(STRANGE, min(CASES // 50, len(STRANGE)))])
@@ -4198,6 +4233,31 @@ def test_memory_and_descriptors_stay_flat(many_files, row):
     row("%d exchanges in %.0f s; %.1f MiB after a tenth, %.1f at the end; %d and %d descriptors",
         rounds * 51, took, memory, more_memory, files, more_files)
     assert more_memory - memory < 5 and more_files <= files + 1
+
+
+def in_chunks(body, size):
+    """The body as transfer chunks of that size."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(body[i:i + size]), body[i:i + size])
+                    for i in range(0, len(body), size)) + b"0\r\n\r\n"
+
+
+@stress
+def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
+    least, most = http_PROMPT[:-1] + b',"x":"', 2**25
+    body = least + b"a" * (most - len(least) - 2) + b'"}'
+    tiny = in_chunks(body[:2**21 if SHORT else 2**23], 2)       # each costs the server a turn
+    with Process(request_timeout=120) as server:
+        before = server.memory("VmHWM")
+        assert statuses(server, http_post(body) + LAST) == [200, 200]
+        assert statuses(server, post_chunked(in_chunks(body, 65536)) + LAST) == [200, 200]
+        assert statuses(server, post_chunked(in_chunks(body + b" ", 65536))) == [413]
+        assert statuses(server, http_post(body + b" ")[:9999]) == [413]
+        whole = server.memory("VmHWM")
+        assert statuses(server, post_chunked(tiny) + LAST) == [400, 200]
+        row("32 MiB twice: 200, one byte more twice: 413; %.0f MiB at most, %.0f before; %d transfer"
+            " chunks of 2 bytes: %.0f MiB at most", whole, before, len(tiny) // 7,
+            server.memory("VmHWM"))
+        assert server.memory("VmHWM") < before + 8 * 32
 
 
 @stress
@@ -5362,6 +5422,8 @@ def system_until(condition, seconds=5):
 
 
 
+def system_read_to_end(client):
+    return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def read_past(client, mark):
@@ -5540,7 +5602,7 @@ def test_no_character_is_split(gate, text):
     with Server(command(speaker)) as server, asking(server, stream=True) as client:
         for _ in text.encode():
             gate.arrival().close()
-        assert system_deltas(read_to_end(client)) == list(text)
+        assert system_deltas(system_read_to_end(client)) == list(text)
 
 
 @both
@@ -5766,7 +5828,7 @@ CHUNKED = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r
            b"Transfer-Encoding: chunked\r\n\r\n")
 
 
-def in_chunks(*blocks):
+def system_in_chunks(*blocks):
     """A whole response, a transfer chunk for each block."""
     return CHUNKED + b"".join(map(transfer_chunk, blocks)) + b"0\r\n\r\n"
 
@@ -5782,8 +5844,8 @@ system_EVENTS = (b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"cont
 EXCHANGES = {   # the bytes of an upstream, and the status and the body that are in them
     "whole":    (response(b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'), 200,
                  b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'),
-    "streamed": (in_chunks(*system_EVENTS), 200, b"".join(system_EVENTS)),
-    "split":    (in_chunks(*(bytes([byte]) for byte in b"".join(system_EVENTS))), 200, b"".join(system_EVENTS)),
+    "streamed": (system_in_chunks(*system_EVENTS), 200, b"".join(system_EVENTS)),
+    "split":    (system_in_chunks(*(bytes([byte]) for byte in b"".join(system_EVENTS))), 200, b"".join(system_EVENTS)),
     "refused":  (response(b'{"error": {"code": "model_not_found"}}\n', "404 Not Found"), 404,
                  b'{"error": {"code": "model_not_found"}}\n'),
     "no UTF-8": (response(b"\xff\xfe\x00", type="text/html"), 200, b"\xff\xfe\x00"),
@@ -5948,7 +6010,7 @@ def test_an_upstream_that_is_cut_never_looks_complete(upstream, tmp_path, sent, 
         connection, _, _ = upstream.accept()
         connection.sendall(sent)
         end(connection)
-        assert not complete(read_to_end(client))
+        assert not complete(system_read_to_end(client))
         assert system_until(lambda: server.journal[0].outcome == "error")
     assert tape.read_bytes() == b""
 
@@ -5958,7 +6020,7 @@ def test_the_events_before_a_cut_reach_the_client(upstream):
         connection, _, _ = upstream.accept()
         connection.sendall(CHUNKED + transfer_chunk(system_EVENTS[0]))
         connection.close()
-        assert system_EVENTS[0] in read_to_end(client)
+        assert system_EVENTS[0] in system_read_to_end(client)
 
 
 @pytest.mark.parametrize("sent", [b"", b"SSH-2.0-OpenSSH\r\n", b"\0" * 70000, b"HTTP/1.1 2"],
@@ -6010,7 +6072,7 @@ def test_an_upstream_is_held_up_by_a_client_that_does_not_read(upstream):
 
 def test_the_journal_counts_the_events_of_an_upstream(upstream):
     with Server(Relay(upstream.url)) as server:
-        relayed(server, upstream, in_chunks(*system_EVENTS))
+        relayed(server, upstream, system_in_chunks(*system_EVENTS))
         assert (server.journal[0].events, server.journal[0].outcome) == (3, "complete")
 
 
@@ -6168,6 +6230,1298 @@ def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tmp_path):
         relayed(server, upstream, response(b"\xff\xfe"))
     writes = json.loads((tmp_path / "tape").read_text())["writes"]
     assert [base64.b64decode(write["base64"]) for _, write in writes] == [b"\xff\xfe"]
+
+
+system_FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d))
+sys.path[:0] = [%r]
+import openai_compat
+openai_compat.main(sys.argv[1:])
+"""
+
+
+@posix
+def test_a_full_disk_loses_no_reply_and_leaves_no_half_line(tmp_path):
+    tape, full = str(tmp_path / "tape"), system_FULL % (4000, 4000, os.path.dirname(SERVER))
+    with Server() as first, Running("--upstream", first.base_url, "--record", tape,
+                                    start=program(full)) as server:
+        for text in ("short", "long " * 1000, "short again"):
+            assert content(answered(server, text)) == text
+        status, said = server.end()
+    with Server(Replay(tape)) as server:
+        assert [answered(server, text)[0] for text in ("short", "short again")] == [200, 200]
+        assert answered(server, "long " * 1000)[0] == 404
+    assert status == 0 and len([line for line in said if tape in line]) == 1
+
+
+# ----------------------------------------------------------------------------------
+# The command line, as a process of its own.
+
+class Running:
+    """A server that the command line has started; `end` gives its status and last words."""
+
+    def __init__(self, *flags, start=(sys.executable, SERVER), port=0, **options):
+        options = {"universal_newlines": True, "stderr": subprocess.PIPE, **options}
+        self.process = subprocess.Popen([*start, "--port", str(port), *flags], **options)
+        self.said = []
+        while not (self.said and "Serving" in self.said[-1]):
+            self.said.append(self.process.stderr.readline())
+            assert self.said[-1], self.said
+        self.base_url = re.search(r"https?://\S+/v1", self.said[-1])[0]
+        host, port = re.search(r"//\[?(.+?)\]?:(\d+)/", self.base_url).groups()
+        self.server_address = host, int(port)
+
+    def end(self):
+        self.process.terminate()
+        said = self.process.stderr.read().splitlines()
+        return self.process.wait(10), said
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
+
+
+MINE = """
+import socket
+from openai_compat import APIError
+
+def backwards(request):
+    return request["text"][::-1]
+
+def refuses(request):
+    raise APIError(418, "No coffee.", code="teapot")
+
+def letters(text):
+    return list(text)
+
+def held(request):
+    yield "one"
+    with socket.create_connection(("127.0.0.1", int(request["text"]))) as door:
+        door.recv(1)
+    yield "two"
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with somebody's backend, script, and an answer of a model program."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "steps.json").write_text('["from the script"]')
+    (folder / "broken.json").write_text('["from the')
+    (folder / "speak.py").write_text("import sys; sys.stdout.write('spoken ' + sys.argv[1])")
+    return str(folder)
+
+
+def shown(answer):
+    return "%d %s" % (answer[0], answer[2].decode())
+
+
+ORPHAN = [{"role": "tool", "content": "x", "tool_call_id": "call_1"}]
+FLAGS = {   # the flags, the request, and what its reply has only with the flags
+    "--model":        (["--model", "a", "--model", "b"], {}, "^404 .*model_not_found"),
+    "--api-key":      (["--api-key", "sk-1"], {}, "^401 "),
+    "--say":          (["--say", "Hello there"], {}, '"content":"Hello there"'),
+    "--script":       (["--script", "steps.json"], {}, "from the script"),
+    "--command":      (["--command", '"%s" speak.py {prompt}' % sys.executable.replace("\\", "/")],
+                       {}, "spoken Hi"),
+    "--backend":      (["--backend", "mine:backwards"], {}, '"content":"iH"'),
+    "its APIError":   (["--backend", "mine:refuses"], {}, "^418 .*No coffee.*teapot"),
+    "--tokenizer":    (["--tokenizer", "mine:letters"], {}, '"completion_tokens":2'),
+    "--lenient":      (["--lenient"], {"messages": ORPHAN}, "^200 "),
+    "--quirk":        (["--quirk", "html_502"], {}, "^502 "),
+    "--quirk-header": (["--quirk-header"], {"headers": {"X-Quirk": "html_502"}}, "^502 "),
+    "--cors":         (["--cors", "https://page.example"],
+                       {"headers": {"Origin": "https://page.example"}}, "^200 "),
+    "--max-body":     (["--max-body", "10"], {}, "^413 "),
+}
+
+
+@pytest.mark.parametrize("flags, fields, expected", rows(FLAGS))
+def test_a_flag_has_its_effect(workplace, flags, fields, expected):
+    with Server() as server:
+        assert not re.search(expected, shown(answered(server, **fields)))
+    with Running(*flags, cwd=workplace) as server:
+        assert re.search(expected, shown(answered(server, **fields)))
+
+
+def test_each_named_model_is_listed():
+    with Running("--model", "a", "--model", "b") as server:
+        with urllib.request.urlopen(server.base_url + "/models") as reply:
+            assert [model["id"] for model in json.load(reply)["data"]] == ["a", "b"]
+
+
+def test_upstream_with_its_key_and_record_and_replay(tmp_path):
+    tape = str(tmp_path / "tape")
+    with Server(say("from above"), api_keys="up") as first:
+        flags = ["--upstream", first.base_url, "--upstream-key", "up", "--record", tape]
+        with Running(*flags) as server:
+            answer = answered(server)
+    with Running("--replay", tape) as server:
+        assert answered(server)[2] == answer[2] and content(answer) == "from above"
+
+
+def test_at_once_lets_so_many_programs_run(gate):
+    line = " ".join(map(shlex.quote, gate.program("gate()")))
+    with Running("--command", line, "--at-once", "2") as server:
+        with asking(server), asking(server), gate.arrival(), gate.arrival():
+            pass
+
+
+def test_delay_is_between_the_pieces():
+    with Running("--delay", "0.05", "--say", "a b c d") as server:
+        started = time.monotonic()
+        assert content(answered(server, stream=True)) == "a b c d"
+    assert time.monotonic() - started >= 0.15
+
+
+@pytest.mark.parametrize("flags, status", [([], 404), (["--journal"], 200)])
+def test_the_journal_is_there_where_it_is_asked_for(flags, status):
+    with Running(*flags) as server:
+        with asking(server, path="/health"):
+            pass
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(b"GET /journal HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert answer_on(client)[0] == status
+
+
+def test_one_connection_too_many_is_a_503():
+    with Running("--max-connections", "1") as server:
+        with socket.create_connection(server.server_address) as first:
+            first.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            read_past(first, b"ok")
+            assert answered(server)[0] == 503
+
+
+def test_a_request_has_to_arrive_in_time():
+    with Running("--request-timeout", "0.1") as server:
+        with socket.create_connection(server.server_address, timeout=5) as client:
+            client.sendall(chat_request()[:-5])
+            assert answer_on(client)[0] == 408
+
+
+def test_the_port_is_the_one_that_was_named():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with Running(port=port) as server:
+        assert server.server_address[1] == port and answered(server)[0] == 200
+
+
+@pytest.mark.parametrize("keys, flags, tried, expected", [
+    ("sk-1, sk-2", [], "sk-2", 200), ("sk-1, sk-2", [], "sk-3", 401), ("", [], "any", 200),
+    ("sk-1", ["--api-key", "sk-3"], "sk-1", 200), ("sk-1,", [], "", 401)])
+def test_keys_also_come_from_the_environment(keys, flags, tried, expected):
+    environment = {**os.environ, "OPENAI_COMPAT_API_KEYS": keys}
+    with Running(*flags, env=environment) as server:
+        assert answered(server, headers={"Authorization": "Bearer " + tried})[0] == expected
+
+
+@pytest.mark.parametrize("flags, warns", [(["--host", "0.0.0.0"], True), ([], False),
+                                          (["--host", "0.0.0.0", "--api-key", "k"], False)])
+def test_it_warns_where_anybody_may_come_in_without_a_key(flags, warns):
+    with Running(*flags) as server:
+        assert ("WARNING" in "".join(server.said)) == warns
+        assert answered(server)[0] == (401 if "k" in flags else 200)
+
+
+def test_version_is_printed():
+    done = system_ran("--version")
+    assert (done.returncode, done.stdout.split()) == (0, [openai_compat.__version__])
+
+
+def system_ran(*words, **options):
+    """The command line's process, when it has ended."""
+    return subprocess.run([sys.executable, SERVER, *words], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, timeout=10, **options)
+
+
+system_REFUSED = {  # flags, and what the message says
+    "no script":      (["--script", "no.json"], "no.json"),
+    "broken script":  (["--script", "broken.json"], "broken.json"),
+    "no tape":        (["--replay", "no.tape"], "no.tape"),
+    "broken tape":    (["--replay", "broken.json"], "line 1 of broken.json"),
+    "no such quirk":  (["--quirk", "quark"], "quark"),
+    "no module":      (["--backend", "nowhere:function"], "nowhere"),
+    "no function":    (["--backend", "mine:nothing"], "nothing"),
+    "half a name":    (["--backend", "mine"], "mine"),
+    "no tokenizer":   (["--tokenizer", "nowhere:function"], "nowhere"),
+    "no URL":         (["--upstream", "gpu:8000"], "gpu:8000"),
+    "no tape folder": (["--upstream", "http://h/v1", "--record", "no/tape"], "no/tape"),
+    "tape of nothing": (["--record", "tape"], "--upstream"),
+    "key of nothing": (["--upstream-key", "k"], "--upstream"),
+    "no certificate": (["--tls-cert", "no.pem", "--tls-key", "no.key"], "no.pem"),
+    "no key":         (["--tls-key", "no.key"], "--tls-cert"),
+    "port too high":  (["--port", "70000"], "70000|port"),
+    "no host":        (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
+    "none at once":   (["--command", "x", "--at-once", "0"], "at.once"),
+    "half a quote":   (["--command", "'x"], "command|quotation"),
+    "two backends":   (["--say", "x", "--script", "steps.json"], "not allowed with"),
+    "unknown flag":   (["--sya", "x"], "--sya"),
+}
+
+
+@pytest.mark.parametrize("flags, expected", rows(system_REFUSED))
+def test_what_cannot_be_started_is_one_clear_line(workplace, flags, expected):
+    done = system_ran("--port", "0", *flags, cwd=workplace)
+    *usage, line = done.stderr.splitlines()
+    assert done.returncode in (1, 2) and re.search(expected, line), done.stderr
+    assert "Traceback" not in done.stderr and (usage == [] or usage[0].startswith("usage: "))
+
+
+def test_a_port_in_use_is_one_clear_line():
+    with socket.create_server(("127.0.0.1", 0)) as system_taken:
+        port = str(system_taken.getsockname()[1])
+        done = system_ran("--port", port)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and port in done.stderr
+
+
+# ----------------------------------------------------------------------------------
+# What it prints.
+
+@posix
+def test_the_log_has_a_line_for_each_exchange():
+    with Running("--say", "a b") as server:
+        answered(server, stream=True)
+        answered(server, path="/v1/nothing")
+        _, said = server.end()
+    first, second = said
+    for part in ("127.0.0.1", "POST /v1/chat/completions", " 200 ", "complete", "5 events", " s"):
+        assert part in first
+    assert "/v1/nothing" in second and "404" in second
+
+
+@posix
+def test_quiet_leaves_nothing_to_read():
+    with Running("--quiet") as server:
+        answered(server)
+        assert server.end() == (0, [])
+
+
+@posix
+@pytest.mark.parametrize("sent", [b"GET /\x1b[2J HTTP/1.1", b"GET /%1b[2J HTTP/1.1", b"GET /a\tb HTTP/1.1",
+                                  b"G\x1bT / HTTP/1.1", "GET /\u2028 HTTP/1.1".encode()])
+@pytest.mark.parametrize("flags", [[], ["--trace"]])
+def test_nothing_that_a_client_sends_moves_the_cursor(sent, flags):
+    with Running(*flags) as server:
+        with socket.create_connection(server.server_address, timeout=5) as client:
+            client.sendall(sent + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            system_read_to_end(client)
+        _, said = server.end()
+    assert all(line.isprintable() for line in said)
+
+
+@posix
+@pytest.mark.parametrize("flags", [[], ["--trace"]])
+@pytest.mark.parametrize("key", ["sk-right-0123456789", "sk-wrong-0123456789"])
+@pytest.mark.parametrize("header", ["Authorization: Bearer %s", "authorization:bearer  %s",
+                                    "Authorization: %s", "API-Key: %s"])
+def test_no_key_is_printed(flags, key, header):
+    name, _, value = (header % key).partition(":")
+    with Running(*flags, "--api-key", "sk-right-0123456789") as server:
+        answered(server, headers={name: value})
+        _, said = server.end()
+    assert said and not [line for line in said if key in line]
+
+
+@posix
+def test_the_trace_masks_a_key_that_arrives_in_pieces():
+    with Running("--trace") as server:
+        with socket.create_connection(server.server_address) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            for byte in chat_request(headers={"Authorization": "Bearer sk-abcdefgh"}):
+                client.sendall(bytes([byte]))
+            answer_on(client)
+        said = "\n".join(server.end()[1])
+    assert "uthorization" in said and "abcd" not in said and "efgh" not in said
+
+
+@posix
+def test_the_trace_marks_events_and_transfer_chunks_and_connections():
+    with Running("--trace", "--quiet", "--say", "word") as server:
+        together(4, lambda: answered(server, stream=True))
+        _, said = server.end()
+    assert all(re.match(r"#[1-4] [<>] ", line) for line in said)
+    for number in "1234":
+        mine = [line[5:] for line in said if line[1] == number]
+        assert mine[0].startswith("POST ") and mine.count("[event] data: [DONE]") == 1
+        assert [line for line in mine if line.startswith("[transfer chunk: ")]
+
+
+# ----------------------------------------------------------------------------------
+# A command beside the server.
+
+def beside(*words, flags=(), **options):
+    return system_ran(*flags, "--", *words, **options)
+
+
+system_NAMES = "OPENAI_BASE_URL OPENAI_API_BASE OPENAI_API_KEY NO_PROXY no_proxy".split()
+SHOW = program("print(json.dumps({name: os.environ[name] for name in %r}))" % system_NAMES)
+
+
+def environment_beside(*flags, **variables):
+    clean = {name: os.environ[name] for name in os.environ if name not in system_NAMES}
+    return json.loads(beside(*SHOW, flags=flags, env={**clean, **variables}).stdout)
+
+
+def test_a_command_finds_the_server_in_its_environment():
+    found = environment_beside()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", found["OPENAI_BASE_URL"])
+    assert found["OPENAI_API_BASE"] == found["OPENAI_BASE_URL"] and found["OPENAI_API_KEY"]
+    assert "127.0.0.1" in found["NO_PROXY"].split(",") and found["no_proxy"] == found["NO_PROXY"]
+
+
+@pytest.mark.parametrize("flags, variables, key", [
+    (["--api-key", "ours"], {"OPENAI_API_KEY": "theirs"}, "ours"),
+    ([], {"OPENAI_API_KEY": "theirs"}, "theirs"),
+    ([], {"OPENAI_COMPAT_API_KEYS": "a,b"}, "a")])
+def test_a_command_gets_the_key_that_the_server_takes(flags, variables, key):
+    assert environment_beside(*flags, **variables)["OPENAI_API_KEY"] == key
+
+
+def test_what_needs_no_proxy_already_stays():
+    assert "intra.example" in environment_beside(NO_PROXY="intra.example")["NO_PROXY"].split(",")
+
+
+def test_the_whole_thing_in_one_line():
+    done = beside(sys.executable, system_CLIENT, "chat", "Hello!")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello!\n", "")
+
+
+@pytest.mark.parametrize("code, status", [
+    ("sys.exit(0)", 0), ("sys.exit(3)", 3),
+    pytest.param("os.kill(os.getpid(), signal.SIGTERM)", 143, marks=posix),
+    pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 137, marks=posix)])
+def test_the_status_of_a_command_is_the_status(code, status):
+    assert beside(*program(code)).returncode == status
+
+
+def test_a_command_has_its_own_dashes():
+    done = beside(*program("print(sys.argv[1:])", "--", "--version"))
+    assert done.stdout == "['--', '--version']\n"
+
+
+@pytest.mark.parametrize("words", [["no-such-command"], ["./no-such-command"], []])
+def test_a_command_that_is_not_there_is_a_127(words):
+    done = beside(*words)
+    assert done.returncode == 127 and done.stderr.count("\n") == 1
+    assert "".join(words) in done.stderr
+
+
+@posix
+def test_a_command_that_cannot_be_run_is_one_clear_line(tmp_path):
+    (tmp_path / "garbage").write_bytes(b"neither a script nor a binary\n")
+    (tmp_path / "garbage").chmod(0o755)
+    done = beside(str(tmp_path / "garbage"))
+    assert done.returncode in (126, 127) and done.stderr.count("\n") == 1
+    assert "garbage" in done.stderr
+
+
+@posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_is_passed_on_to_the_command(gate, name):
+    code = "signal.signal(signal.%s, lambda *_: sys.exit(7)); gate()" % name
+    words = [sys.executable, SERVER, "--", *gate.program(code)]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL) as process:
+        with gate.arrival() as door:
+            process.send_signal(getattr(signal, name))
+            assert process.wait(10) == 7 and ended(door)
+
+
+def test_nothing_is_left_of_the_server_when_the_command_ends():
+    url = beside(*SHOW).stdout
+    port = int(re.search(r":(\d+)/v1", url)[1])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize("own, status", [(0, 1), (3, 3)])
+def test_a_script_that_was_not_followed_is_a_1_unless_the_command_failed(workplace, own, status):
+    done = beside(*program("sys.exit(%d)" % own), flags=["--script", "steps.json"], cwd=workplace)
+    assert done.returncode == status and "left over" in done.stderr
+
+
+def test_a_script_that_was_followed_is_a_0(workplace):
+    done = beside(sys.executable, system_CLIENT, "chat", "Hi", flags=["--script", "steps.json"],
+                  cwd=workplace)
+    assert (done.returncode, done.stdout) == (0, "from the script\n")
+
+
+# ----------------------------------------------------------------------------------
+# The end.
+
+def is_closed(server):
+    """Does the server take no more connections?"""
+    try:
+        socket.create_connection(server.server_address, timeout=1).close()
+    except OSError:
+        return True
+    return False
+
+
+HELD = ["--backend", "mine:held"]
+endings = pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+
+
+@contextlib.contextmanager
+def held_reply(gate, workplace, *flags):
+    """A server with a stream that is half told: (server, client, the door that holds it)."""
+    port = str(gate.listener.getsockname()[1])
+    with Running(*HELD, *flags, cwd=workplace) as server:
+        with asking(server, port, stream=True) as client, gate.arrival() as door:
+            read_past(client, b'"one"')
+            yield server, client, door
+
+
+@posix
+@endings
+def test_a_signal_lets_running_replies_finish(gate, workplace, name):
+    with held_reply(gate, workplace) as (server, client, door):
+        server.process.send_signal(getattr(signal, name))
+        assert system_until(lambda: is_closed(server))
+        door.close()
+        assert b"[DONE]" in read_past(client, b"0\r\n\r\n")
+        assert server.process.wait(5) == 0
+
+
+@posix
+@endings
+def test_a_second_signal_cuts_them(gate, workplace, name):
+    with held_reply(gate, workplace) as (server, client, _):
+        server.process.send_signal(getattr(signal, name))
+        assert system_until(lambda: is_closed(server))
+        server.process.send_signal(getattr(signal, name))
+        assert b"[DONE]" not in system_read_to_end(client)
+        assert server.process.wait(5) == 0
+
+
+@posix
+def test_an_idle_client_does_not_hold_up_the_end():
+    with Running() as server, socket.create_connection(server.server_address) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_past(client, b"ok")
+        server.process.terminate()
+        assert server.process.wait(2) == 0 and ended(client)
+
+
+@posix
+def test_a_signal_ends_the_programs_too(gate):
+    line = " ".join(map(shlex.quote, gate.program("gate()")))
+    with Running("--command", line) as server, asking(server):
+        with gate.arrival() as door:
+            server.process.terminate()
+            assert system_until(lambda: is_closed(server))
+            server.process.terminate()
+            assert ended(door) and server.process.wait(5) == 0
+
+
+# ----------------------------------------------------------------------------------
+# TLS, with a certificate that is made here.
+
+@pytest.fixture(scope="session")
+def tls_files(tmp_path_factory):
+    """(certificate, key) of 127.0.0.1, which it has signed itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl to make a certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = str(folder / "certificate.pem"), str(folder / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                    "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key,
+                    "-out", certificate], check=True, stderr=subprocess.DEVNULL)
+    return certificate, key
+
+
+@contextlib.contextmanager
+def secured(server, tls_files):
+    """A TLS connection to the server, checked against its certificate."""
+    context = ssl.create_default_context(cafile=tls_files[0])
+    with socket.create_connection(server.server_address[:2], timeout=10) as plain:
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as client:
+            yield client
+
+
+@pytest.mark.system
+def test_a_chat_over_tls_with_our_client(tls_files):
+    with Running("--tls-cert", tls_files[0], "--tls-key", tls_files[1]) as server:
+        words = [sys.executable, system_CLIENT, "chat", "Hello!", "--base-url", server.base_url]
+        done = subprocess.run([*words, "--cafile", tls_files[0]], stdout=subprocess.PIPE)
+        assert server.base_url.startswith("https:") and done.stdout.split() == [b"Hello!"]
+        assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 1
+
+
+@pytest.mark.system
+def test_an_event_over_tls_is_sent_before_the_next_is_there(tls_files, gate):
+    speaker = gate.program("out('one'); gate(); out('two')")
+    with Server(command(speaker), tls=tls_files) as server:
+        with secured(server, tls_files) as client:
+            client.sendall(chat_request(stream=True))
+            first = read_past(client, b'"one"')
+            gate.arrival().close()
+            assert b"two" not in first and b'"two"' in read_past(client, b"0\r\n\r\n")
+
+
+@pytest.mark.system
+def test_the_client_leaving_over_tls_ends_the_program(tls_files, gate):
+    with Server(command(gate.program("out('one'); gate()")), tls=tls_files) as server:
+        with secured(server, tls_files) as client:
+            client.sendall(chat_request(stream=True))
+            door = gate.arrival()
+        assert ended(door)
+
+
+@pytest.mark.system
+def test_a_context_does_as_well_as_files(tls_files):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*tls_files)
+    with Server(tls=context) as server, secured(server, tls_files) as client:
+        client.sendall(chat_request("Hello"))
+        assert content(answer_on(client)) == "Hello"
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("version, works", [("-tls1", False), ("-tls1_1", False),
+                                            ("-tls1_2", True), ("-tls1_3", True)])
+def test_only_tls_1_2_and_newer_are_spoken(tls_files, version, works):
+    with Server(tls=tls_files) as server:
+        words = ["openssl", "s_client", "-connect", "127.0.0.1:%d" % server.server_port, version,
+                 "-cipher", "ALL:@SECLEVEL=0"]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE)
+    assert (done.returncode == 0) == works
+
+
+@pytest.mark.system
+def test_silent_clients_block_nobody_over_tls(tls_files):
+    with Server(tls=tls_files) as server, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(server.server_address))
+        with secured(server, tls_files) as client:
+            client.sendall(chat_request("Hello"))
+            assert content(answer_on(client)) == "Hello"
+
+
+@pytest.mark.system
+def test_a_client_without_tls_is_closed(tls_files):
+    with Server(tls=tls_files) as server, asking(server) as client:
+        with contextlib.suppress(ConnectionResetError):
+            assert not system_read_to_end(client).startswith(b"HTTP")
+
+
+@pytest.mark.system
+def test_a_silent_client_over_tls_is_closed_in_time(tls_files):
+    with Server(tls=tls_files, request_timeout=0.1) as server:
+        with socket.create_connection(server.server_address, timeout=5) as client:
+            assert ended(client)
+
+
+@pytest.mark.system
+def test_closing_takes_milliseconds_with_tls_connections_open(tls_files, caplog):
+    with Server(tls=tls_files) as server, secured(server, tls_files) as kept:
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_past(kept, b"ok")
+        with socket.create_connection(server.server_address):
+            assert system_until(lambda: len(server.connections) == 2)
+            started = time.monotonic()
+            server.close()
+    assert time.monotonic() - started < 0.3 and "left behind" not in caplog.text
+
+
+@pytest.mark.system
+def test_sigterm_lets_a_reply_over_tls_finish(tls_files, gate, workplace):
+    flags = ["--tls-cert", tls_files[0], "--tls-key", tls_files[1]]
+    with Running(*HELD, *flags, cwd=workplace) as server, secured(server, tls_files) as client:
+        client.sendall(chat_request(str(gate.listener.getsockname()[1]), stream=True))
+        with gate.arrival():
+            server.process.terminate()
+            assert system_until(lambda: is_closed(server))
+        assert b"[DONE]" in read_past(client, b"0\r\n\r\n") and server.process.wait(5) == 0
+
+
+@pytest.mark.system
+def test_an_upstream_may_speak_tls(tls_files, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", tls_files[0])
+    with Server(say("a", "b"), tls=tls_files) as first, Server(Relay(first.base_url)) as server:
+        assert first.base_url.startswith("https:")
+        assert content(answered(server, stream=True)) == content(answered(server)) == "ab"
+
+
+@pytest.mark.system
+def test_an_upstream_that_nobody_vouches_for_is_a_502(tls_files):
+    with Server(tls=tls_files) as first, Server(Relay(first.base_url)) as server:
+        status, message = error_of(answered(server))
+    assert status == 502 and "certificate" in message.lower()
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("said", ["", "out('one'); "])
+def test_the_client_leaving_closes_an_upstream_that_speaks_tls(tls_files, gate, monkeypatch, said):
+    monkeypatch.setenv("SSL_CERT_FILE", tls_files[0])
+    with Server(command(gate.program(said + "gate()")), tls=tls_files) as first:
+        with Server(Relay(first.base_url)) as server, asking(server, stream=True):
+            door = gate.arrival()
+        assert ended(door)
+
+
+# ----------------------------------------------------------------------------------
+# nginx before two processes, with the configuration of the README.
+
+NGINX = """
+daemon off; pid %(folder)s/pid; error_log %(folder)s/log; events { worker_connections 1024; }
+http {
+    access_log off; client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
+    fastcgi_temp_path %(folder)s/f; uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s;
+    %(site)s
+}
+"""
+SITE = """
+upstream openai_compat {
+    least_conn;
+    server 127.0.0.1:8001;          # a line for each process, on this machine or another
+    server 127.0.0.1:8002;
+    keepalive 64;
+    keepalive_timeout 20s;          # less than --request-timeout, which ends idle connections
+}
+server {
+    listen 8000;
+    client_max_body_size 32m;       # as --max-body
+    location / {
+        proxy_pass http://openai_compat;
+        proxy_http_version 1.1;     # streams in transfer chunks, connections kept
+        proxy_set_header Connection "";
+        proxy_set_header Host $http_host;
+        proxy_buffering off;        # each event at once
+        proxy_read_timeout 1h;      # the head comes with the first piece: as slow as the model
+    }
+}
+"""
+
+
+class Nginx:
+    def __init__(self, folder, *servers):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.server_address = free.getsockname()
+        ports = [self.server_address[1], *(server.server_address[1] for server in servers)]
+        site = re.sub(r"\b800([012])\b", lambda match: str(ports[int(match[1])]), SITE)
+        (folder / "conf").write_text(NGINX % {"folder": folder, "site": site.replace(
+            "listen ", "listen 127.0.0.1:")})
+        self.process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "conf")],
+                                        stderr=subprocess.DEVNULL)
+        assert system_until(lambda: not is_closed(self)), (folder / "log").read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path, workplace):
+    """nginx, and the two processes behind it."""
+    if not shutil.which("nginx"):
+        pytest.skip("needs nginx")
+    with Running(*HELD, cwd=workplace) as one, Running(*HELD, cwd=workplace) as two:
+        with Nginx(tmp_path, one, two) as nginx:
+            yield nginx, one, two
+
+
+@pytest.mark.system
+def test_nginx_passes_an_event_before_the_next_is_there(processes, gate):
+    port = str(gate.listener.getsockname()[1])
+    with asking(processes[0], port, stream=True) as client:
+        first = read_past(client, b'"one"')
+        gate.arrival().close()
+        assert b'"two"' not in first and b'"two"' in read_past(client, b"[DONE]")
+
+
+@pytest.mark.system
+def test_a_killed_process_behind_nginx_costs_only_its_own_connections(processes, gate):
+    nginx, one, _ = processes
+    port = str(gate.listener.getsockname()[1])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(asking(nginx, port, stream=True)) for _ in range(20)]
+        doors = [gate.arrival() for _ in clients]
+        one.process.kill()
+        one.process.wait()
+        for door in doors:
+            door.close()
+        whole = [b"[DONE]" in system_read_to_end(client) for client in clients]
+    assert whole.count(True) == 10
+
+
+@pytest.mark.system
+def test_after_a_process_was_killed_nginx_asks_the_other(processes, gate):
+    nginx, one, _ = processes
+    one.process.kill()
+    one.process.wait()
+    for _ in range(4):
+        assert answered(nginx, path="/v1/nothing")[0] == 404
+
+
+@pytest.mark.system
+def test_a_refusal_passes_nginx_unchanged(tmp_path):
+    refusal = APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
+    with Server(Script(refusal)) as server, Nginx(tmp_path, server, server) as nginx:
+        status, headers, body = answered(nginx)
+    assert (status, headers["retry-after-ms"]) == (429, "20")
+    assert json.loads(body) == refusal.body()
+
+
+# ==================================================================================
+# THE PAGE
+
+# ----------------------------------------------------------------------------------
+# The page, in a real Chromium: driven by chromedriver, whose protocol (W3C WebDriver)
+# is JSON over HTTP.  One browser for all tests, a new window and an empty log for each.
+
+
+
+
+system = pytest.mark.system
+page_FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-sync
+           disable-background-networking disable-component-update
+           disable-dev-shm-usage""".split()
+ENTER, TAB, ESCAPE, SHIFT = "\ue007", "\ue004", "\ue00c", "\ue008"
+
+
+class Browser:
+    """A headless Chromium with an empty profile; evil.example is an address of ours."""
+
+    def __init__(self, profile):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], text=True,
+                                       stdout=subprocess.PIPE, start_new_session=True)
+        for line in self.driver.stdout:
+            started = re.search(r"started successfully on port (\d+)", line)
+            if started:
+                break
+        self.url = f"http://127.0.0.1:{started[1]}/session"
+        options = {"binary": shutil.which("chromium"), "args": [
+            *("--" + flag for flag in page_FLAGS), f"--user-data-dir={profile}",
+            "--host-resolver-rules=MAP evil.example 127.0.0.1"]}
+        answer = self("POST", "", capabilities={"alwaysMatch": {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}})
+        self.url += "/" + answer["sessionId"]
+
+    def __call__(self, method, path, **body):
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode() if method == "POST" else None,
+            {"content-type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)["value"]
+        except urllib.error.HTTPError as error:
+            pytest.fail(error.read().decode().partition('"stacktrace"')[0])
+
+    def cdp(self, command, **params):
+        return self("POST", "/goog/cdp/execute", cmd=command, params=params)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self("DELETE", "")
+        with contextlib.suppress(OSError):
+            os.killpg(self.driver.pid, 9)       # whatever of its group is left
+        self.driver.wait()
+        self.driver.stdout.close()
+
+    def open(self, url):
+        self("POST", "/url", url=url)
+
+    def js(self, script, *args):
+        return self("POST", "/execute/sync", script=script, args=list(args))
+
+    def type(self, *words):
+        """Type on the keyboard, at whatever has the focus; SHIFT holds for its word."""
+        strokes = []
+        for word in words:
+            shift = word[:1] == SHIFT
+            strokes += [("keyDown", SHIFT)] * shift
+            strokes += [(kind, key) for key in word[shift:] for kind in ("keyDown", "keyUp")]
+            strokes += [("keyUp", SHIFT)] * shift
+        self("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": [
+            {"type": kind, "value": key} for kind, key in strokes]}])
+
+    def click(self, id):
+        [element] = self("POST", "/element", using="css selector", value="#" + id).values()
+        self("POST", f"/element/{element}/click")
+
+    def value(self, id):
+        return self.js("return document.getElementById(arguments[0]).value", id)
+
+    def talk(self):
+        """[(who, text)] as it stands in the conversation."""
+        return [tuple(pair) for pair in self.js(
+            "return [...talk.children].map(line => [line.className, line.textContent])")]
+
+    def wire(self):
+        return self.js("return [...wire.children].map(line => line.textContent)")
+
+    def log(self, kind="browser"):
+        return self("POST", "/se/log", type=kind)
+
+    def violations(self):
+        return [entry["message"] for entry in self.log() if "Security Policy" in
+                entry["message"] or entry["source"] in ("security", "violation")]
+
+    def requested(self):
+        """The URLs that the page asked for, since the last look."""
+        events = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
+        return [event["params"]["request"]["url"] for event in events
+                if event["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser in a new window, with logs that are empty."""
+    chromium("POST", "/window", handle=chromium("POST", "/window/new", type="window")["handle"])
+    chromium.log(), chromium.log("performance")
+    yield chromium
+    chromium("DELETE", "/window")
+    chromium("POST", "/window", handle=chromium("GET", "/window/handles")[0])
+
+
+def page_until(condition, expected=True, seconds=10):
+    """Wait until a condition holds, or has a value."""
+    end = time.monotonic() + seconds
+    while condition() != expected and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition() == expected
+
+
+def open_page(browser, server, listed=True):
+    browser.open(server.base_url[:-len("v1")])
+    page_until(lambda: bool(browser.value("model")), listed)
+
+
+def completions(server):
+    return [entry for entry in server.journal if entry.path == "/v1/chat/completions"]
+
+
+def is_idle(browser):
+    return browser.js("return main.ariaBusy") == "false"
+
+
+def until_said(browser, *talk):
+    page_until(lambda: is_idle(browser))
+    assert browser.talk() == list(talk)
+
+
+def page_headers(server):
+    with urllib.request.urlopen(server.base_url[:-len("v1")]) as response:
+        return response.headers, response.read().decode()
+
+
+# ------ what can be seen without a browser
+
+def test_the_page_is_80_lines_that_name_no_other_host():
+    page = openai_compat.PAGE
+    assert len(page.splitlines()) <= 80
+    assert not re.search("//[a-z]|@import|url\\(", page)
+
+
+def test_the_page_inserts_text_as_text():
+    assert not re.search("(inner|outer)HTML|insertAdjacent|document.write|eval|Function|srcdoc",
+                         openai_compat.PAGE)
+
+
+def test_the_page_keeps_nothing_in_the_browser():
+    assert not re.search("Storage|cookie|indexedDB|caches", openai_compat.PAGE)
+
+
+def test_the_page_may_run_what_stands_in_it_and_talk_to_its_server_and_nothing_else():
+    with Server() as server:
+        headers, page = page_headers(server)
+    policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+    assert page == openai_compat.PAGE
+    assert {name: value for name, value in policy.items() if "sha256" not in value} == {
+        "default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
+        "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'"}
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert not re.search(r" (on\w+|style)=", page.partition("<script>")[0])
+
+
+# ------ talking
+
+@system
+def test_a_message_gets_its_answer(browser):
+    with Server() as server:
+        open_page(browser, server)
+        browser.type("Grüße, 世界! 👋", ENTER)
+        until_said(browser, ("user", "Grüße, 世界! 👋"), ("assistant", "Grüße, 世界! 👋"))
+        [entry] = completions(server)
+        assert entry.body["stream"] is True and entry.outcome == "complete"
+
+
+@system
+def test_the_answer_is_seen_as_it_comes(browser):
+    go_on = threading.Event()
+
+    def halting(request):
+        yield "first"
+        go_on.wait(10)
+        yield ", second"
+
+    with Server(halting) as server:
+        open_page(browser, server)
+        browser.type("Go!", ENTER)
+        page_until(browser.talk, [("user", "Go!"), ("assistant", "first")])
+        go_on.set()
+        until_said(browser, ("user", "Go!"), ("assistant", "first, second"))
+
+
+@system
+@pytest.mark.parametrize("quirk", openai_compat.QUIRKS)
+def test_the_page_reads_a_reply_with_any_quirk_or_says_what_is_wrong(browser, quirk):
+    broken, lost = ("page", "The reply broke off"), ("no connection", "")
+    wrong = {"no_finish": broken, "truncate": broken, "no_terminator": lost, "reset": lost,
+             "html_502": ("page", "502: <"), "error_event": ("page", ""),
+             "bad_json": ("page", ""), "stall": ("page", "Stopped.")}
+    with Server(say("Hé", "llo", " 👋"), quirk=quirk) as server:
+        open_page(browser, server)
+        browser.type("Hi", ENTER)
+        if quirk == "stall":
+            page_until(lambda: len(browser.talk()[1][1]) > 0)
+            browser.type(ESCAPE)
+        page_until(lambda: is_idle(browser))
+        [_, (_, text), *rest] = browser.talk()
+        if quirk in wrong:
+            [(who, why)] = rest
+            assert who == wrong[quirk][0] and why.startswith(wrong[quirk][1])
+        else:
+            assert (text, rest) == ("Héllo 👋", [])
+
+
+@system
+def test_the_second_request_carries_the_conversation(browser):
+    with Server(Script("One.", "Two.", "Three.")) as server:
+        open_page(browser, server)
+        for text in "abc":
+            browser.type(text, ENTER)
+            page_until(lambda: is_idle(browser))
+            if text == "b":
+                browser.click("new")
+        assert [[message["content"] for message in entry.body["messages"]]
+                for entry in completions(server)] == [["a"], ["a", "One.", "b"], ["c"]]
+        assert browser.talk() == [("user", "c"), ("assistant", "Three.")]
+
+
+@system
+@pytest.mark.parametrize("how", ["Escape", "the button"])
+def test_stop_ends_the_backend_and_keeps_what_was_said(browser, how):
+    closed = threading.Event()
+
+    def endless(request):
+        try:
+            while True:
+                yield "on and "
+                time.sleep(0.01)
+        finally:
+            closed.set()
+
+    with Server(endless) as server:
+        open_page(browser, server)
+        browser.type("Go!", ENTER)
+        page_until(lambda: len(browser.talk()[1][1]) > 20)
+        browser.type(ESCAPE) if how == "Escape" else browser.click("stop")
+        page_until(lambda: is_idle(browser))
+        assert browser.talk()[2:] == [("page", "Stopped.")]
+        assert closed.wait(5)
+        page_until(lambda: completions(server)[0].outcome, "client left")
+        said = browser.talk()[1][1]
+        server.backend = echo
+        browser.type("Again", ENTER)
+        page_until(lambda: browser.talk()[-1], ("assistant", "Again"))
+        assert completions(server)[1].body["messages"][1] == {"role": "assistant",
+                                                              "content": said}
+
+
+@system
+def test_html_in_a_reply_is_text_and_nothing_of_it_runs(browser):
+    html = ('<b id="bold">bold</b><script>window.ran = 1</script>'
+            '<img src="/health" onerror="window.ran = 2"></p></main>')
+    with Server() as server:
+        open_page(browser, server)
+        browser.type(html, ENTER)
+        until_said(browser, ("user", html), ("assistant", html))
+        assert browser.js("return [window.ran, document.images.length, document.scripts.length,"
+                          "document.getElementById('bold')]") == [None, 0, 1, None]
+        browser.js("try { talk.innerHTML = '<b>bold</b>' } catch (error) {}")
+        assert browser.talk() == [("user", html), ("assistant", html)]
+
+
+@system
+def test_the_events_pane_shows_what_crossed_the_wire(browser):
+    with Server(quirk="comment") as server:
+        open_page(browser, server)
+        browser.type("Hello, world!", ENTER)
+        page_until(lambda: is_idle(browser))
+        sent = json.dumps(completions(server)[0].body, separators=(",", ":"))
+        listed, asked, *shown = browser.wire()
+        assert (listed, asked) == ("GET /v1/models ", f"POST /v1/chat/completions {sent}")
+        assert shown[0].startswith(":") and shown[-1] == "data: [DONE]"
+        events = [block for block in shown if block.startswith("data:")]
+        assert len(events) == completions(server)[0].events == 7
+        assert all(json.loads(event[5:]) for event in events[:-1])
+
+
+@system
+def test_a_long_stream_is_all_said_while_the_events_pane_keeps_its_end(browser):
+    with Server(lambda request: ("word " for _ in range(20000))) as server:
+        open_page(browser, server)
+        browser.type("Go!", ENTER)
+        page_until(lambda: is_idle(browser), seconds=30)
+        assert browser.talk()[1][1] == "word " * 20000
+        assert len(browser.wire()) == 500 and browser.wire()[-1] == "data: [DONE]"
+        assert browser.js("return [main, wire.parentNode].map(pane => pane.scrollTop)") == [0, 0]
+        assert browser.js("return [talk, wire].every(pane => pane.getBoundingClientRect()"
+                          ".bottom <= innerHeight)")
+
+
+@system
+def test_without_its_key_the_page_says_so_and_with_it_it_works(browser):
+    with Server(api_keys="secret") as server:
+        open_page(browser, server, listed=False)
+        page_until(lambda: len(browser.talk()), 1)
+        assert browser.talk()[0][0] == "page" and browser.talk()[0][1].startswith("401: ")
+        browser.click("key")
+        browser.type("wrong", TAB)
+        page_until(lambda: len(browser.talk()), 2)
+        assert "Incorrect API key" in browser.talk()[1][1]
+        browser.js("document.getElementById('key').value = ''")
+        browser.click("key")
+        browser.type("secret", TAB)
+        page_until(lambda: browser.value("model"), "echo")
+        browser.click("text")
+        browser.type("Hi", ENTER)
+        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
+        assert "secret" not in browser.js("return document.body.innerText + location + "
+                                          "Object.values({...localStorage, ...sessionStorage})")
+
+
+@system
+def test_a_refused_message_goes_back_into_the_box_and_not_into_the_conversation(browser):
+    steps = openai_compat.APIError(429, "Too fast."), "Better."
+    with Server(Script(*steps)) as server:
+        open_page(browser, server)
+        browser.type("Hello", ENTER)
+        page_until(lambda: is_idle(browser))
+        assert browser.talk()[-1] == ("page", "429: Too fast.")
+        assert browser.value("text") == "Hello"
+        browser.type(ENTER)
+        page_until(lambda: browser.talk()[-1], ("assistant", "Better."))
+        assert len(completions(server)[1].body["messages"]) == 1
+
+
+@system
+def test_a_server_that_is_gone_is_said_in_words(browser):
+    with Server() as server:
+        open_page(browser, server)
+    browser.type("Anybody?", ENTER)
+    page_until(lambda: is_idle(browser))
+    assert browser.talk()[-1][0] == "no connection"
+
+
+@system
+def test_the_model_can_be_another(browser):
+    with Server(models=["first", "second"]) as server:
+        open_page(browser, server)
+        assert browser.value("model") == "first"
+        browser.js("document.getElementById('model').value = 'second'")
+        browser.type("Hi", ENTER)
+        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
+        assert completions(server)[0].body["model"] == "second"
+
+
+# ------ by all, everywhere
+
+@system
+def test_the_keyboard_alone_is_enough(browser):
+    def focus():
+        return browser.js("return document.activeElement.id || document.activeElement.tagName")
+
+    with Server() as server:
+        open_page(browser, server)
+        assert focus() == "text"
+        browser.type("one", SHIFT + ENTER, "two", ENTER)
+        until_said(browser, ("user", "one\ntwo"), ("assistant", "one\ntwo"))
+        order = []
+        for _ in range(7):
+            browser.type(TAB)
+            order.append(focus())
+            assert order[-1] == "BODY" or browser.js(
+                "return getComputedStyle(document.activeElement).outlineStyle") != "none"
+        assert [each for each in order if each != "BODY"][:6] == [
+            "send", "new", "ASIDE", "model", "key", "main"]
+
+
+@system
+def test_each_control_has_a_name_and_the_answer_is_announced(browser):
+    with Server() as server:
+        open_page(browser, server)
+        browser.cdp("Accessibility.enable")
+        nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
+        browser.cdp("Accessibility.disable")
+    names = {node["role"]["value"]: node["name"]["value"] for node in nodes
+             if node["role"]["value"] in ("textbox", "button", "main", "complementary")}
+    assert len(names) == 4 and all(names.values())
+    assert browser.js("return talk.ariaLive") == "polite"
+
+
+@system
+@pytest.mark.parametrize("width", [320, 699, 1280])
+def test_no_window_is_too_narrow(browser, width):
+    with Server() as server:
+        browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=640,
+                    deviceScaleFactor=1, mobile=False)
+        open_page(browser, server)
+        browser.type("x" * 400, ENTER)
+        page_until(lambda: is_idle(browser))
+        wide = browser.js("return [document.documentElement, main, wire.parentNode].map("
+                          "element => element.scrollWidth - element.clientWidth)")
+        left = browser.js("return wire.parentNode.getBoundingClientRect().left")
+        assert wide == [0, 0, 0]
+        assert (left == 0) == (width <= 700)
+
+
+@system
+def test_the_page_is_light_in_the_light_and_dark_in_the_dark(browser):
+    def brightness(scheme):
+        browser.cdp("Emulation.setEmulatedMedia",
+                    features=[{"name": "prefers-color-scheme", "value": scheme}])
+        picture = browser.js(
+            "const colours = element => getComputedStyle(element).color;"
+            "return colours(document.body)")
+        return sum(map(int, re.findall(r"\d+", picture)[:3]))
+
+    with Server() as server:
+        open_page(browser, server)
+        assert brightness("light") < 200 < 500 < brightness("dark")
+
+
+# ------ strangers
+
+@system
+def test_nothing_is_requested_from_elsewhere(browser):
+    with Server() as server:
+        open_page(browser, server)
+        browser.type("Hi", ENTER)
+        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
+        asked = [url for url in browser.requested() if url.startswith("http")]
+        assert {url[:len(server.base_url) - 2] for url in asked} == {server.base_url[:-2]}
+        assert browser.violations() == []
+        assert {entry.path for entry in server.journal} == {
+            "/", "/v1/models", "/v1/chat/completions"}
+
+
+@system
+def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
+    with Server() as server, Server() as other:
+        open_page(browser, server)
+        browser.js("""fetch(arguments[0]).catch(() => 0);
+                      new Image().src = arguments[0];
+                      const script = document.createElement("script");
+                      script.append("window.ran = 1");
+                      try { document.body.append(script); } catch (error) {}""",
+                   other.base_url + "/models")
+        time.sleep(0.3)
+        assert other.journal == [] and browser.js("return window.ran") is None
+        assert len(browser.violations()) >= 2
+
+
+STRANGER = b"""<!doctype html><title>A stranger</title><iframe name=frame></iframe><script>
+const [url, found] = [location.hash.slice(1), []];
+const body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}';
+const attempts = [
+  () => fetch(url + "chat/completions", {method: "POST", body}),
+  () => fetch(url + "chat/completions", {method: "POST", body, mode: "no-cors"}),
+  () => fetch(url + "chat/completions", {method: "POST", body, headers: {
+                "content-type": "application/json", authorization: "Bearer x"}}),
+  () => fetch(url + "models"),
+  () => fetch(url + "../journal"),
+  () => navigator.sendBeacon(url + "chat/completions", body),
+  () => new Promise(resolve => {
+    const form = document.createElement("form"), input = document.createElement("input");
+    Object.assign(form, {method: "POST", enctype: "text/plain", target: "frame",
+                         action: url + "chat/completions"});
+    [input.name, input.value] = [body.slice(0, -1) + ', "x": "', '"}'];
+    form.append(input); document.body.append(form); form.submit(); setTimeout(resolve, 300);
+  }),
+  () => new Promise(resolve => {
+    frame.location = url + "../"; setTimeout(resolve, 300); }),
+];
+(async () => {
+  for (const attempt of attempts) {
+    try { found.push((await (await attempt()).text())); } catch (error) { found.push(""); }
+  }
+  try { found.push(frame.document.body.innerText); } catch (error) { found.push(""); }
+  window.found = found;
+})();
+</script>"""
+
+
+class Strange(http.server.BaseHTTPRequestHandler):
+    """A page from elsewhere."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(STRANGER)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def stranger():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Strange) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://evil.example:{server.server_port}/"
+        server.shutdown()
+
+
+@system
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.example"])
+def test_a_page_from_elsewhere_can_neither_read_nor_cause_a_reply(browser, stranger, host):
+    asked = []
+    with Server(lambda request: asked.append(request) or "secret") as server:
+        browser.open(f"{stranger}#http://{host}:{server.server_port}/v1/")
+        page_until(lambda: browser.js("return !!window.found"))
+        assert set(browser.js("return found")) == {""}
+        assert asked == [] and server.journal
+        assert {entry.status for entry in server.journal if entry.method == "POST"} == {403}
+        assert all(entry.events == 0 for entry in server.journal)
+
+
+@system
+def test_a_name_that_leads_here_does_not_open_the_page(browser):
+    with Server() as server:
+        browser.open(f"http://evil.example:{server.server_port}/")
+        assert browser.js("return document.title") == ""
+        assert "foreign_host" in browser.js("return document.body.innerText")
+
+
+@system
+def test_no_page_from_elsewhere_can_frame_the_page(browser, stranger):
+    with Server() as server:
+        browser.open(f"{stranger}#http://127.0.0.1:{server.server_port}/v1/")
+        page_until(lambda: browser.js("return !!window.found"))
+        assert any("frame-ancestors" in message for message in browser.violations())
 
 
 # ==================================================================================
