@@ -47,6 +47,7 @@ import collections
 import contextlib
 import errno
 import functools
+import hashlib
 import hmac
 import http.client
 import importlib
@@ -2964,7 +2965,7 @@ class Server(ThreadingHTTPServer):
         return json_answer([entry.as_dict() for entry in self.journal])
 
     def page(self, exchange):
-        return Answer(200, PAGE_HEADERS, PAGE.encode())
+        return Answer(200, page_headers(), PAGE.encode())
 
     ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
         "/chat/completions": {"POST": chat},
@@ -3051,10 +3052,111 @@ def crowded():
 
 
 # ----------------------------------------------------------------------------------
-# Page.
+# Page.  For a look with a browser: talk, and see the events beside it as they arrive.
+# It asks nobody but this server, and inserts text as text.
 
-PAGE_HEADERS = {"content-type": "text/html; charset=utf-8"}
-PAGE = "<!doctype html><title>openai_compat</title>"
+@functools.lru_cache(maxsize=1)
+def page_headers():
+    """The page may run its own script and style, and talk to this server: nothing else."""
+    (_, style), (_, script) = re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
+    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
+              "style-src": source_hash(style), "script-src": source_hash(script),
+              "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+              "require-trusted-types-for": "'script'"}      # not even by mistake: innerHTML
+    return {"content-type": "text/html; charset=utf-8",
+            "content-security-policy": "; ".join(map(" ".join, policy.items())),
+            "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin",
+            "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
+
+
+def source_hash(text):
+    """How a Content-Security-Policy names a block that stands in the page itself."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE = r"""\
+<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif } textarea { flex: 1 9rem }
+body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 1fr 1fr } b { flex: 1 }
+header, footer { padding: .75rem 1rem; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
+input, textarea, button { font: inherit; padding: .25rem .6rem } input { width: min(24vw, 10rem) }
+main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
+div { margin-bottom: auto } /* reversed, it stays at its end */ .sent, .page, .no { font-weight: 600 }
+aside { grid-area: 2/2/4; background: #8882; font: .8rem/1.5 monospace } p:empty::after { content: "…" }
+p { margin: .75rem 0; white-space: pre-wrap; overflow-wrap: anywhere } header { grid-column: 1 / -1 }
+main p::before { content: attr(class); display: block; font-size: .8rem; opacity: .75 }
+[aria-busy=true] + footer :not(textarea, #stop), [aria-busy=false] + footer #stop { display: none }
+@media (max-width: 700px) { body { grid: auto 2fr auto 1fr / 100% } aside { grid-area: 4 / 1 } } </style>
+<header><b>openai_compat</b> <label>Model <input id="model"></label>
+<label>Key <input id="key" type="password" autocomplete="off"></label></header>
+<main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
+<div id="talk" role="log" aria-live="polite"></div></main>
+<footer><textarea id="text" rows="3" autofocus aria-label="Message"
+placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
+<button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
+<aside tabindex="0" aria-label="Events on the wire"><div id="wire"></div></aside>
+<script>
+const $ = id => document.getElementById(id);
+let messages = [], running = null;        // the conversation; what stops the reply that runs
+function show(pane, className, textContent) {   // as text: HTML in a reply is seen, not obeyed
+  if ($(pane).childElementCount === 500) $(pane).firstChild.remove();
+  return $(pane).appendChild(Object.assign(document.createElement("p"), {className, textContent}));
+}
+async function call(path, body) {         // -> the response; a refusal is an Error
+  const headers = {"content-type": "application/json"}, method = body ? "POST" : "GET";
+  if ($("key").value) headers.authorization = "Bearer " + $("key").value;
+  show("wire", "sent", `${method} /v1/${path} ${body || ""}`);
+  const response = await fetch("v1/" + path, {method, headers, body, signal: running?.signal});
+  if (response.ok) return response;
+  const text = show("wire", "", await response.text()).textContent;
+  throw Error(`${response.status}: ${text[0] === "{" ? JSON.parse(text).error.message : text}`);
+}
+async function* events(response) {        // bytes -> events; a blank line ends each
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  for (let rest = "", read; !(read = await reader.read()).done; ) {
+    const blocks = (rest + decoder.decode(read.value, {stream: true})).split(/\r?\n\r?\n/);
+    rest = blocks.pop();                  // an event's start; half a character is in the decoder
+    yield* blocks.map(block => show("wire", "", block).textContent);
+  }
+}
+async function answer(messages, seen) {   // the reply to a conversation, seen as it comes
+  let end, body = JSON.stringify({model: $("model").value, messages, stream: true});
+  for await (const event of events(await call("chat/completions", body))) {
+    const said = event.match(/^data:([^\r\n]*)/m)?.[1].trim();    // the rest is comment
+    const {error, choices} = said && said !== "[DONE]" ? JSON.parse(said) : {};
+    if (error) throw Error(error.message);
+    seen.append(choices?.[0]?.delta?.content || "");
+    end ||= choices?.[0]?.finish_reason || said === "[DONE]";
+  }
+  if (!end) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
+}
+async function ask() {
+  const text = $("text").value, asked = [...messages, {role: "user", content: text}];
+  if (running || !text.trim()) return;
+  busy(new AbortController());
+  show("talk", "user", text);
+  const seen = show("talk", "assistant", $("text").value = "");
+  await answer(asked, seen).catch(tell);
+  if (seen.textContent) messages = [...asked, {role: "assistant", content: seen.textContent}];
+  else $("text").value ||= text;
+  busy(null);
+}
+const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
+const stop = () => running?.abort(Error("Stopped."));
+const tell = error => show("talk", error.name === "TypeError" ? "no connection" : "page", error.message);
+const list = async () => $("model").value ||= (await (await call("models")).json()).data[0].id;
+const isSend = event => event.key === "Enter" && !event.shiftKey && !event.isComposing;
+$("text").onkeydown = event => { if (isSend(event)) { event.preventDefault(); ask(); } };
+$("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
+onkeydown = event => { if (event.key === "Escape") stop(); };
+$("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
+[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, () => list().catch(tell)];
+list().catch(tell);
+</script>
+"""
 
 
 # ----------------------------------------------------------------------------------
