@@ -444,7 +444,8 @@ def parse_chat(body, strict=True):
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with this "
                       "model.", "modalities", "unsupported_value")
     text = asked(request["messages"])
-    return {**request, "endpoint": "chat", "body": body, "prompt": text, "text": text}
+    request.update(endpoint="chat", body=body, prompt=text, text=text)
+    return request
 
 
 def parse_completion(body, strict=True):
@@ -1640,8 +1641,10 @@ def fold(chunks):
             if part["logprobs"] is not None:
                 said["logprobs"].append(part["logprobs"])
             for field, value in (part["delta"] if "delta" in part else part).items():
+                if field not in said:
+                    said[field] = []
                 if field != "logprobs":
-                    said.setdefault(field, []).append(value)
+                    said[field].append(value)
             said["end"] = part["finish_reason"]
     usage = chunk.pop("usage")
     return {**chunk, "object": chunk["object"].replace(".chunk", ""),
@@ -2189,9 +2192,9 @@ class Exchange:
     or None while it runs.  started: seconds since 1970.  seconds: how long it took.
     """
 
-    def __init__(self, method="", path="/", version=(1, 1), headers=None):
+    def __init__(self, method="", path="/", version=(1, 1), headers=()):
         self.method, self.path, self.version = method, path, version
-        self.headers, self.secrets = headers or {}, {}
+        self.headers, self.secrets = dict(headers), {}
         for name in SECRET.intersection(self.headers):
             self.secrets[name], self.headers[name] = self.headers[name], "***"
         self.route, self.model = normal_path(path)
@@ -2237,10 +2240,11 @@ def bad_request(message, status=400):
     return APIError(status, message)
 
 
+@functools.lru_cache(maxsize=32)        # a client's heads are the same to the letter
 def parse_head(head):
-    """The lines of a request before its blank line -> Exchange (RFC 9112, 2 to 5).
+    """The lines of a request before its blank line, understood (RFC 9112, 2 to 5).
 
-    Example: b"GET /health HTTP/1.1\r\nHost: x" -> method "GET", fields {"host": "x"}
+    Example: b"GET /v1 HTTP/1.1\r\nHost: x" -> ("GET", "/v1", (1, 1), {"host": "x"})
     """
     first, *lines = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(first)
@@ -2273,7 +2277,7 @@ def parse_fields(lines):
 
 
 def addressed(method, target, version, fields):
-    """The exchange for a target in one of its forms (RFC 9112, section 3.2)."""
+    """The same, with a target in one of its other forms put right (RFC 9112, 3.2)."""
     if not _HOST.fullmatch(fields.get("host", "" if version < (1, 1) else " ")):
         raise bad_request("An HTTP/1.1 request has to have one valid Host header.")
     absolute = _ABSOLUTE.fullmatch(target)              # the form that is meant for proxies
@@ -2281,7 +2285,7 @@ def addressed(method, target, version, fields):
         fields["host"], target = absolute[1], "/" + absolute[2]
     if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
         raise bad_request("The target of the request is malformed.")
-    return Exchange(method, target, version, fields)
+    return method, target, version, fields
 
 
 def content_length(exchange, most):
@@ -2445,7 +2449,8 @@ class Handler(BaseHTTPRequestHandler):
         """The next request, admitted and with its body, as self.exchange."""
         self.deadline = time.monotonic() + self.server.request_timeout
         self.open, self.unread, self.exchange = False, True, Exchange()     # until we know better
-        self.exchange = exchange = parse_head(self.take_until(b"\r\n\r\n", 431, 414))
+        head = self.take_until(b"\r\n\r\n", 431, 414)
+        self.exchange = exchange = Exchange(*parse_head(head))
         self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
         try:
             self.server.admit(exchange)
@@ -3007,8 +3012,8 @@ def views(request, prompts):
     else:
         request["id"] = "cmpl-" + id
         texts = ["".join(tokens) for tokens in prompts for _ in range(request["best_of"])]
-    for index, text in enumerate(texts):
-        yield {**request, "index": index, "prompt": text, "text": text}
+    return [{**request, "index": index, "prompt": text, "text": text}
+            for index, text in enumerate(texts)]
 
 
 def whole(answer, quirk):
@@ -3075,8 +3080,7 @@ def source_hash(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-PAGE = r"""\
-<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif } textarea { flex: 1 9rem }
