@@ -3301,8 +3301,12 @@ def serve(server):
             time.sleep(0.2)     # in short steps: on Windows nothing interrupts a long one
     except KeyboardInterrupt:
         pass
+    # In a thread: a join that a signal interrupts takes its thread for ended (CPython 45274).
+    closing = threading.Thread(target=server.close, args=(10,), daemon=True)
+    closing.start()
     try:
-        server.close(grace=10)
+        while closing.is_alive():
+            time.sleep(0.05)
     except KeyboardInterrupt:
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_IGN)

@@ -4027,8 +4027,8 @@ def test_nested_noise_gets_a_sound_reply(roomy, calm):
 SHORT = os.environ.get("STRESS") == "short"
 stress = pytest.mark.stress
 CHILD = """
-import json, resource, sys, threading
-from openai_compat import Reply, Server, echo
+import resource, sys, threading
+from openai_compat import Reply, echo, main
 
 def backend(request):
     word, _, count = request["text"].partition(" ")
@@ -4038,25 +4038,21 @@ def backend(request):
         threading.Event().wait()
     return echo(request)
 
-options = json.loads(sys.argv[1])
-files = options.pop("files", 20000)
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, most), most))
-server = Server(backend, **options)
-print(server.server_port, flush=True)
-server.serve_forever()
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(int(sys.argv[1]), most), most))
+sys.exit(main(["--port", "0", "--quiet"] + sys.argv[2:]))
 """
 
 
 class Process:
-    """A server in a process of its own; knows its memory (MiB) and its descriptors."""
+    """The command in a process of its own; knows its memory (MiB) and its descriptors."""
 
-    def __init__(self, *command, **options):
-        command = command or ("-c", CHILD, json.dumps(options))
-        self.child = subprocess.Popen([sys.executable, *command], text=True,
+    def __init__(self, *flags, files=20000):
+        flags = flags or ("--backend", "__main__:backend")
+        self.child = subprocess.Popen([sys.executable, "-c", CHILD, str(files), *flags],
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        line = self.child.stdout.readline()     # the port, or: Serving http://...:port/v1 ...
-        self.server_address = "127.0.0.1", int(re.search(r"(?:^|:)(\d+)\b", line)[1])
+        line = self.child.stdout.readline()     # Serving http://127.0.0.1:port/v1 ...
+        self.server_address = "127.0.0.1", int(re.search(rb":(\d+)/", line)[1])
 
     def __enter__(self):
         return self
@@ -4143,7 +4139,7 @@ def watch_streams(streams, events, halfway):
 @stress
 def test_a_thousand_streams_at_once_are_complete_and_in_order(many_files, row):
     count, events = (300, 60) if SHORT else (1000, 400)
-    with Process(max_connections=1100) as server:
+    with Process("--backend", "__main__:backend", "--max-connections", "1100") as server:
         talk(server, http_post(http_PROMPT) + LAST)
         before = server.memory()
         streams = [Stream(server, "tick %d" % events) for _ in range(count)]
@@ -4191,7 +4187,7 @@ def http_ask(connection, i):
 def test_slow_clients_do_not_disturb_the_others(row):
     seconds, slow, rate = (10, 100, 200) if SHORT else (60, 300, 200)
     late, good = [], 0
-    with Process(request_timeout=5) as server:
+    with Process("--backend", "__main__:backend", "--request-timeout", "5") as server:
         snails = [Slowloris(server) for _ in range(slow)]
         connections = [http.client.HTTPConnection(*server.server_address) for _ in range(8)]
         begin = time.monotonic()
@@ -4246,7 +4242,7 @@ def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
     least, most = http_PROMPT[:-1] + b',"x":"', 2**25
     body = least + b"a" * (most - len(least) - 2) + b'"}'
     tiny = in_chunks(body[:2**21 if SHORT else 2**23], 2)       # each costs the server a turn
-    with Process(request_timeout=120) as server:
+    with Process("--request-timeout", "120") as server:
         before = server.memory("VmHWM")
         assert statuses(server, http_post(body) + LAST) == [200, 200]
         assert statuses(server, post_chunked(in_chunks(body, 65536)) + LAST) == [200, 200]
@@ -4308,8 +4304,7 @@ def test_a_reset_at_any_event_ends_the_backend(row):
 @stress
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that one could catch")
 def test_sigterm_lets_replies_finish_or_ends_them_with_an_error(row):
-    script = openai_compat.__file__, "--port", "0", "--delay", "0.05", "--quiet"
-    with Process(*script) as server:
+    with Process("--delay", "0.05") as server:
         prompts = ["w " * 40] * 50 + ["w " * 1000] * (0 if SHORT else 50)
         streams = [Stream(server, prompt) for prompt in prompts]
         watch_streams(streams, 20, server.child.terminate)
@@ -4326,7 +4321,7 @@ def test_sigterm_lets_replies_finish_or_ends_them_with_an_error(row):
 @stress
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that one could catch")
 def test_a_second_sigterm_ends_at_once(row):
-    with Process(openai_compat.__file__, "--port", "0", "--delay", "0.2", "--quiet") as server:
+    with Process("--delay", "0.2") as server:
         streams = [Stream(server, "w " * 1000) for _ in range(50)]
         assert all([stream.read() for stream in streams])       # each reply has begun
         server.child.terminate()
@@ -4351,7 +4346,7 @@ def http_refused(server):
 
 @stress
 def test_a_server_without_descriptors_recovers(row):
-    with Process(files=64, request_timeout=60) as server, served(server) as old:
+    with Process(files=64) as server, served(server) as old:
         held = [dial(server) for _ in range(150)]
         begin, cpu = time.monotonic(), server.cpu()
         for _ in range(100):
@@ -7290,8 +7285,8 @@ def test_a_long_stream_is_all_said_while_the_events_pane_keeps_its_end(browser):
         assert browser.talk()[1][1] == "word " * 20000
         assert len(browser.wire()) == 500 and browser.wire()[-1] == "data: [DONE]"
         assert browser.js("return [main, wire.parentNode].map(pane => pane.scrollTop)") == [0, 0]
-        assert browser.js("return [talk, wire].every(pane => pane.getBoundingClientRect()"
-                          ".bottom <= innerHeight)")
+        assert browser.js("return [talk, wire].every(pane => pane.getBoundingClientRect().bottom"
+                          " <= pane.parentNode.getBoundingClientRect().bottom)")
 
 
 @system
