@@ -12,25 +12,27 @@ As a fixture, for any client in any language:
         ...
 
 It reads from top to bottom in the order in which the bytes of a request become the
-bytes of a reply.  Each stage is a plain function over what the one before it returns:
+It reads from top to bottom in the order in which the bytes of a request become the
+bytes of a reply.  Each stage is a plain function over what the one before returns:
 
     request bytes
-        | parse_chat, parse_completion        a dict, every known field present and checked
+        | parse_chat, parse_completion        a dict, every known field present, checked
     request
         | backend                             pieces: str, ToolCall
     pieces
-        | up_to, until_stop                   cut short; the last thing is Finish(reason)
+        | paced, up_to, until_stop            cut short; last comes Finish(reason)
     choices
         | chat_chunks, completion_chunks      one dict per piece
-    chunks ------ fold ------> completion     when "stream" is false: the same chunks, joined
+    chunks ------ fold ------> completion     without "stream": the same chunks, joined
         | events                              server-sent events, then [DONE]
     writes
         | quirk                               only where a test asks for a fault
     transfer chunks
 
-They all meet in `Server.complete`.  Everything above the HTTP section is pure: bytes,
-dicts and generators, and no socket but for the one question whether the client is
-still there.
+They all meet in `Server.complete`.  The sections: Errors, JSON, Requests, Tokens,
+Schema samples, Waiting, Backends, Choices, Chunks, Events, Quirks, Relay and replay;
+then HTTP, Page, Server, Command line.  What stands above HTTP takes and gives dicts,
+bytes and generators, and asks of the client's socket only whether anybody is there.
 
 A backend is any function of the request that returns text or yields it in pieces:
 
@@ -81,7 +83,7 @@ from urllib.parse import unquote, urlsplit
 
 __version__ = "1.0.0"
 __all__ = """Server APIError Reply ToolCall echo say command Script Relay Replay
-             sample tokenize QUIRKS""".split()
+             sample tokenize QUIRKS""".split()     # the rest is for reading
 
 log = logging.getLogger("openai_compat")
 
@@ -89,6 +91,24 @@ log = logging.getLogger("openai_compat")
 # ----------------------------------------------------------------------------------
 # Errors.  One type for everything that is refused, wherever it is noticed.  Raise it
 # anywhere; the handler alone catches it, and every refusal has the API's one shape.
+
+ERROR_KINDS = {  # status: (type, code); the hundreds stand for all of theirs
+    400: ("invalid_request_error", None),
+    429: ("requests", "rate_limit_exceeded"),
+    500: ("server_error", None),
+    503: ("service_unavailable_error", None),
+}
+
+
+def header_fields(headers):
+    """Headers as somebody gave them -> {lower-case name: str} (RFC 9110, 5.5)."""
+    given = dict(headers or {})
+    fields = {str(name).lower(): str(value) for name, value in given.items()}
+    for name, value in fields.items():
+        if re.search("[\r\n\0]", name + value):     # it would start a header of its own
+            raise ValueError(f"the header {name!r} has a line end or a NUL in it")
+    return fields
+
 
 class APIError(Exception):
     """A refusal as the API words it: an HTTP status and an error object.
@@ -104,25 +124,17 @@ class APIError(Exception):
         if not 400 <= int(status) <= 599:
             raise ValueError(f"an error's status is 400 to 599, not {status}")
         kind, usual_code = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
-        self.status, self.message, self.param = int(status), message, param
-        self.code = code or usual_code
-        self.type = type or ("insufficient_quota" if code == "insufficient_quota" else kind)
-        self.headers = dict(headers or {})
-        if self.code == "insufficient_quota":   # waiting does not fill an account
+        self.headers = header_fields(headers)
+        if code == "insufficient_quota":        # waiting does not fill an account
+            kind = code
             self.headers.setdefault("x-should-retry", "false")
+        self.status, self.message, self.param = int(status), message, param
+        self.code, self.type = code or usual_code, type or kind
 
     def body(self):
         """The error envelope; all four keys always, as clients read them unasked."""
         return {"error": {"message": self.message, "type": self.type,
                           "param": self.param, "code": self.code}}
-
-
-ERROR_KINDS = {  # status: (type, code); the hundreds stand for all of theirs
-    400: ("invalid_request_error", None),
-    429: ("requests", "rate_limit_exceeded"),
-    500: ("server_error", None),
-    503: ("service_unavailable_error", None),
-}
 
 
 def server_error():
@@ -135,10 +147,31 @@ def server_error():
 # JSON, strictly.  The standard parser takes NaN, 1e999 and bytes in UTF-16; the
 # wire does not.  What goes out is compact UTF-8, as the API itself sends it.
 
+JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
+              list: "an array", dict: "an object", type(None): "null"}
+
+
+def not_json(text):
+    raise ValueError(f"{text[:20]} is no number of JSON")
+
+
+def finite(text):
+    number = float(text)
+    return number if math.isfinite(number) else not_json(text)
+
+
+decode = json.JSONDecoder(parse_constant=not_json, parse_float=finite).decode
+
+
+def body_is_no_json(why):
+    return APIError(400, "We could not parse the JSON body of your request. "
+                         f"(HINT: the body is to be one JSON object in UTF-8; {why}.)")
+
+
 def parse_json(body):
     """Bytes -> dict, or a 400 that says what is wrong (RFC 8259)."""
     try:
-        value = _decode(body.decode("utf-8-sig"))
+        value = decode(body.decode("utf-8-sig"))
     except RecursionError:
         raise body_is_no_json("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -150,36 +183,18 @@ def parse_json(body):
     return value
 
 
-def body_is_no_json(why):
-    return APIError(400, "We could not parse the JSON body of your request. "
-                         f"(HINT: the body is to be one JSON object in UTF-8; {why}.)")
-
-
-def _finite(text):
-    number = float(text)
-    return number if math.isfinite(number) else _not_json(text)
-
-
-def _not_json(text):
-    raise ValueError(f"{text[:20]} is no number of JSON")
-
-
-_decode = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite).decode
-JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
-              list: "an array", dict: "an object", type(None): "null"}
-
-_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
-                            separators=(",", ":")).encode
-_escaped = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
+                           separators=(",", ":")).encode
+escaped = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 # Lone surrogates have no UTF-8; at the other three, old clients end a line.
-_AWKWARD = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+AWKWARD = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
 
 def to_json(value):
-    """A value as compact JSON bytes."""
-    text = _compact(value)
-    if not text.isascii() and _AWKWARD.search(text):
-        text = _escaped(value)
+    """A value as compact JSON bytes; a ValueError for what JSON has no words for."""
+    text = compact(value)
+    if not text.isascii() and AWKWARD.search(text):
+        text = escaped(value)
     return text.encode()
 
 
@@ -192,10 +207,11 @@ def to_json(value):
 #     ("low", "high")           one of these words
 #     [spec]                    an array of such
 #     {"a": spec, "b!": spec}   an object; "!" has to be there, "?" too, but may be null
-#     a function                called with where and value, as `tagged` and `name` are
+#     a function                called with where and value; see those below `check`
 
-TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
-         "array": (list,), "object": (dict,)}       # exact: True is no integer here
+TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: True is none
+         "decimal": (int, float), "array": (list,), "object": (dict,)}
+SPEC_TYPES = {tuple: "string", list: "array", dict: "object"}
 
 
 def invalid(message, param, code=None):
@@ -207,47 +223,36 @@ def missing(param):
                    "missing_required_parameter")
 
 
-def check(where, value, spec, least=None, most=None):
-    """Refuse a value that is not as the spec says; `least`, `most`: of a number or length."""
-    if callable(spec):
-        return spec(where, value)
-    kind = spec if type(spec) is str else SPEC_TYPES[type(spec)]
-    if type(value) not in TYPES[kind]:
-        article = "an" if kind[0] in "aio" else "a"
-        raise invalid(f"Invalid type for '{where}': expected {article} {kind}, but got "
-                      f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
-    if least is not None or most is not None:
-        check_bounds(where, value, kind, least, most)
-    if type(spec) is tuple:
-        check_word(where, value, spec)
-    elif type(spec) is list:
-        for i, item in enumerate(value):
-            check(f"{where}[{i}]", item, spec[0])
-    elif type(spec) is dict:
-        check_object(where, value, spec)
+def mistyped(where, value, expected):
+    return invalid(f"Invalid type for '{where}': expected {expected}, but got "
+                   f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-SPEC_TYPES = {tuple: "string", list: "array", dict: "object"}
+def out_of_bounds(where, fault, wanted, got, code):
+    return invalid(f"Invalid '{where}': {fault}. Expected {wanted}, but got {got} "
+                   "instead.", where, code)
 
 
 def check_bounds(where, value, kind, least, most):
+    """Refuse a number out of bounds, and what is longer or shorter than it may be."""
     size = value if kind in ("integer", "decimal") else len(value)
     if least is not None and size < least:
-        side, sign, bound = "below minimum", ">=", least
+        side, limit, bound = "below", "minimum", f">= {least}"
     elif most is not None and size > most:
-        side, sign, bound = "above maximum", "<=", most
+        side, limit, bound = "above", "maximum", f"<= {most}"
     else:
         return
-    code = f"{kind}_{side.replace(' ', '_')[:9]}"
+    code = f"{kind}_{side}_{limit[:3]}"
     if size is value:
-        raise invalid(f"Invalid '{where}': {kind} {side} value. Expected a value {sign} {bound}, "
-                      f"but got {value} instead.", where, f"{code}_value")
-    name, length = JSON_NAMES[type(value)], f"{side[6:]} length {bound}"
+        raise out_of_bounds(where, f"{kind} {side} {limit} value", f"a value {bound}",
+                            value, f"{code}_value")
+    name = JSON_NAMES[type(value)]
+    wanted = f"{name} with {limit} length {bound[3:]}"
     if size == 0:
-        raise invalid(f"Invalid '{where}': empty {kind}. Expected {name} with {length}, but got "
-                      f"an empty {kind} instead.", where, f"empty_{kind}")
-    raise invalid(f"Invalid '{where}': {kind} too long. Expected {name} with {length}, but got "
-                  f"{name} with length {size} instead.", where, f"{code}_length")
+        raise out_of_bounds(where, f"empty {kind}", wanted, f"an empty {kind}",
+                            f"empty_{kind}")
+    raise out_of_bounds(where, f"{kind} too long", wanted, f"{name} with length {size}",
+                        f"{code}_length")
 
 
 def check_word(where, value, words):
@@ -258,21 +263,43 @@ def check_word(where, value, words):
                       "invalid_value")
 
 
-def check_object(where, value, spec):
-    for key, field_spec in spec.items():
-        name, mark = key.rstrip("!?"), key[-1]
-        field = value.get(name)
-        if field is not None:
-            check(f"{where}.{name}", field, field_spec)
-        elif mark == "!" or mark == "?" and name not in value:
-            raise missing(f"{where}.{name}")
+def members(where, value, spec):
+    """(where, value, spec) of all that an array or object has inside, one by one."""
+    if type(spec) is list:
+        for i, item in enumerate(value):
+            yield f"{where}[{i}]", item, spec[0]
+    elif type(spec) is dict:
+        for key, inner in spec.items():
+            field, mark = key.rstrip("!?"), key[-1]
+            if value.get(field) is not None:
+                yield f"{where}.{field}", value[field], inner
+            elif mark == "!" or mark == "?" and field not in value:
+                raise missing(f"{where}.{field}")
+
+
+def check(where, value, spec, least=None, most=None):
+    """Refuse a value unlike its spec; `least` and `most` bound a number or a length."""
+    if callable(spec):
+        return spec(where, value)
+    kind = spec if type(spec) is str else SPEC_TYPES[type(spec)]
+    if type(value) not in TYPES[kind]:
+        raise mistyped(where, value, JSON_NAMES[TYPES[kind][-1]])
+    if least is not None or most is not None:
+        check_bounds(where, value, kind, least, most)
+    if type(spec) is tuple:
+        check_word(where, value, spec)
+    elif spec is not kind:
+        for member in members(where, value, spec):
+            check(*member)
 
 
 def tagged(tag, **specs):
-    """A spec for objects of several shapes; the field `tag` says of which an object is."""
+    """A spec for objects of several shapes; the field `tag` says which one it is."""
+    tag_alone = {tag + "!": tuple(specs)}
+
     def check_tagged(where, value):
-        check(where, value, {tag + "!": tuple(specs)})
-        check_object(where, value, specs[value[tag]])
+        check(where, value, tag_alone)
+        check(where, value, specs[value[tag]])
     return check_tagged
 
 
@@ -282,8 +309,7 @@ def either(text, other):
 
     def check_either(where, value):
         if type(value) not in (str, *TYPES[kind]):
-            raise invalid(f"Invalid type for '{where}': expected one of a string or an {kind}, "
-                          f"but got {JSON_NAMES[type(value)]} instead.", where, "invalid_type")
+            raise mistyped(where, value, f"one of a string or an {kind}")
         check(where, value, text if type(value) is str else other)
     return check_either
 
@@ -299,118 +325,127 @@ def mapping(spec, least=None, most=None, key=None, pairs=None):
 
 
 def limited(spec, least, most):
+    """A spec with bounds, where no row of a table has them."""
     return lambda where, value: check(where, value, spec, least, most)
 
 
-def name(where, value):
+def identifier(where, value):
     """The spec for names of functions, tools and schemas."""
     check(where, value, "string", None, 64)
     if not re.fullmatch("[a-zA-Z0-9_-]+", value):
-        raise invalid(f"Invalid '{where}': string does not match pattern. Expected a string "
-                      "that matches the pattern '^[a-zA-Z0-9_-]+$'.", where, "invalid_value")
+        raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
+                      "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
+                      "invalid_value")
 
 
-FUNCTION = {"name!": name, "description": "string", "parameters": "object", "strict": "boolean"}
-CUSTOM = {"name!": name, "description": "string", "format": "object"}
+NAMED, ANY_NAMED = {"name!": identifier}, {"name!": "string"}
+FUNCTION = {**NAMED, "description": "string", "parameters": "object",
+            "strict": "boolean"}
+CUSTOM = {**NAMED, "description": "string", "format": "object"}
 TOOL = tagged("type", function={"function!": FUNCTION}, custom={"custom!": CUSTOM})
-CHOSEN = {"function": {"function!": {"name!": name}}, "custom": {"custom!": {"name!": name}}}
+CHOSEN = {"function": {"function!": NAMED}, "custom": {"custom!": NAMED}}
 ALLOWED = {"mode!": ("auto", "required"), "tools!": [tagged("type", **CHOSEN)]}
-CALL = tagged("type", function={"id!": "string", "function!": {"name!": "string"}},
-              custom={"id!": "string", "custom!": {"name!": "string"}})
+TOOL_CHOICE = either(("none", "auto", "required"), tagged(
+    "type", **CHOSEN, allowed_tools={"allowed_tools!": ALLOWED}))
+CALL = tagged("type", function={"id!": "string", "function!": ANY_NAMED},
+              custom={"id!": "string", "custom!": ANY_NAMED})
 PART = tagged("type", text={"text!": "string"}, refusal={"refusal!": "string"},
               image_url={"image_url!": {"url!": "string"}}, file={"file!": "object"},
-              input_audio={"input_audio!": {"data!": "string", "format!": ("wav", "mp3")}})
-SPOKEN = {"content?": either("string", [PART]), "name": "string"}
+              input_audio={"input_audio!": {"data!": "string",
+                                            "format!": ("wav", "mp3")}})
+CONTENT = either("string", [PART])
+SPOKEN = {"content?": CONTENT, "name": "string"}
 MESSAGE = tagged(
     "role", system=SPOKEN, developer=SPOKEN, user=SPOKEN,
-    assistant={"content": either("string", [PART]), "name": "string", "refusal": "string",
-               "tool_calls": [CALL], "function_call": {"name!": "string"}},
-    tool={"content?": either("string", [PART]), "tool_call_id!": "string"},
+    assistant={"content": CONTENT, "name": "string", "refusal": "string",
+               "tool_calls": [CALL], "function_call": ANY_NAMED},
+    tool={"content?": CONTENT, "tool_call_id!": "string"},
     function={"content?": "string", "name!": "string"})
-RESPONSE_FORMAT = tagged("type", text={}, json_object={}, json_schema={"json_schema!": {
-    "name!": name, "description": "string", "schema": "object", "strict": "boolean"}})
+JSON_SCHEMA = {**NAMED, "description": "string", "schema": "object",
+               "strict": "boolean"}
+RESPONSE_FORMAT = tagged("type", text={}, json_object={},
+                         json_schema={"json_schema!": JSON_SCHEMA})
 STREAM_OPTIONS = {"include_usage": "boolean", "include_obfuscation": "boolean"}
 STOP = limited("string", None, 1000)
 METADATA = mapping("string", None, 512, key=64, pairs=16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+REQUIRED = object()             # as a default: the field has none
 
 
 class Fields(dict):
     """A table of fields, name: (spec, least, most), with their defaults."""
 
     def __init__(self, *rows):
-        super().__init__({name: (spec, least, most) for name, spec, _, least, most in rows})
-        self.defaults = {name: default for name, _, default, _, _ in rows}
+        super().__init__({name: (spec, *bounds) for name, spec, _, *bounds in rows})
+        self.defaults = {name: default for name, _, default, *_ in rows}
         self.required = [name for name in self if self.defaults[name] is REQUIRED]
 
 
-REQUIRED = object()             # as a default: the field has none
-MODEL = ("model", "string", REQUIRED, None, None)
-
-#    name                      spec                          default   least    most
+#    name                      spec                           default   least   most
+MODEL = (
+    "model",                   "string",                      REQUIRED, None,   None)
 SHARED_FIELDS = (      # by both endpoints
-    ("max_tokens",             "integer",                    None,     0,       None),
-    ("n",                      "integer",                    1,        1,       128),
-    ("temperature",            "decimal",                    1,        0,       2),
-    ("top_p",                  "decimal",                    1,        0,       1),
-    ("presence_penalty",       "decimal",                    0,        -2,      2),
-    ("frequency_penalty",      "decimal",                    0,        -2,      2),
-    ("logit_bias",             mapping("decimal", -100, 100), None,    None,    None),
-    ("stop",                   either(STOP, [STOP]),         (),       None,    None),
-    ("user",                   "string",                     None,     None,    None),
-    ("seed",                   "integer",                    None,     -2**63,  2**63 - 1),
-    ("stream",                 "boolean",                    False,    None,    None),
-    ("stream_options",         STREAM_OPTIONS,               None,     None,    None),
+    ("max_tokens",             "integer",                     None,     0,      None),
+    ("n",                      "integer",                     1,        1,      128),
+    ("temperature",            "decimal",                     1,        0,      2),
+    ("top_p",                  "decimal",                     1,        0,      1),
+    ("presence_penalty",       "decimal",                     0,        -2,     2),
+    ("frequency_penalty",      "decimal",                     0,        -2,     2),
+    ("logit_bias",             mapping("decimal", -100, 100), None,     None,   None),
+    ("stop",                   either(STOP, [STOP]),          (),       None,   None),
+    ("user",                   "string",                      None,     None,   None),
+    ("seed",                   "integer",                     None,  -2**63, 2**63 - 1),
+    ("stream",                 "boolean",                     False,    None,   None),
+    ("stream_options",         STREAM_OPTIONS,                None,     None,   None),
 )
 CHAT_FIELDS = Fields(
     MODEL,
-    ("messages",               [MESSAGE],                    REQUIRED, 1,       None),
-    ("functions",              [FUNCTION],                   (),       1,       128),
-    ("tools",                  [TOOL],                       (),       None,    128),
-    ("tool_choice",            either(("none", "auto", "required"), tagged(
-                                   "type", **CHOSEN, allowed_tools={
-                                       "allowed_tools!": ALLOWED})), None, None, None),
-    ("function_call",          either(("none", "auto"), {"name!": name}), None, None, None),
-    ("parallel_tool_calls",    "boolean",                    True,     None,    None),
-    ("response_format",        RESPONSE_FORMAT,              None,     None,    None),
-    ("max_completion_tokens",  "integer",                    None,     1,       None),
+    ("messages",               [MESSAGE],                     REQUIRED, 1,      None),
+    ("functions",              [FUNCTION],                    (),       1,      128),
+    ("tools",                  [TOOL],                        (),       None,   128),
+    ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
+    ("function_call",          either(("none", "auto"), NAMED), None,   None,   None),
+    ("parallel_tool_calls",    "boolean",                     True,     None,   None),
+    ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
+    ("max_completion_tokens",  "integer",                     None,     1,      None),
     *SHARED_FIELDS,
-    ("logprobs",               "boolean",                    False,    None,    None),
-    ("top_logprobs",           "integer",                    None,     0,       20),
-    ("safety_identifier",      "string",                     None,     None,    64),
-    ("prompt_cache_key",       "string",                     None,     None,    None),
-    ("prompt_cache_retention", ("in_memory", "24h"),         None,     None,    None),
-    ("prompt_cache_options",   "object",                     None,     None,    None),
-    ("service_tier",           TIERS,                        "auto",   None,    None),
-    ("modalities",             [("text", "audio")],          ("text",), 1,      2),
-    ("audio",                  "object",                     None,     None,    None),
-    ("prediction",             "object",                     None,     None,    None),
-    ("reasoning_effort",       EFFORTS,                      None,     None,    None),
-    ("verbosity",              ("low", "medium", "high"),    None,     None,    None),
-    ("store",                  "boolean",                    False,    None,    None),
-    ("metadata",               METADATA,                     None,     None,    None),
-    ("web_search_options",     "object",                     None,     None,    None),
-    ("moderation",             "object",                     None,     None,    None),
+    ("logprobs",               "boolean",                     False,    None,   None),
+    ("top_logprobs",           "integer",                     None,     0,      20),
+    ("safety_identifier",      "string",                      None,     None,   64),
+    ("prompt_cache_key",       "string",                      None,     None,   None),
+    ("prompt_cache_retention", ("in_memory", "24h"),          None,     None,   None),
+    ("prompt_cache_options",   "object",                      None,     None,   None),
+    ("service_tier",           TIERS,                         "auto",   None,   None),
+    ("modalities",             [("text", "audio")],           ("text",), 1,     2),
+    ("audio",                  "object",                      None,     None,   None),
+    ("prediction",             "object",                      None,     None,   None),
+    ("reasoning_effort",       EFFORTS,                       None,     None,   None),
+    ("verbosity",              ("low", "medium", "high"),     None,     None,   None),
+    ("store",                  "boolean",                     False,    None,   None),
+    ("metadata",               METADATA,                      None,     None,   None),
+    ("web_search_options",     "object",                      None,     None,   None),
+    ("moderation",             "object",                      None,     None,   None),
 )
 COMPLETION_FIELDS = Fields(
     MODEL,
     *SHARED_FIELDS,
-    ("best_of",                "integer",                    None,     0,       20),
-    ("echo",                   "boolean",                    False,    None,    None),
-    ("logprobs",               "integer",                    None,     0,       5),
-    ("suffix",                 "string",                     None,     None,    None),
+    ("best_of",                "integer",                     None,     0,      20),
+    ("echo",                   "boolean",                     False,    None,   None),
+    ("logprobs",               "integer",                     None,     0,      5),
+    ("suffix",                 "string",                      None,     None,   None),
 )
-NEEDS = (  # a field, another that has to be there and true with it, the API's words for it
-    ("stream_options", "stream", "The 'stream_options' parameter is only allowed when 'stream' "
-                                 "is enabled."),
-    ("top_logprobs", "logprobs", "The 'top_logprobs' parameter is only allowed when 'logprobs' "
-                                 "is enabled."),
-    ("tool_choice", "tools", "Invalid value for 'tool_choice': 'tool_choice' is only allowed "
-                             "when 'tools' are specified."),
-    ("function_call", "functions", "Invalid value for 'function_call': 'function_call' is only "
-                                   "allowed when 'functions' are specified."),
+NEEDS = (  # a field, another that has to be there and true, the API's words for it
+    ("stream_options", "stream",
+     "The 'stream_options' parameter is only allowed when 'stream' is enabled."),
+    ("top_logprobs", "logprobs",
+     "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."),
+    ("tool_choice", "tools", "Invalid value for 'tool_choice': 'tool_choice' is only "
+     "allowed when 'tools' are specified."),
+    ("function_call", "functions", "Invalid value for 'function_call': 'function_call' "
+     "is only allowed when 'functions' are specified."),
 )
+CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
 
 
 def checked(body, fields):
@@ -421,7 +456,7 @@ def checked(body, fields):
     for field in fields.required:
         if field not in given:
             raise missing(field)
-    for field in [field for field in fields if field in given]:     # in the table's order
+    for field in filter(given.__contains__, fields):        # in the table's order
         check(field, given[field], *fields[field])
     for field, other, words in NEEDS:
         if field in given and not given.get(other):
@@ -429,6 +464,78 @@ def checked(body, fields):
     stop = given.get("stop") or ()
     given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
     return {**body, **fields.defaults, **given}
+
+
+def check_answer(i, id, called):
+    """Refuse a tool message that answers none of the calls of the turn before it."""
+    if not called:
+        raise invalid("Invalid parameter: messages with role 'tool' must be a response "
+                      "to a preceeding message with 'tool_calls'.",
+                      f"messages.[{i}].role")
+    if id not in called:
+        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id}' not found in "
+                      "'tool_calls' of previous message.",
+                      f"messages.[{i}].tool_call_id")
+
+
+def check_conversation(messages):
+    """Every tool call is answered at once, and every answer has its call."""
+    called, unanswered = [], []         # ids of the turn's calls
+    for i, message in enumerate([*messages, {"role": None}]):
+        if message["role"] == "tool":
+            check_answer(i, message["tool_call_id"], called)
+            unanswered = [id for id in unanswered if id != message["tool_call_id"]]
+            continue
+        if unanswered:
+            raise invalid("An assistant message with 'tool_calls' must be followed by "
+                          "tool messages responding to each 'tool_call_id'. The "
+                          "following tool_call_ids did not have response messages: "
+                          f"{', '.join(unanswered)}",
+                          f"messages.[{min(i, len(messages) - 1)}].role")
+        calls = message["role"] == "assistant" and message.get("tool_calls") or []
+        for j, call in enumerate(calls):
+            kind = call["type"]
+            check(f"messages[{i}].tool_calls[{j}].{kind}", call[kind],
+                  {f"{CALL_INPUT[kind]}!": "string"})
+        called = unanswered = [call["id"] for call in calls]
+
+
+def chosen_tools(choice):
+    """The names of the tools that a "tool_choice" speaks of."""
+    if type(choice) is not dict:
+        return []
+    allowed = choice["type"] == "allowed_tools"
+    chosen = choice["allowed_tools"]["tools"] if allowed else [choice]
+    return [each[each["type"]]["name"] for each in chosen]
+
+
+def check_chosen(request):
+    """A tool or function that is chosen by name has to be there."""
+    names = [tool[tool["type"]]["name"] for tool in request["tools"]]
+    for chosen in chosen_tools(request["tool_choice"]):
+        if chosen not in names:
+            raise invalid(f"Tool choice '{chosen}' not found in 'tools' parameter.",
+                          "tool_choice")
+    names = [function["name"] for function in request["functions"]]
+    choice = request["function_call"]
+    if type(choice) is dict and choice["name"] not in names:
+        raise invalid("Invalid value for 'function_call': no function named "
+                      f"'{choice['name']}' was specified in the 'functions' parameter.",
+                      "function_call")
+
+
+def text_of(content):
+    """The text of a content: as it is, joined from its parts, or "" for null."""
+    if type(content) is list:
+        texts = (part.get("text") or part.get("refusal") or "" for part in content)
+        return "".join(texts)
+    return content or ""
+
+
+def asked(messages):
+    """What is being asked: the text of the last user message, else of the last."""
+    users = [message for message in messages if message["role"] == "user"]
+    return text_of((users or messages)[-1].get("content"))
 
 
 def parse_chat(body, strict=True):
@@ -441,11 +548,37 @@ def parse_chat(body, strict=True):
         check_conversation(request["messages"])
     check_chosen(request)
     if "audio" in request["modalities"]:
-        raise invalid("Unsupported value: 'modalities' does not support 'audio' with this "
-                      "model.", "modalities", "unsupported_value")
+        raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
+                      "this model.", "modalities", "unsupported_value")
     text = asked(request["messages"])
     request.update(endpoint="chat", body=body, prompt=text, text=text)
     return request
+
+
+def is_token_ids(prompt):
+    return (type(prompt) is list and len(prompt) > 0
+            and all(type(id) is int and id >= 0 for id in prompt))
+
+
+def parse_prompts(prompt, best_of):
+    """The four forms of "prompt" -> a list of texts or of lists of token ids.
+
+    Example: "a" -> ["a"]    ["a", "b"] -> the same    [17, 18] -> [[17, 18]]
+    """
+    prompt = "<|endoftext|>" if prompt is None else prompt
+    if type(prompt) is list:
+        check("prompt", prompt, "array", 1)
+    one = type(prompt) is str or type(prompt) is list and type(prompt[0]) is int
+    prompts = [prompt] if one else prompt
+    if type(prompts) is not list or not (all(type(each) is str for each in prompts)
+                                         or all(map(is_token_ids, prompts))):
+        raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
+                                         "integers, or array of integer arrays")
+    if len(prompts) * best_of > 128:
+        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
+                      "each are more than 128 choices.", "prompt",
+                      "array_above_max_length")
+    return prompts
 
 
 def parse_completion(body, strict=True):
@@ -462,120 +595,42 @@ def parse_completion(body, strict=True):
     if best_of < n:
         raise invalid("You requested that the server return more choices than it will "
                       f"generate (HINT: you must set 'n' (currently {n}) to be at most "
-                      f"'best_of' (currently {best_of}), or omit either parameter if you do "
-                      "not specifically want to use them.)", "best_of")
+                      f"'best_of' (currently {best_of}), or omit either parameter if "
+                      "you do not specifically want to use them.)", "best_of")
     if request["stream"] and best_of > n:
         raise invalid("Cannot stream results with best_of > n.", "best_of")
     return {**request, "endpoint": "completion", "body": body, "best_of": best_of,
             "prompts": parse_prompts(body["prompt"], best_of)}
 
 
-def check_conversation(messages):
-    """Every tool call is answered at once, every answer has its call, as the API insists."""
-    called, waiting = [], []            # ids of the turn's calls; those without an answer
-    for i, message in enumerate([*messages, {"role": None}]):
-        if message["role"] == "tool":
-            check_answer(i, message["tool_call_id"], called)
-            waiting = [id for id in waiting if id != message["tool_call_id"]]
-            continue
-        if waiting:
-            raise invalid("An assistant message with 'tool_calls' must be followed by tool "
-                          "messages responding to each 'tool_call_id'. The following "
-                          "tool_call_ids did not have response messages: "
-                          f"{', '.join(waiting)}",
-                          f"messages.[{min(i, len(messages) - 1)}].role")
-        calls = message["role"] == "assistant" and message.get("tool_calls") or []
-        for j, call in enumerate(calls):
-            field = CALL_INPUT[call["type"]]
-            check(f"messages[{i}].tool_calls[{j}].{call['type']}", call[call["type"]],
-                  {f"{field}!": "string"})
-        called = waiting = [call["id"] for call in calls]
-
-
-def check_answer(i, id, called):
-    if not called:
-        raise invalid("Invalid parameter: messages with role 'tool' must be a response to a "
-                      "preceeding message with 'tool_calls'.", f"messages.[{i}].role")
-    if id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id}' not found in "
-                      "'tool_calls' of previous message.", f"messages.[{i}].tool_call_id")
-
-
-CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
-
-
-def check_chosen(request):
-    """A tool or function that is chosen by name has to be there."""
-    names = [tool[tool["type"]]["name"] for tool in request["tools"]]
-    for chosen in chosen_tools(request["tool_choice"]):
-        if chosen not in names:
-            raise invalid(f"Tool choice '{chosen}' not found in 'tools' parameter.",
-                          "tool_choice")
-    names = [function["name"] for function in request["functions"]]
-    choice = request["function_call"]
-    if type(choice) is dict and choice["name"] not in names:
-        raise invalid(f"Invalid value for 'function_call': no function named "
-                      f"'{choice['name']}' was specified in the 'functions' parameter.",
-                      "function_call")
-
-
-def chosen_tools(choice):
-    """The names of the tools that a "tool_choice" speaks of."""
-    if type(choice) is not dict:
-        return []
-    chosen = choice["allowed_tools"]["tools"] if choice["type"] == "allowed_tools" else [choice]
-    return [each[each["type"]]["name"] for each in chosen]
-
-
-def parse_prompts(prompt, best_of):
-    """The four forms of "prompt" -> a list of texts or of lists of token ids.
-
-    Example: "a" -> ["a"]    ["a", "b"] -> the same    [17, 18] -> [[17, 18]]
-    """
-    prompt = "<|endoftext|>" if prompt is None else prompt
-    if type(prompt) is list:
-        check("prompt", prompt, "array", 1)
-    one = type(prompt) is str or type(prompt) is list and type(prompt[0]) is int
-    prompts = [prompt] if one else prompt
-    if type(prompts) is not list or not (all(type(each) is str for each in prompts)
-                                         or all(map(is_token_ids, prompts))):
-        raise invalid("Invalid type for 'prompt': expected one of a string, array of strings, "
-                      "array of integers, or array of integer arrays, but got "
-                      f"{JSON_NAMES[type(prompt)]} instead.", "prompt", "invalid_type")
-    if len(prompts) * best_of > 128:
-        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices each are "
-                      "more than 128 choices.", "prompt", "array_above_max_length")
-    return prompts
-
-
-def is_token_ids(prompt):
-    return (type(prompt) is list and len(prompt) > 0
-            and all(type(id) is int and id >= 0 for id in prompt))
-
-
-def text_of(content):
-    """The text of a content: as it is, joined from its parts, or "" for null."""
-    if type(content) is list:
-        return "".join(part.get("text") or part.get("refusal") or "" for part in content)
-    return content or ""
-
-
-def asked(messages):
-    """What is being asked: the text of the last user message, else of the last message."""
-    users = [message for message in messages if message["role"] == "user"]
-    return text_of((users or messages)[-1].get("content"))
-
-
 # ----------------------------------------------------------------------------------
 # Tokens.  No vocabulary is at hand, so a token is what a reader would call a word, a
-# sign or a mark.  An estimate, and a stable one; `Server(tokenize=...)` takes a real one.
+# sign or a mark: a stable estimate, and `Server(tokenize=...)` takes a real one.
 
-_CJK = "⺀-鿿ꀀ-꓏가-힯豈-﫿𠀀-𿿿"
-_TOKEN = re.compile(
-    rf" ?[^\W{_CJK}]+"                          # a word, with the space before it
+CJK = "⺀-鿿ꀀ-꓏가-힯豈-﫿𠀀-𿿿"
+TOKEN = re.compile(
+    rf" ?[^\W{CJK}]+"                          # a word, with the space before it
     r"| ?[🇦-🇿]{2}"            # a flag is two letters that combine
     r"| ?\S"                                    # a CJK character, a sign, an emoji
-    r"|\s+(?!\S)|\s+")                          # white space, but for a word's own space
+    r"|\s+(?!\S)|\s+")                  # white space, but for a word's own space
+ZERO_WIDTH_JOINER = "‍"
+
+
+def combines(character):
+    return (character == ZERO_WIDTH_JOINER or unicodedata.category(character)[0] == "M"
+            or "🏻" <= character <= "🏿"        # the skin of an emoji
+            or "󠀠" <= character <= "󠁿")       # the tail of a flag
+
+
+def recombined(tokens):
+    """Join each token that starts with a combining character to the one before."""
+    whole = []
+    for token in tokens:
+        if whole and (combines(token[0]) or whole[-1][-1] == ZERO_WIDTH_JOINER):
+            whole[-1] += token
+        else:
+            whole.append(token)
+    return whole
 
 
 def tokenize(text):
@@ -585,34 +640,14 @@ def tokenize(text):
 
     Never inside a code point, nor between a character and what combines with it.
     """
-    tokens = _TOKEN.findall(text)
-    return tokens if text.isascii() else _recombined(tokens)
-
-
-def _recombined(tokens):
-    """Join each token that starts with a combining character to the one before."""
-    whole = []
-    for token in tokens:
-        if whole and (_combines(token[0]) or whole[-1][-1] == ZERO_WIDTH_JOINER):
-            whole[-1] += token
-        else:
-            whole.append(token)
-    return whole
-
-
-ZERO_WIDTH_JOINER = "‍"
-
-
-def _combines(character):
-    return (character == ZERO_WIDTH_JOINER or unicodedata.category(character)[0] == "M"
-            or "🏻" <= character <= "🏿"        # the skin of an emoji
-            or "󠀠" <= character <= "󠁿")       # the tail of a flag
+    tokens = TOKEN.findall(text)
+    return tokens if text.isascii() else recombined(tokens)
 
 
 def tokens_of(prompt, tokenize):
     """The tokens of one prompt, a text or a list of token ids.
 
-    A tokenizer may bring `decode(id) -> str`; an id that nobody can decode reads <|17|>.
+    A tokenizer may bring `decode(id) -> str`; what nobody can decode reads <|17|>.
     """
     if type(prompt) is str:
         return tokenize(prompt)
@@ -623,7 +658,8 @@ def tokens_of(prompt, tokenize):
 def prompt_tokens(request, tokenize):
     """The tokens of each message or prompt, a list each."""
     if request["endpoint"] == "chat":
-        return [tokenize(text_of(message.get("content"))) for message in request["messages"]]
+        contents = [message.get("content") for message in request["messages"]]
+        return [tokenize(text_of(content)) for content in contents]
     return [tokens_of(prompt, tokenize) for prompt in request["prompts"]]
 
 
@@ -631,21 +667,22 @@ def prompt_tokens(request, tokenize):
 # Schema samples.  A forced tool call and a structured output need an instance of a
 # JSON Schema; this makes the smallest honest one, or says which keyword it cannot obey.
 
-def sample(schema):
-    """The smallest honest instance of a JSON Schema (draft 2020-12, as the API uses it).
-
-    Example: {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}},
-              "required": ["n"]} -> {"n": 3}
-
-    Required properties only; the first branch of anyOf or oneOf that works; `pattern` is
-    not looked at.  Raises APIError(400) with the keyword that cannot be satisfied.
-    """
-    try:
-        return Sampler(schema).instance(schema, frozenset("#"))
-    except RecursionError:
-        raise unsatisfiable("type", "it is nested too deeply") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise unsatisfiable("type", f"it is no JSON Schema ({error})") from None
+JSON_TYPES = {
+    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+    "integer": int, "number": (int, float),
+}
+BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+IMPLIED = {  # what a schema without a type speaks of
+    "array": ("items", "prefixItems", "minItems", "maxItems"),
+    "string": ("format", "pattern", "minLength", "maxLength"),
+    "number": (*BOUNDS, "multipleOf"),
+}
+FORMATS = {
+    "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
+    "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
+    "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "uri": "https://example.com/",
+    "uuid": "00000000-0000-4000-8000-000000000000",
+}
 
 
 def unsatisfiable(keyword, why="it cannot be satisfied"):
@@ -653,30 +690,118 @@ def unsatisfiable(keyword, why="it cannot be satisfied"):
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
+def as_list(types):
+    return [types] if type(types) is str else types
+
+
+def is_of(value, types):
+    return any(isinstance(value, JSON_TYPES[each])
+               and (each == "boolean" or type(value) is not bool)   # in Python an int
+               for each in as_list(types))
+
+
+def is_one(value, values):
+    return any(type(value) is type(each) and value == each for each in values)
+
+
+def number_is(compare):
+    return lambda value, bound: type(value) not in (int, float) or compare(value, bound)
+
+
+def length_is(kind, compare):
+    return lambda value, bound: type(value) is not kind or compare(len(value), bound)
+
+
+OBEYS = {  # keyword: does a value obey it?  What is not here is obeyed by construction,
+    "type": is_of,
+    "enum": is_one,
+    "const": lambda value, only: is_one(value, [only]),
+    "minimum": number_is(operator.ge),
+    "maximum": number_is(operator.le),
+    "exclusiveMinimum": number_is(operator.gt),
+    "exclusiveMaximum": number_is(operator.lt),
+    "multipleOf": number_is(
+        lambda value, step: abs(value / step - round(value / step)) < 1e-9),
+    "minLength": length_is(str, operator.ge),
+    "maxLength": length_is(str, operator.le),
+    "minItems": length_is(list, operator.ge),
+    "maxItems": length_is(list, operator.le),
+    "minProperties": length_is(dict, operator.ge),
+    "maxProperties": length_is(dict, operator.le),
+    "required": lambda value, names: (
+        type(value) is not dict or value.keys() >= set(names)),
+    "uniqueItems": lambda value, wanted: (
+        not wanted or type(value) is not list or len(value) < 2),
+    # ... or never, as far as we know.
+    **dict.fromkeys(("not", "if", "contains", "dependencies", "dependentRequired",
+                     "dependentSchemas", "patternProperties", "propertyNames",
+                     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef"),
+                    lambda value, argument: False),
+}
+
+
+def first_broken(value, schema):
+    """The first keyword of the schema that a value does not obey, or None."""
+    return next((keyword for keyword, argument in schema.items()
+                 if keyword in OBEYS and not OBEYS[keyword](value, argument)), None)
+
+
+def common_types(a, b):
+    a, b = as_list(a), as_list(b)
+    both = [each for each in a if each in b]
+    if "integer" in {*a, *b} - set(both) and ("number" in a) != ("number" in b):
+        both.append("integer")      # an integer is a number too
+    if not both:
+        raise unsatisfiable("type", "two different ones have to hold")
+    return both
+
+
+def common_properties(a, b):
+    return {**a, **{name: {"allOf": [a[name], b[name]]} if name in a else b[name]
+                    for name in b}}
+
+
+MERGED = {  # what one keyword becomes when two schemas both have to hold
+    "properties": common_properties,
+    "required": lambda a, b: [*a, *(name for name in b if name not in a)],
+    "enum": lambda a, b: [value for value in a if is_one(value, b)],
+    "type": common_types,
+    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems"), max),
+    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems"), min),
+    **dict.fromkeys(("title", "description", "default", "examples", "$schema", "$id",
+                     "$comment", "pattern", "strict", "definitions"), lambda a, b: b),
+}
+
+
+def merged(a, b):
+    """One schema for two that both have to hold."""
+    whole = {**a, **b}
+    for key in a.keys() & b.keys():
+        if key in MERGED:
+            whole[key] = MERGED[key](a[key], b[key])
+        elif a[key] != b[key]:
+            raise unsatisfiable(key, "two different ones have to hold")
+    return whole
+
+
 class Sampler:
-    """The walk through one schema: its root, for references, and how much may be made."""
+    """The walk through one schema: its root, and how much may still be made."""
 
     def __init__(self, root):
         self.root, self.left = root, 10_000     # definitions that double end here
 
-    def instance(self, schema, refs):
-        """The first candidate that obeys the schema; `refs`: those that we are inside of."""
-        schema, refs = self.flat(schema, refs)
-        fault = unsatisfiable("type", "none of JSON is left")
-        for variant, inner in self.variants(schema, refs):
-            for maker in makers(variant):
-                try:
-                    for value in maker(self, variant, inner):
-                        broken = first_broken(value, variant)
-                        if broken is None:
-                            return value
-                        fault = unsatisfiable(broken)
-                except APIError as error:
-                    fault = error
-        raise fault
+    def target(self, ref):
+        """The schema that a reference means: "#" or "#/a/b", a pointer (RFC 6901)."""
+        place = self.root
+        for step in unquote(ref).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            place = place.get(step) if type(place) is dict else None
+        if place is None or ref[0] != "#":
+            raise unsatisfiable("$ref", f"there is no {ref}")
+        return place
 
     def flat(self, schema, refs):
-        """A schema with its references followed and its allOf merged, and all those refs."""
+        """A schema, its references followed and allOf merged, and all those refs."""
         self.left -= 1
         if self.left < 0:
             raise unsatisfiable("$ref", "the instance would be too large")
@@ -689,23 +814,15 @@ class Sampler:
                 raise unsatisfiable("$ref", f"{ref} contains itself without an end")
             inside = refs | {ref}
             parts.insert(0, self.target(ref))
-        whole = {key: schema[key] for key in schema if key not in ("allOf", "$ref", "$defs")}
+        apart = {"allOf", "$ref", "$defs"}
+        whole = {key: value for key, value in schema.items() if key not in apart}
         for part in parts:
             part, met = self.flat(part, inside)
             whole, seen = merged(whole, part), seen | met
         return whole, seen
 
-    def target(self, ref):
-        place = self.root
-        for step in unquote(ref).split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            place = place.get(step) if type(place) is dict else None
-        if place is None or ref[0] != "#":
-            raise unsatisfiable("$ref", f"there is no {ref}")
-        return place
-
     def variants(self, schema, refs):
-        """The schema itself, or merged with one branch of its anyOf or oneOf after another."""
+        """The schema, or it merged with each branch of its anyOf or oneOf."""
         keyword = next((key for key in ("anyOf", "oneOf") if key in schema), None)
         if keyword is None:
             yield schema, refs
@@ -721,6 +838,35 @@ class Sampler:
         if fault:
             raise fault
 
+    def makers(self, schema):
+        """The methods below that can make an instance, the likeliest first."""
+        if "const" in schema or "enum" in schema:
+            return [self.listed]
+        implied = (kind for kind, keywords in IMPLIED.items()
+                   if schema.keys() & set(keywords))
+        types = as_list(schema.get("type", next(implied, "object")))
+        unknown = [each for each in types if each not in JSON_TYPES]
+        if unknown:
+            raise unsatisfiable("type", f"{unknown[0]} is none of JSON's")
+        return [getattr(self, each) for each in types]
+
+    def instance(self, schema, refs):
+        """The first candidate that obeys; `refs`: those that we are inside of."""
+        fault = unsatisfiable("type", "none of JSON is left")
+        for variant, inner in self.variants(*self.flat(schema, refs)):
+            for maker in self.makers(variant):
+                try:
+                    for value in maker(variant, inner):
+                        broken = first_broken(value, variant)
+                        if broken is None:
+                            return value
+                        fault = unsatisfiable(broken)
+                except APIError as error:
+                    fault = error
+        raise fault
+
+    # ------ candidates, one method a type
+
     def listed(self, schema, refs):
         keyword = "const" if "const" in schema else "enum"
         values = [schema["const"]] if keyword == "const" else schema["enum"]
@@ -730,12 +876,13 @@ class Sampler:
         return obeying
 
     def object(self, schema, refs):
-        properties, other = schema.get("properties", {}), schema.get("additionalProperties", {})
-        for name in schema.get("required", ()):
+        properties, names = schema.get("properties", {}), schema.get("required", ())
+        other = schema.get("additionalProperties", {})
+        for name in names:
             if name not in properties and other is False:
-                raise unsatisfiable("required", f"no other property than those named, not {name}")
-        yield {name: self.instance(properties.get(name, other), refs)
-               for name in schema.get("required", ())}
+                raise unsatisfiable(
+                    "required", f"no other property than those named, not {name}")
+        yield {name: self.instance(properties.get(name, other), refs) for name in names}
 
     def array(self, schema, refs):
         if schema.get("minItems", 0) > 10_000:
@@ -764,7 +911,8 @@ class Sampler:
             yield sum(bounds) / max(len(bounds), 1)
 
     def integer(self, schema, refs):
-        return (int(number) for number in self.number(schema, refs) if number == int(number))
+        numbers = self.number(schema, refs)
+        return (int(number) for number in numbers if number == int(number))
 
     def boolean(self, schema, refs):
         return False, True
@@ -773,169 +921,41 @@ class Sampler:
         return None,
 
 
-BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
-FORMATS = {
-    "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
-    "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
-    "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "uri": "https://example.com/",
-    "uuid": "00000000-0000-4000-8000-000000000000",
-}
-IMPLIED = {  # what a schema without a type speaks of
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("format", "pattern", "minLength", "maxLength"),
-    "number": (*BOUNDS, "multipleOf"),
-}
+def sample(schema):
+    """The smallest honest instance of a JSON Schema (draft 2020-12, as the API has it).
 
+    Example: {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}},
+              "required": ["n"]} -> {"n": 3}
 
-def makers(schema):
-    """The Sampler's methods that can make an instance, the likeliest first."""
-    if "const" in schema or "enum" in schema:
-        return [Sampler.listed]
-    implied = (kind for kind, keywords in IMPLIED.items() if schema.keys() & set(keywords))
-    types = schema.get("type", next(implied, "object"))
-    types = [types] if type(types) is str else types
-    unknown = [each for each in types if each not in JSON_TYPES]
-    if unknown:
-        raise unsatisfiable("type", f"{unknown[0]} is none of JSON's")
-    return [getattr(Sampler, each) for each in types]
-
-
-JSON_TYPES = {
-    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
-    "integer": int, "number": (int, float),
-}
-
-
-def first_broken(value, schema):
-    """The first keyword of the schema that a value does not obey, or None."""
-    return next((keyword for keyword, argument in schema.items()
-                 if keyword in OBEYS and not OBEYS[keyword](value, argument)), None)
-
-
-def _is_of(value, types):
-    return any(isinstance(value, JSON_TYPES[each]) and (type(value) is not bool or each == "boolean")
-               for each in ([types] if type(types) is str else types))
-
-
-def _is_one(value, values):
-    return any(type(value) is type(each) and value == each for each in values)
-
-
-def _number(compare):
-    return lambda value, bound: type(value) not in (int, float) or compare(value, bound)
-
-
-def _length(kind, compare):
-    return lambda value, bound: type(value) is not kind or compare(len(value), bound)
-
-
-OBEYS = {  # keyword: does a value obey it?  What is not here is obeyed by construction ...
-    "type": _is_of,
-    "enum": _is_one,
-    "const": lambda value, only: _is_one(value, [only]),
-    "minimum": _number(operator.ge),
-    "maximum": _number(operator.le),
-    "exclusiveMinimum": _number(operator.gt),
-    "exclusiveMaximum": _number(operator.lt),
-    "multipleOf": _number(lambda value, step: abs(value / step - round(value / step)) < 1e-9),
-    "minLength": _length(str, operator.ge),
-    "maxLength": _length(str, operator.le),
-    "minItems": _length(list, operator.ge),
-    "maxItems": _length(list, operator.le),
-    "required": lambda value, names: type(value) is not dict or value.keys() >= set(names),
-    "minProperties": _length(dict, operator.ge),
-    "maxProperties": _length(dict, operator.le),
-    "uniqueItems": lambda value, wanted: not wanted or type(value) is not list or len(value) < 2,
-    # ... or never, as far as we know.
-    **dict.fromkeys(("not", "if", "contains", "dependencies", "dependentRequired",
-                     "dependentSchemas", "patternProperties", "propertyNames",
-                     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef"),
-                    lambda value, argument: False),
-}
-MERGED = {  # what one keyword becomes when two schemas both have to hold
-    "properties": lambda a, b: {**a, **{name: {"allOf": [a[name], b[name]]} if name in a
-                                        else b[name] for name in b}},
-    "required": lambda a, b: [*a, *(name for name in b if name not in a)],
-    "enum": lambda a, b: [value for value in a if _is_one(value, b)],
-    "type": lambda a, b: common_types(a, b),
-    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems"), max),
-    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems"), min),
-    **dict.fromkeys(("title", "description", "default", "examples", "$schema", "$id", "$comment",
-                     "pattern", "strict", "definitions"), lambda a, b: b),
-}
-
-
-def merged(a, b):
-    """One schema for two that both have to hold."""
-    whole = {**a, **b}
-    for key in a.keys() & b.keys():
-        if key in MERGED:
-            whole[key] = MERGED[key](a[key], b[key])
-        elif a[key] != b[key]:
-            raise unsatisfiable(key, "two different ones have to hold")
-    return whole
-
-
-def common_types(a, b):
-    a, b = ([types] if type(types) is str else types for types in (a, b))
-    both = [each for each in a if each in b]
-    both += ["integer"] * ("integer" not in both and "integer" in {*a, *b} and "number" in {*a, *b}
-                           and ("number" in a) != ("number" in b))
-    if not both:
-        raise unsatisfiable("type", "two different ones have to hold")
-    return both
+    Required properties only; the first branch of anyOf or oneOf that works; `pattern`
+    is not looked at.  Raises APIError(400) with the keyword that cannot be satisfied.
+    """
+    try:
+        return Sampler(schema).instance(schema, frozenset("#"))
+    except RecursionError:
+        raise unsatisfiable("type", "it is nested too deeply") from None
+    except (TypeError, ValueError, AttributeError, LookupError,
+            ArithmeticError) as error:
+        raise unsatisfiable("type", f"it is no JSON Schema ({error})") from None
 
 
 # ----------------------------------------------------------------------------------
 # Waiting.  A connection has a thread of its own, and the thread knows its client: so
 # whatever waits in it, for time or for a source, ends at once when the client leaves.
 
-class ClientLeft(Exception):
-    """The client has closed its side; nobody is there to read on."""
+class ClientLeft(BaseException):
+    """The client has closed its side.  No error: no `except Exception` sees it."""
 
 
-_here = threading.local()               # .client: the socket; .selector: on that socket
-
-
+here = threading.local()        # this thread's client, as `watch` has set it
 # A selector with no limit at descriptor 1,024, where the platform has one.
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 def watch(client, left=ClientLeft):
     """Make `client` the one for whom this thread works; `left()`: what ends a wait."""
-    _here.client, _here.left, _here.selector = client, left, _Selector()
-    _here.selector.register(client, selectors.EVENT_READ)
-
-
-def wait(seconds, source=None):
-    """Sleep, at most until `source` can be read; raises ClientLeft when the client goes.
-
-    wait(0) only looks.  math.inf waits until `source`, or else the client, is done.
-    """
-    selector = getattr(_here, "selector", None)
-    if selector is None:
-        return time.sleep(seconds) if source is None else None
-    end = time.monotonic() + seconds
-    if source is not None:
-        selector.register(source, selectors.EVENT_READ)
-    try:
-        while not _ready(selector, source, end) and time.monotonic() < end:
-            pass
-    finally:
-        if source is not None:
-            selector.unregister(source)
-
-
-def _ready(selector, source, end):
-    left = end - time.monotonic()
-    ready = selector.select(None if left == math.inf else max(left, 0))
-    if any(key.fileobj is source for key, _ in ready):
-        return True
-    if ready and has_left(_here.client):
-        raise _here.left()
-    if ready and left > 0:  # bytes of a next request: until they are read, look now and then
-        time.sleep(min(left, 0.02))
-    return False
+    here.client, here.left, here.selector = client, left, Selector()
+    here.selector.register(client, selectors.EVENT_READ)
 
 
 def has_left(client):
@@ -946,6 +966,37 @@ def has_left(client):
         return False
     except OSError:
         return True
+
+
+def is_ready(selector, source, end):
+    left = end - time.monotonic()
+    ready = selector.select(None if left == math.inf else max(left, 0))
+    if any(key.fileobj is source for key, _ in ready):
+        return True
+    if ready and has_left(here.client):
+        raise here.left()
+    if ready and left > 0:      # a next request, which is not to be read yet: look again
+        time.sleep(min(left, 0.02))
+    return False
+
+
+def wait(seconds, source=None):
+    """Sleep, at most until `source` can be read; ClientLeft when the client goes.
+
+    wait(0) only looks.  math.inf waits until `source`, or else the client, is done.
+    """
+    selector = getattr(here, "selector", None)
+    if selector is None:        # a backend that somebody calls without a server
+        return time.sleep(seconds) if source is None else None
+    end = time.monotonic() + seconds
+    if source is not None:
+        selector.register(source, selectors.EVENT_READ)
+    try:
+        while not is_ready(selector, source, end) and time.monotonic() < end:
+            pass
+    finally:
+        if source is not None:
+            selector.unregister(source)
 
 
 # ----------------------------------------------------------------------------------
@@ -979,18 +1030,24 @@ class Reply:
 
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
                  usage=None, delay=0, quirk=None, headers=None, expect=None):
-        self.text, self.refusal = text, refusal
-        self.tool_calls = [tool_calls] if isinstance(tool_calls, ToolCall) else list(tool_calls)
-        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
-            raise TypeError(f"tool_calls are ToolCall, not {self.tool_calls!r}")
+        calls = [tool_calls] if isinstance(tool_calls, ToolCall) else list(tool_calls)
+        if not all(isinstance(call, ToolCall) for call in calls):
+            raise TypeError(f"tool_calls are ToolCall, not {calls!r}")
+        parse_quirk(quirk)      # of a later section, but a wrong name shall fail here
+        self.text, self.tool_calls, self.refusal = text, calls, refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage or {}, delay
-        self.quirk, self.headers, self.expect = quirk, dict(headers or {}), expect
-        self.pieces = None                          # instead of text, as they come
-        parse_quirk(quirk)                          # a wrong name shall fail here
+        self.quirk, self.headers, self.expect = quirk, header_fields(headers), expect
+        self.pieces = None      # in the place of text, as they come
 
     def is_at_hand(self):
         """Is all of it there already, so that several pieces may share a send?"""
-        return not self.delay and (self.pieces is None or type(self.pieces) in (list, tuple))
+        at_hand = self.pieces is None or type(self.pieces) in (list, tuple)
+        return at_hand and not self.delay
+
+
+def backend_fault(message):
+    """A 500 that tells the author of a backend what is wrong with it."""
+    return APIError(500, f"The backend is at fault: {message}.")
 
 
 def as_reply(result):
@@ -1002,16 +1059,37 @@ def as_reply(result):
     if isinstance(result, ToolCall):
         return Reply(tool_calls=[result])
     if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
-        raise backend_fault("a backend returns a str, a Reply or an iterable of pieces, "
-                            f"not {type(result).__name__}")
+        raise backend_fault("a backend returns a str, a Reply or an iterable of "
+                            f"pieces, not {type(result).__name__}")
     reply = Reply()
     reply.pieces = result
     return reply
 
 
-def backend_fault(message):
-    """A 500 that tells the author of a backend what is wrong with it."""
-    return APIError(500, f"The backend is at fault: {message}.")
+def forced_tool(request):
+    """The name of the tool that the request insists on, or None."""
+    choice, call = request.get("tool_choice"), request.get("function_call")
+    if choice == "required":
+        return request["tools"][0][request["tools"][0]["type"]]["name"]
+    if type(choice) is dict and choice.get("allowed_tools", {}).get("mode") != "auto":
+        return next(iter(chosen_tools(choice)), None)
+    return call["name"] if type(call) is dict else None
+
+
+def custom_tools(request):
+    tools = request["tools"]
+    return [tool["custom"]["name"] for tool in tools if tool["type"] == "custom"]
+
+
+def sample_input(request, name):
+    """Arguments that fit the schema of the tool of that name; text for a custom one."""
+    if name in custom_tools(request):
+        return request["text"]
+    functions = [tool["function"] for tool in request["tools"]
+                 if tool["type"] == "function"] + list(request["functions"])
+    parameters = next(function.get("parameters") for function in functions
+                      if function["name"] == name)
+    return sample(parameters or {})
 
 
 def echo(request):
@@ -1027,30 +1105,6 @@ def echo(request):
     return request["text"]
 
 
-def forced_tool(request):
-    """The name of the tool that the request insists on, or None."""
-    choice, call = request.get("tool_choice"), request.get("function_call")
-    if choice == "required":
-        return request["tools"][0][request["tools"][0]["type"]]["name"]
-    if type(choice) is dict and choice.get("allowed_tools", {}).get("mode") != "auto":
-        return next(iter(chosen_tools(choice)), None)
-    return call["name"] if type(call) is dict else None
-
-
-def sample_input(request, name):
-    """Arguments that fit the schema of the tool of that name; text for a custom one."""
-    if name in custom_tools(request):
-        return request["text"]
-    functions = [tool["function"] for tool in request["tools"] if tool["type"] == "function"]
-    parameters = [function.get("parameters") for function in [*functions, *request["functions"]]
-                  if function["name"] == name]
-    return sample(parameters[0] or {})
-
-
-def custom_tools(request):
-    return [tool["custom"]["name"] for tool in request["tools"] if tool["type"] == "custom"]
-
-
 def say(*pieces):
     """A backend that always says these pieces."""
     def backend(request):
@@ -1059,21 +1113,67 @@ def say(*pieces):
     return backend
 
 
+ABSENT = type("Absent", (), {"__repr__": lambda self: "absent"})()
+
+
+def brief(value):
+    text = repr(value)
+    return text if len(text) <= 300 else text[:290] + "..."
+
+
+def first_difference(subset, whole, path=""):
+    """(path, wanted, got) of the first field of `subset` that `whole` has not, or None.
+
+    Objects are compared field by field, lists whole.
+    """
+    if type(subset) is dict and type(whole) is dict:
+        found = (first_difference(subset[name], whole.get(name, ABSENT),
+                                  f"{path}.{name}".strip(".")) for name in subset)
+        return next(filter(None, found), None)
+    return None if subset == whole else (path, subset, whole)
+
+
+def unexpected(expect, body):
+    """How a body differs from what a step expects, in words; None if it does not."""
+    if callable(expect):
+        return None if expect(body) else f"{expect!r} says no to {brief(body)}"
+    difference = first_difference(expect or {}, body)
+    if difference is None:
+        return None
+    path, wanted, got = difference
+    return f"{path} is {brief(got)}, expected {brief(wanted)}"
+
+
+def step_from_json(i, step):
+    if type(step) is str:
+        return step
+    if type(step) is not dict:
+        raise ValueError(f"step {i} of the script is neither a string nor an object")
+    try:
+        if "error" in step:
+            return APIError(**step["error"])
+        calls = [ToolCall(**call) for call in step.get("tool_calls", ())]
+        return Reply(**{**step, "tool_calls": calls})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"step {i} of the script: {error}") from None
+
+
 class Script:
     """A backend that takes one step per request, in order, and is strict about it.
 
     A step: a str, a ToolCall or a list of them, a Reply, an APIError to be raised, or a
-    function of the request.  A request past the end, or unlike its step's `expect`, gets
-    a 500 that says so, and fails `check`; so does a step left over.
+    function of the request.  A request past the end, or unlike its step's `expect`,
+    gets a 500 that says so, and fails `check`; so does a step left over.
     """
 
     model = "script"
 
     def __init__(self, *steps):
-        self.steps = [Reply(tool_calls=step) if isinstance(step, (list, tuple)) else step
-                      for step in steps]
+        self.steps = [
+            Reply(tool_calls=step) if isinstance(step, (list, tuple)) else step
+            for step in steps]
         self.taken, self.faults = 0, []
-        self._lock, self._here = threading.Lock(), threading.local()
+        self._lock, self._thread = threading.Lock(), threading.local()
 
     @classmethod
     def from_file(cls, path):
@@ -1086,13 +1186,11 @@ class Script:
 
     def __call__(self, request):
         if request["index"] == 0:                   # all the choices say the same
-            self._here.step = self._take(request["body"])
-        step = self._here.step
+            self._thread.step = self._take(request["body"])
+        step = self._thread.step
         if isinstance(step, APIError):
             raise step
-        if callable(step):
-            return step(request)
-        return step
+        return step(request) if callable(step) else step
 
     def _take(self, body):
         with self._lock:
@@ -1113,150 +1211,34 @@ class Script:
 
     def check(self):
         """Raise AssertionError unless every step was taken, and each as expected."""
-        left = len(self.steps) - self.taken
         if self.faults:
             raise AssertionError("Script: " + "; ".join(self.faults))
+        left = self.steps[self.taken:]
         if left:
-            raise AssertionError(f"Script: {left} of {len(self.steps)} steps left over, from step "
-                                 f"{self.taken + 1} on: {brief(self.steps[self.taken])}")
+            raise AssertionError(
+                f"Script: {len(left)} of {len(self.steps)} steps left over, "
+                f"from step {self.taken + 1} on: {brief(left[0])}")
 
     def close(self, error=None):
-        """The end of the server: `check`, though steps may be left over after an error."""
+        """The end of the server: `check`; after an error, steps may be left over."""
         if self.faults or error is None:
             self.check()
 
 
-def step_from_json(i, step):
-    if type(step) is str:
-        return step
-    if type(step) is not dict:
-        raise ValueError(f"step {i} of the script is neither a string nor an object")
-    try:
-        if "error" in step:
-            return APIError(**step["error"])
-        calls = [ToolCall(**call) for call in step.get("tool_calls", ())]
-        return Reply(**{**step, "tool_calls": calls})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"step {i} of the script: {error}") from None
-
-
-def unexpected(expect, body):
-    """How a body differs from what a step expects, in words; None if it does not."""
-    if callable(expect):
-        return None if expect(body) else f"{expect!r} says no to {brief(body)}"
-    difference = first_difference(expect or {}, body)
-    if difference is None:
-        return None
-    path, wanted, got = difference
-    return f"{path} is {brief(got)}, expected {brief(wanted)}"
-
-
-_ABSENT = type("Absent", (), {"__repr__": lambda self: "absent"})()
-
-
-def first_difference(subset, whole, path=""):
-    """(path, wanted, got) of the first field of `subset` that `whole` has not, or None.
-
-    Objects are compared field by field, lists whole.
-    """
-    if type(subset) is dict and type(whole) is dict:
-        steps = (first_difference(value, whole.get(name, _ABSENT), f"{path}.{name}".strip("."))
-                 for name, value in subset.items())
-        return next((step for step in steps if step), None)
-    return None if subset == whole else (path, subset, whole)
-
-
-def brief(value):
-    text = repr(value)
-    return text if len(text) <= 300 else text[:290] + "..."
-
-
-def command(program, at_once=1):
-    """A backend that runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
-
-    No shell.  {prompt} in an argument becomes request["text"]; standard input gets the
-    request as one JSON document; what it writes to standard output is the reply, at once.
-    Of more than `at_once` programs the rest wait.  It ends when the client leaves.
-    """
-    if isinstance(program, str):
-        program = shlex.split(program, posix=os.name != "nt")
-    if at_once < 1 or not program:
-        raise ValueError("--command wants a program, and --at-once at least 1")
-    places = threading.BoundedSemaphore(at_once)
-
-    def backend(request):
-        pieces = run(program, request, places)
-        choices = (request.get("best_of") or request["n"]) * len(request.get("prompts", [0]))
-        # Choices take turns, and a turn would wait for the place that another one holds.
-        return list(pieces) if choices > 1 else pieces
-    backend.model = os.path.basename(program[0])
-    return backend
-
-
-def run(program, request, places):
-    """What a program writes, as it writes it."""
-    import tempfile             # not needed by those who run no programs
-    while not places.acquire(timeout=0.05):
-        wait(0)
-    with contextlib.ExitStack() as stack:
-        stack.callback(places.release)
-        # Files, not pipes: a program that does not read, or complains a lot, blocks nobody.
-        said, complaints = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-        said.write(to_json({key: request[key] for key in request if key != "body"}))
-        said.seek(0)
-        process = started_program(program, request["text"], said, complaints)
-        stack.callback(end_program, process)
-        yield from decoded(process.stdout)
-        while process.poll() is None:   # it has closed its output, and goes on
-            wait(0.01)
-        if process.returncode:
-            complaints.seek(0)
-            last = complaints.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
-            raise backend_fault(f"{program[0]} ended with status {process.returncode}: "
-                                f"{last[-1] if last else 'it does not say why'}")
-
-
 def started_program(program, prompt, stdin, stderr):
-    own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt"
-                 else {"start_new_session": True})      # so that its children end with it
+    """The process; it leads a group of its own, so that its children end with it."""
+    own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+                 if os.name == "nt" else {"start_new_session": True})
     try:
         arguments = [part.replace("{prompt}", prompt) for part in program]
         "".join(arguments).encode()     # a lone surrogate is no argument
-        return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
-                                **own_group)
+        return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE,
+                                stderr=stderr, **own_group)
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno == errno.E2BIG:
-            raise invalid("The prompt cannot be an argument of a program: it is too long, or "
-                          "has a NUL or a lone surrogate.", None) from None
+            raise invalid("The prompt cannot be an argument of a program: it is too "
+                          "long, or has a NUL or a lone surrogate.", None) from None
         raise backend_fault(f"{program[0]} cannot be run ({error.strerror})") from None
-
-
-def decoded(pipe):
-    """The text that comes through a pipe, without splitting a character; closes it at its end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    source, block = selectable(pipe), None
-    while block != b"":
-        wait(math.inf, source)
-        block = os.read(pipe.fileno(), 65536) if source is pipe else source.recv(65536)
-        text = decoder.decode(block, final=not block)
-        if text:
-            yield text
-    source.close()
-    pipe.close()
-
-
-def selectable(pipe):
-    """Something that `wait` can wait for: on Windows a socket, into which a thread copies."""
-    if os.name != "nt":
-        return pipe
-    near, far = socket.socketpair()
-
-    def copy():
-        with far, suppress(OSError):
-            for block in iter(lambda: os.read(pipe.fileno(), 65536), b""):
-                far.sendall(block)
-    threading.Thread(target=copy, daemon=True).start()
-    return near
 
 
 def end_program(process):
@@ -1276,9 +1258,89 @@ def end_program(process):
     process.stdout.close()
 
 
+def selectable(pipe):
+    """What `wait` can wait for: the pipe; on Windows a socket, which a thread feeds."""
+    if os.name != "nt":
+        return pipe
+    near, far = socket.socketpair()
+
+    def copy():
+        with far, suppress(OSError):
+            for block in iter(lambda: os.read(pipe.fileno(), 65536), b""):
+                far.sendall(block)
+    threading.Thread(target=copy, daemon=True).start()
+    return near
+
+
+def decoded(pipe):
+    """The text that comes through a pipe, no character split; closes it at its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    source, block = selectable(pipe), None
+    while block != b"":
+        wait(math.inf, source)
+        block = os.read(pipe.fileno(), 65536) if source is pipe else source.recv(65536)
+        text = decoder.decode(block, final=not block)
+        if text:
+            yield text
+    source.close()
+    pipe.close()
+
+
+def run(program, request, places):
+    """What a program writes, as it writes it."""
+    import tempfile             # not needed by those who run no programs
+    while not places.acquire(timeout=0.05):
+        wait(0)
+    with contextlib.ExitStack() as stack:
+        stack.callback(places.release)
+        # Files, not pipes: a program that reads nothing, or complains a lot, goes on.
+        said, complaints = (stack.enter_context(tempfile.TemporaryFile())
+                            for _ in range(2))
+        said.write(to_json({key: request[key] for key in request if key != "body"}))
+        said.seek(0)
+        process = started_program(program, request["text"], said, complaints)
+        stack.callback(end_program, process)
+        yield from decoded(process.stdout)
+        while process.poll() is None:   # it has closed its output, and goes on
+            wait(0.01)
+        if process.returncode:
+            complaints.seek(0)
+            text = complaints.read()[-2000:].decode("utf-8", "replace").strip()
+            why = text.splitlines()[-1] if text else "it does not say why"
+            raise backend_fault(
+                f"{program[0]} ended with status {process.returncode}: {why}")
+
+
+def command(program, at_once=1):
+    """A backend, a program per choice: command(["llama-cli", "-p", "{prompt}"]).
+
+    No shell.  {prompt} in an argument becomes request["text"]; standard input gets the
+    request as one JSON document; what it writes to standard output is the reply.
+    Of more than `at_once` programs the rest wait.  It ends when the client leaves.
+    """
+    if isinstance(program, str):
+        program = shlex.split(program, posix=os.name != "nt")
+    if at_once < 1 or not program:
+        raise ValueError("--command wants a program, and --at-once at least 1")
+    places = threading.BoundedSemaphore(at_once)
+
+    def backend(request):
+        pieces = run(program, request, places)
+        prompts, n = request.get("prompts", [0]), request.get("best_of") or request["n"]
+        choices = n * len(prompts)
+        # Choices take turns, and a turn would wait for the place that another holds.
+        return list(pieces) if choices > 1 else pieces
+    backend.model = os.path.basename(program[0])
+    return backend
+
+
 # ----------------------------------------------------------------------------------
 # Choices.  One stream of pieces per choice, cut to what the request allows.  From here
 # on a piece is the list of its tokens: count it with len, read it with "".join.
+
+def random_name(length):
+    return f"{random.getrandbits(4 * length):0{length}x}"
+
 
 class Refusal(list):
     """A piece in which the model refuses."""
@@ -1296,43 +1358,8 @@ class Finish(str):
     """The last thing of a choice: why it ended, a finish_reason."""
 
 
-def random_name(length):
-    return f"{random.getrandbits(4 * length):0{length}x}"
-
-
-def choice(reply, request, tokenize, delay):
-    """One choice: the pieces of a reply as far as the request wants them, and Finish."""
-    with closing(spoken(reply, tokenize)) as source:
-        pieces = paced(source, delay) if delay else source
-        if request.get("parallel_tool_calls") is False or is_legacy(request):
-            pieces = one_call(pieces)
-        limits = [request.get(name) for name in ("max_tokens", "max_completion_tokens")]
-        if limits != [None, None]:
-            pieces = up_to(pieces, min(limit for limit in limits if limit is not None))
-        if request["stop"]:
-            pieces = until_stop(pieces, request["stop"])
-        # subtle: `yield from` hands a close() on to the outermost stage only, and a `for`
-        # to none; the stages between have nothing to close, the source has: `closing`.
-        yield from pieces
-
-
-def spoken(reply, tokenize):
-    """The pieces of a reply, each as the list of its tokens, and Finish."""
-    called = bool(reply.tool_calls)
-    for token in tokenize(reply.refusal or ""):
-        yield Refusal([token])
-    if reply.pieces is None:
-        for token in tokenize(reply.text or ""):
-            yield [token]
-    else:
-        called |= yield from yielded(reply.pieces, tokenize)
-    for call in reply.tool_calls:
-        yield Call(call, tokenize)
-    yield Finish(reply.finish_reason or ("tool_calls" if called else "stop"))
-
-
 def yielded(pieces, tokenize):
-    """A backend's own pieces, while the client is there; returns whether a tool was called."""
+    """A backend's own pieces, while the client is there; returns whether it called."""
     at_hand, called = isinstance(pieces, (list, tuple)), False
     try:
         for piece in pieces:
@@ -1351,17 +1378,33 @@ def yielded(pieces, tokenize):
     return called
 
 
+def spoken(reply, tokenize):
+    """The pieces of a reply, each as the list of its tokens, and Finish."""
+    called = bool(reply.tool_calls)
+    for token in tokenize(reply.refusal or ""):
+        yield Refusal([token])
+    if reply.pieces is None:
+        for token in tokenize(reply.text or ""):
+            yield [token]
+    else:
+        called |= yield from yielded(reply.pieces, tokenize)
+    for call in reply.tool_calls:
+        yield Call(call, tokenize)
+    yield Finish(reply.finish_reason or ("tool_calls" if called else "stop"))
+
+
 def paced(pieces, delay):
-    """Each piece so many seconds after the one before: one number, or (first, between)."""
+    """Each piece so many seconds after the last: a number, or (first, between)."""
     first, between = delay if type(delay) in (tuple, list) else (delay, delay)
-    for pause, piece in zip(itertools.chain([first], itertools.repeat(between)), pieces):
+    pauses = itertools.chain([first], itertools.repeat(between))
+    for pause, piece in zip(pauses, pieces):
         if type(piece) is not Finish:
             wait(pause)
         yield piece
 
 
 def is_legacy(request):
-    """Does it know functions only, from before there were tools?  Then a call is alone."""
+    """Only functions, as before there were tools?  Then a call is alone."""
     return bool(request.get("functions")) and not request["tools"]
 
 
@@ -1377,7 +1420,7 @@ def one_call(pieces):
 def up_to(pieces, limit):
     """At most `limit` tokens.  Arguments of a call count, but are never cut.
 
-    Example: [["Hel", "lo"], ["!"], Finish("stop")], 2 -> [["Hel", "lo"], Finish("length")]
+    Example: [["Hel", "lo"], Finish("stop")], 1 -> [["Hel"], Finish("length")]
     """
     left = limit
     for piece in pieces:
@@ -1393,8 +1436,34 @@ def up_to(pieces, limit):
         yield piece
 
 
+def first_stop(text, stops):
+    """Where the stop that is complete first begins; None without one."""
+    found = [(text.find(stop) + len(stop), text.find(stop))
+             for stop in stops if stop in text]
+    return min(found)[1] if found else None
+def longest_start(text, stops):
+    """The length of the longest tail of `text` with which a stop could begin."""
+    return max((length for stop in stops
+                for length in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:length])), default=0)
+
+
+def split_tokens(tokens, length, whole=False):
+    """The tokens of the first `length` characters, and the rest.
+
+    A token that lies across is cut in two, or with `whole` goes to the rest.
+    """
+    for i, token in enumerate(tokens):
+        if len(token) > length:
+            if whole or not length:
+                return tokens[:i], tokens[i:]
+            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
+        length -= len(token)
+    return tokens, []
+
+
 def until_stop(pieces, stops):
-    """Text up to the first stop, which may span pieces; what may become one is held back."""
+    """Text up to the first stop, which may span pieces; what may become one waits."""
     held = []                                   # tokens that are not yet passed on
     for piece in pieces:
         if type(piece) is not list:             # a stop is a matter of text alone
@@ -1410,39 +1479,38 @@ def until_stop(pieces, stops):
             yield from filter(None, [split_tokens(held, cut)[0]])
             yield Finish("stop")
             return
-        passed, held = split_tokens(held, len(text) - longest_start(text, stops), whole=True)
+        sure = len(text) - longest_start(text, stops)
+        passed, held = split_tokens(held, sure, whole=True)
         if passed:
             yield passed
 
 
-def first_stop(text, stops):
-    """Where the stop that is complete first begins; None without one."""
-    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    return min(found)[1] if found else None
+def choice(reply, request, tokenize, delay):
+    """One choice: the pieces of a reply that the request has room for, and Finish."""
+    with closing(spoken(reply, tokenize)) as source:
+        pieces = paced(source, delay) if delay else source
+        if request.get("parallel_tool_calls") is False or is_legacy(request):
+            pieces = one_call(pieces)
+        limits = request.get("max_tokens"), request.get("max_completion_tokens")
+        if limits != (None, None):
+            pieces = up_to(pieces, min(limit for limit in limits if limit is not None))
+        if request["stop"]:
+            pieces = until_stop(pieces, request["stop"])
+        # subtle: `yield from` hands a close() on to the outermost stage, and a `for` to
+        # none.  The stages between have nothing to close; the source has: `closing`.
+        yield from pieces
 
 
-def longest_start(text, stops):
-    """The length of the longest tail of `text` with which a stop could begin."""
-    return max((length for stop in stops for length in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:length])), default=0)
-
-
-def split_tokens(tokens, length, whole=False):
-    """The tokens of the first `length` characters, and the rest.
-
-    A token that lies across is cut in two, or goes to the rest where it is to stay whole.
-    """
-    for i, token in enumerate(tokens):
-        if len(token) > length:
-            if whole or not length:
-                return tokens[:i], tokens[i:]
-            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
-        length -= len(token)
-    return tokens, []
+USAGE_DETAILS = {
+    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0,
+                                  "accepted_prediction_tokens": 0,
+                                  "rejected_prediction_tokens": 0},
+}
 
 
 class Usage:
-    """The bill of a reply: its prompts, each counted once, and the tokens of its choices."""
+    """The bill of a reply: its prompts, each once, and the tokens of its choices."""
 
     def __init__(self, prompt_tokens, corrections=()):
         self.prompt_tokens, self.completion_tokens = prompt_tokens, 0
@@ -1459,20 +1527,17 @@ class Usage:
         return {**self.counters(), **USAGE_DETAILS, **self.corrections}
 
 
-USAGE_DETAILS = {
-    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0,
-                                  "accepted_prediction_tokens": 0,
-                                  "rejected_prediction_tokens": 0},
-}
-
-
 # ----------------------------------------------------------------------------------
 # Chunks.  One dict per piece, as it stands on the wire.  What a request without
 # "stream" gets is `fold` of the very same chunks, so the two forms cannot disagree.
 
+def wants_usage(request):
+    options = request["stream_options"] or {}
+    return not request["stream"] or bool(options.get("include_usage"))
+
+
 def envelope(request, object):
-    """What all the chunks of a reply have in common; the one place that asks the clock."""
+    """What all the chunks of a reply have in common; here alone the clock is asked."""
     whole = {"id": request["id"], "object": object, "created": int(time.time()),
              "model": request["model"], "system_fingerprint": "fp_openai_compat"}
     if request["endpoint"] == "chat":
@@ -1481,10 +1546,6 @@ def envelope(request, object):
     if wants_usage(request):
         whole["usage"] = None           # the API says so in every chunk but the last
     return whole
-
-
-def wants_usage(request):
-    return bool((request["stream_options"] or {}).get("include_usage")) or not request["stream"]
 
 
 def in_turn(choices):
@@ -1502,43 +1563,38 @@ def in_turn(choices):
                 yield index, item
 
 
-def chat_chunks(request, choices, usage):
-    """Choices -> chat.completion.chunk dicts, and one with the usage if that is wanted."""
-    common = envelope(request, "chat.completion.chunk")
-    deltas = [chat_deltas(request, pieces, usage) for pieces in choices]
-    for index, (delta, logprobs, reason) in in_turn(deltas):
-        yield {**common, "choices": [{"index": index, "delta": delta,
-                                      "logprobs": logprobs, "finish_reason": reason}]}
-    if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.details()}
+# Log probabilities are made up: no model, so each candidate is half as likely as the
+# one before, and the token that was taken is the first.
+OTHER_TOKENS = [" the", ",", ".", " and", " of", " to", " a", " in", " is", " it",
+                " that", " for", " was", " on", " with", " as", " be", " at", " by",
+                " this", " we"]
 
 
-def chat_deltas(request, pieces, usage):
-    """(delta, logprobs, finish_reason) per chunk of one choice; the first holds the role.
+def candidates(token, count):
+    """(token, logprob) of the token itself and the next likely, `count` in all."""
+    others = [other for other in OTHER_TOKENS if other != token]
+    return [(each, round(-math.log(2) * place, 6))
+            for place, each in enumerate([token, *others][:max(count, 1)], 1)]
 
-    The first piece is taken before the role goes out: what fails there gets a status.
-    """
-    calls = 0
-    top = (request["top_logprobs"] or 0) if request["logprobs"] else None
-    opened = False
-    for piece in pieces:
-        if not opened:
-            opened = True
-            yield opening(piece), None if top is None else NO_LOGPROBS, None
-        if type(piece) is Finish:
-            legacy = piece == "tool_calls" and is_legacy(request)
-            yield {}, None, "function_call" if legacy else str(piece)
-            return
-        usage.completion_tokens += len(piece)
-        if type(piece) is Call:
-            for delta in call_deltas(request, piece, calls):
-                yield delta, None, None
-            calls += 1
-            continue
-        field = "refusal" if type(piece) is Refusal else "content"
-        logprobs = None if top is None else {
-            **NO_LOGPROBS, field: [chat_logprob(token, top) for token in piece]}
-        yield {field: "".join(piece)}, logprobs, None
+
+def chat_logprob(token, top):
+    entries = [{"token": each, "logprob": logprob,
+                "bytes": list(each.encode("utf-8", "surrogatepass"))}
+               for each, logprob in candidates(token, top)]
+    return {**entries[0], "top_logprobs": entries if top else []}
+
+
+def text_logprobs(tokens, top, offset, first=False):
+    """Four parallel arrays, if wanted; a prompt's first token has no probability."""
+    if top is None:
+        return None
+    likely = [dict(candidates(token, top)) for token in tokens]
+    taken = [entry[token] for token, entry in zip(tokens, likely)]
+    if first and tokens:
+        taken[0] = likely[0] = None
+    offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
+    return {"tokens": tokens, "token_logprobs": taken, "top_logprobs": likely,
+            "text_offset": list(offsets)[:len(tokens)]}
 
 
 NO_LOGPROBS = {"content": [], "refusal": None}
@@ -1562,8 +1618,63 @@ def call_deltas(request, call, index):
     field = CALL_INPUT[kind]
     yield {"tool_calls": [{"index": index, "id": call.id, "type": kind,
                            kind: {"name": call.name, field: ""}}]}
-    for token in call or ["{}"] * (kind == "function"):     # "" is no JSON: clients stumble
+    for token in call or ["{}"] * (kind == "function"):     # "" is no JSON to clients
         yield {"tool_calls": [{"index": index, kind: {field: token}}]}
+
+
+def chat_deltas(request, pieces, usage):
+    """(delta, logprobs, finish_reason) per chunk of one choice; first comes the role.
+
+    The first piece is taken before the role goes out: what fails there gets a status.
+    """
+    top = (request["top_logprobs"] or 0) if request["logprobs"] else None
+    calls = 0
+    for i, piece in enumerate(pieces):
+        if i == 0:
+            yield opening(piece), None if top is None else NO_LOGPROBS, None
+        if type(piece) is Finish:
+            legacy = piece == "tool_calls" and is_legacy(request)
+            yield {}, None, "function_call" if legacy else str(piece)
+            return
+        usage.completion_tokens += len(piece)
+        if type(piece) is Call:
+            for delta in call_deltas(request, piece, calls):
+                yield delta, None, None
+            calls += 1
+            continue
+        field = "refusal" if type(piece) is Refusal else "content"
+        logprobs = None if top is None else {
+            **NO_LOGPROBS, field: [chat_logprob(token, top) for token in piece]}
+        yield {field: "".join(piece)}, logprobs, None
+
+
+def chat_chunks(request, choices, usage):
+    """Choices -> chat.completion.chunk dicts, then one with the usage if wanted."""
+    common = envelope(request, "chat.completion.chunk")
+    deltas = [chat_deltas(request, pieces, usage) for pieces in choices]
+    for index, (delta, logprobs, reason) in in_turn(deltas):
+        yield {**common, "choices": [{"index": index, "delta": delta,
+                                      "logprobs": logprobs, "finish_reason": reason}]}
+    if wants_usage(request):
+        yield {**common, "choices": [], "usage": usage.details()}
+
+
+def completion_texts(request, prompt, pieces, usage):
+    """(text, logprobs, finish_reason) per chunk of one choice; `prompt`: its tokens."""
+    offset, top = len("".join(prompt)), request["logprobs"]
+    for i, piece in enumerate(pieces):
+        if i == 0 and request["echo"]:
+            yield "".join(prompt), text_logprobs(prompt, top, 0, first=True), None
+        if isinstance(piece, Finish):
+            yield "", text_logprobs([], top, offset), str(piece)
+            return
+        if type(piece) is not list:
+            raise backend_fault("a tool call or a refusal has no place in a text "
+                                "completion: this backend is for chat")
+        usage.completion_tokens += len(piece)
+        text = "".join(piece)
+        yield text, text_logprobs(piece, top, offset), None
+        offset += len(text)
 
 
 def completion_chunks(request, choices, usage):
@@ -1573,83 +1684,44 @@ def completion_chunks(request, choices, usage):
     texts = [completion_texts(request, request["prompts"][i // best_of], pieces, usage)
              for i, pieces in enumerate(choices)]
     for i, (text, logprobs, reason) in in_turn(texts):
-        if i % best_of < n:
-            yield {**common, "choices": [{"text": text, "index": i // best_of * n + i % best_of,
-                                          "logprobs": logprobs, "finish_reason": reason}]}
+        prompt, rank = divmod(i, best_of)
+        if rank < n:
+            yield {**common, "choices": [{"text": text, "index": prompt * n + rank,
+                                          "logprobs": logprobs,
+                                          "finish_reason": reason}]}
     if wants_usage(request):
         yield {**common, "choices": [], "usage": usage.counters()}
 
 
-def completion_texts(request, prompt, pieces, usage):
-    """(text, logprobs, finish_reason) per chunk of one choice; `prompt`: its tokens."""
-    offset, top = len("".join(prompt)), request["logprobs"]
-    for i, piece in enumerate(pieces):
-        if i == 0 and request["echo"]:
-            logprobs = None if top is None else text_logprobs(prompt, top, 0, first=True)
-            yield "".join(prompt), logprobs, None
-        if isinstance(piece, Finish):
-            yield "", None if top is None else text_logprobs([], top, offset), str(piece)
-            return
-        if type(piece) is not list:
-            raise backend_fault("a tool call or a refusal has no place in a text "
-                                "completion: this backend is for chat")
-        usage.completion_tokens += len(piece)
-        logprobs = None if top is None else text_logprobs(piece, top, offset)
-        text = "".join(piece)
-        offset += len(text)
-        yield text, logprobs, None
+def joined(texts):
+    """The texts as one; None if none of them is a text."""
+    texts = [text for text in texts if text is not None]
+    return "".join(texts) if texts else None
 
 
-# Log probabilities are made up: no model, so each candidate is half as likely as the
-# one before, and the token that was taken is the first.
-OTHER_TOKENS = [" the", ",", ".", " and", " of", " to", " a", " in", " is", " it", " that",
-                " for", " was", " on", " with", " as", " be", " at", " by", " this", " we"]
+def joined_logprobs(parts):
+    """The arrays of each field, one after another; None without any."""
+    if not parts:
+        return None
+    whole = {field: [entry for part in parts for entry in part[field] or ()]
+             for field in parts[0]}
+    if whole.get("refusal") == []:      # of a text completion there is none
+        whole["refusal"] = None
+    return whole
 
 
-def candidates(token, count):
-    """(token, logprob) of the token itself and the next likely, `count` in all."""
-    others = [other for other in OTHER_TOKENS if other != token]
-    return [(each, round(-math.log(2) * place, 6))
-            for place, each in enumerate([token, *others][:max(count, 1)], 1)]
+def joined_call(first, *fragments):
+    kind, field = first["type"], CALL_INPUT[first["type"]]
+    text = joined(fragment[kind][field] for fragment in fragments)
+    return {"id": first["id"], "type": kind, kind: {**first[kind], field: text or ""}}
 
 
-def chat_logprob(token, top):
-    entries = [{"token": each, "logprob": logprob,
-                "bytes": list(each.encode("utf-8", "surrogatepass"))}
-               for each, logprob in candidates(token, top)]
-    return {**entries[0], "top_logprobs": entries if top else []}
-
-
-def text_logprobs(tokens, top, offset, first=False):
-    """The four parallel arrays; the very first token of a prompt has no probability."""
-    likely = [dict(candidates(token, top)) for token in tokens]
-    offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
-    logprobs = {"tokens": tokens, "token_logprobs": [entry[token] for token, entry
-                                                     in zip(tokens, likely)],
-                "top_logprobs": likely, "text_offset": list(offsets)[:len(tokens)]}
-    if first and tokens:
-        logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
-    return logprobs
-
-
-def fold(chunks):
-    """The chunks of one stream -> the completion that they spell."""
-    choices = {}                        # index: {field: all that was said of it, in order}
-    for chunk in chunks:
-        for part in chunk["choices"]:
-            said = choices.setdefault(part["index"], {"logprobs": []})
-            if part["logprobs"] is not None:
-                said["logprobs"].append(part["logprobs"])
-            for field, value in (part["delta"] if "delta" in part else part).items():
-                if field not in said:
-                    said[field] = []
-                if field != "logprobs":
-                    said[field].append(value)
-            said["end"] = part["finish_reason"]
-    usage = chunk.pop("usage")
-    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
-            "choices": [fold_choice(index, choices[index]) for index in sorted(choices)],
-            "usage": usage}
+def joined_calls(deltas):
+    """An opening per call and fragments after it -> the calls, without their index."""
+    calls = collections.defaultdict(list)
+    for delta in deltas:
+        calls[delta["index"]].append(delta)
+    return [joined_call(*calls[index]) for index in sorted(calls)]
 
 
 def fold_choice(index, said):
@@ -1668,31 +1740,22 @@ def fold_choice(index, said):
     return {"index": index, "message": message, **ends}
 
 
-def joined(texts):
-    """The texts as one; None if none of them is a text."""
-    texts = [text for text in texts if text is not None]
-    return "".join(texts) if texts else None
-
-
-def joined_logprobs(parts):
-    """The arrays of each field, one after another; None without any."""
-    return {field: list(itertools.chain.from_iterable(part[field] or () for part in parts))
-            or (None if field == "refusal" else [])
-            for field in parts[0]} if parts else None
-
-
-def joined_calls(deltas):
-    """An opening per call and the fragments after it -> the calls, without their index."""
-    calls = collections.defaultdict(list)
-    for delta in deltas:
-        calls[delta["index"]].append(delta)
-    return [joined_call(*calls[index]) for index in sorted(calls)]
-
-
-def joined_call(first, *fragments):
-    kind, field = first["type"], CALL_INPUT[first["type"]]
-    text = joined(fragment[kind][field] for fragment in fragments)
-    return {"id": first["id"], "type": kind, kind: {**first[kind], field: text or ""}}
+def fold(chunks):
+    """The chunks of one stream -> the completion that they spell."""
+    choices = {}                        # index: {field: all that was said of it}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            said = choices.setdefault(part["index"], collections.defaultdict(list))
+            delta = part["delta"] if "delta" in part else {"text": part["text"]}
+            for field, value in delta.items():
+                said[field].append(value)
+            if part["logprobs"] is not None:
+                said["logprobs"].append(part["logprobs"])
+            said["end"] = part["finish_reason"]
+    usage = chunk.pop("usage")
+    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
+            "choices": [fold_choice(*each) for each in sorted(choices.items())],
+            "usage": usage}
 
 
 # ----------------------------------------------------------------------------------
@@ -1700,9 +1763,11 @@ def joined_call(first, *fragments):
 # body.  A streamed reply's writes are server-sent events (WHATWG HTML, section 9.2).
 
 class Answer:
-    """A status, headers (lower-case names), and a body: bytes, or an iterable of writes.
+    """What goes onto the wire in reply to one request.
 
-    A write goes out at once; where all writes are `at_hand`, several may share a send.
+    status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
+    writes, bytes each, that go out at once, one send each.  at_hand: no write has to be
+    waited for, so several may share a send.
     """
 
     def __init__(self, status, headers, body=b"", at_hand=False):
@@ -1731,10 +1796,17 @@ def event(value):
 
 
 def events(chunks):
-    """Chunks -> the bytes of their events, then [DONE], the only proof of completeness."""
+    """Chunks -> the bytes of their events, then [DONE], the one proof of an end."""
     for chunk in chunks:
         yield event(chunk)
     yield DONE
+
+
+def counting(writes, exchange):
+    """The same writes; their events are counted."""
+    for write in writes:
+        yield write
+        exchange.events += write.count(b"\n\n")
 
 
 # ----------------------------------------------------------------------------------
@@ -1742,42 +1814,46 @@ def events(chunks):
 # what is said wraps the chunks; one that is about the wire wraps the writes, where one
 # yield is one send.  `k` is how many events come first where a place matters.
 
-class Cut(Exception):
-    """Ends a reply on the wire: Cut("fin" | "reset" | "stall")."""
+class Cut(BaseException):
+    """Ends a reply on the wire: Cut("fin" | "reset" | "stall").  No error either."""
 
 
-class Instead(Exception):
+class Instead(BaseException):
     """Another answer in the place of this one: Instead(answer)."""
 
 
-def parse_quirk(text):
-    """"stall@3" -> ("stall", 3), two events where no number is given; None -> none."""
-    if text is None:
-        return None, 0
-    name, at, place = str(text).partition("@")
-    if name not in QUIRKS or at and not (place.isascii() and place.isdigit()):
-        raise ValueError(f"no quirk {text!r}; there are: {', '.join(QUIRKS)}")
-    return name, int(place) if at else 2
+def each_part(doc, change):
+    """A quirk that changes the parts of all chunks, one for each choice, in place."""
+    def quirk(chunks, k):
+        for chunk in chunks:
+            for part in chunk["choices"]:
+                change(part)
+            yield chunk
+    quirk.__doc__ = doc
+    return quirk
 
 
-def _parts(chunk):
-    return [part for part in chunk["choices"] if "delta" in part]
+def each_write(doc, change):
+    """A quirk that changes every write: change(its number from 0, the write, k)."""
+    def quirk(writes, k):
+        for i, write in enumerate(writes):
+            yield change(i, write, k)
+    quirk.__doc__ = doc
+    return quirk
 
 
-def no_role(chunks, k):
-    """The first delta of a choice does not say who speaks."""
-    for chunk in chunks:
-        for part in _parts(chunk):
-            part["delta"].pop("role", None)
-        yield chunk
+def after(doc, end=None):
+    """A quirk that lets k writes pass and then raises `end()`, or just ends."""
+    def quirk(writes, k):
+        yield from itertools.islice(writes, k)
+        if end:
+            raise end()
+    quirk.__doc__ = doc
+    return quirk
 
 
-def role_every(chunks, k):
-    """Every delta says who speaks."""
-    for chunk in chunks:
-        for part in _parts(chunk):
-            part["delta"] = {"role": "assistant", **part["delta"]}
-        yield chunk
+def tool_calls(part):
+    return part.get("delta", {}).get("tool_calls", ())
 
 
 def usage_always(chunks, k):
@@ -1790,29 +1866,12 @@ def usage_always(chunks, k):
         yield {**chunk, "choices": [], "usage": usage}
 
 
-def no_finish(chunks, k):
-    """Neither a finish_reason nor, see below, [DONE]: the stream just ends."""
-    for chunk in chunks:
-        for part in chunk["choices"]:
-            part["finish_reason"] = None
-        yield chunk
-
-
-def missing_tool_index(chunks, k):
-    """Fragments of tool calls do not say to which call they belong."""
-    for chunk in chunks:
-        for part in _parts(chunk):
-            for call in part["delta"].get("tool_calls", ()):
-                call.pop("index")
-        yield chunk
-
-
 def duplicate_tool_id(chunks, k):
     """Each fragment of a tool call repeats the call's id and name."""
     opened = {}
     for chunk in chunks:
-        for part in _parts(chunk):
-            for call in part["delta"].get("tool_calls", ()):
+        for part in chunk["choices"]:
+            for call in tool_calls(part):
                 kind = "custom" if "custom" in call else "function"
                 first = opened.setdefault((part["index"], call["index"]), call)
                 call.update(id=first["id"], type=kind)
@@ -1820,46 +1879,23 @@ def duplicate_tool_id(chunks, k):
         yield chunk
 
 
-def comment(writes, k):
-    """A comment block before each event."""
-    for write in writes:
-        yield b": comment\n\n" + write
-
-
-def crlf(writes, k):
-    """Lines that end with CR LF."""
-    for write in writes:
-        yield write.replace(b"\n", b"\r\n")
-
-
-def no_space(writes, k):
-    """No space after the colon."""
-    for write in writes:
-        yield write.replace(b"data: ", b"data:", 1)
-
-
-def bom(writes, k):
-    """A byte order mark at the start."""
-    for i, write in enumerate(writes):
-        yield b"\xef\xbb\xbf" + write if i == 0 else write
-
-
-def id_field(writes, k):
-    """An id in each event, and comment blocks, on which old SDKs dispatch nothing."""
-    for i, write in enumerate(writes):
-        yield b"id: %d\n%s: comment\n\n" % (i, write)
-
-
-def retry_block(writes, k):
-    """Blocks with a retry field and no data."""
-    for write in writes:
-        yield b"retry: 1000\n\n" + write
-
-
-def empty_data(writes, k):
-    """Events whose data is empty."""
-    for write in writes:
-        yield b"data:\n\n" + write
+CHUNK_QUIRKS = {
+    "no_role": each_part(
+        "The first delta of a choice does not say who speaks.",
+        lambda part: part.get("delta", {}).pop("role", None)),
+    "role_every": each_part(
+        "Every delta says who speaks.",
+        lambda part: "delta" in part and part.update(
+            delta={"role": "assistant", **part["delta"]})),
+    "usage_always": usage_always,
+    "no_finish": each_part(
+        "Neither a finish_reason nor, see below, [DONE]: the stream just ends.",
+        lambda part: part.update(finish_reason=None)),
+    "missing_tool_index": each_part(
+        "Fragments of tool calls do not say to which call they belong.",
+        lambda part: [call.pop("index") for call in tool_calls(part)]),
+    "duplicate_tool_id": duplicate_tool_id,
+}
 
 
 def split_bytes(writes, k):
@@ -1876,44 +1912,13 @@ def one_write(writes, k):
 
 def no_done(writes, k):
     """All but [DONE]."""
-    for write in writes:
-        if write != DONE:
-            yield write
+    yield from (write for write in writes if write != DONE)
 
 
 def no_terminator(writes, k):
     """Closed without the last transfer chunk."""
     yield from writes
     raise Cut("fin")
-
-
-def bad_json(writes, k):
-    """One event cut short in its JSON."""
-    for i, write in enumerate(writes):
-        yield write[:len(write) // 2] + b"\n\n" if i == k else write
-
-
-def error_event(writes, k):
-    """An error in the place of the rest."""
-    yield from itertools.islice(writes, k)
-    raise server_error()
-
-
-def truncate(writes, k):
-    """Closed cleanly, as if complete."""
-    yield from itertools.islice(writes, k)
-
-
-def stall(writes, k):
-    """Silence until the client leaves."""
-    yield from itertools.islice(writes, k)
-    raise Cut("stall")
-
-
-def reset(writes, k):
-    """A TCP reset."""
-    yield from itertools.islice(writes, k)
-    raise Cut("reset")
 
 
 def html_502(writes, k):
@@ -1923,106 +1928,60 @@ def html_502(writes, k):
     yield
 
 
-CHUNK_QUIRKS = {quirk.__name__: quirk for quirk in (
-    no_role, role_every, usage_always, no_finish, missing_tool_index, duplicate_tool_id)}
-WRITE_QUIRKS = {quirk.__name__: quirk for quirk in (
-    comment, crlf, no_space, bom, id_field, retry_block, empty_data, split_bytes, one_write,
-    no_done, no_terminator, bad_json, error_event, truncate, stall, reset, html_502)}
-WRITE_QUIRKS["no_finish"] = no_done     # its other half
+WRITE_QUIRKS = {
+    "comment": each_write("A comment block before each event.",
+                          lambda i, write, k: b": comment\n\n" + write),
+    "crlf": each_write("Lines that end with CR LF.",
+                       lambda i, write, k: write.replace(b"\n", b"\r\n")),
+    "no_space": each_write("No space after the colon.",
+                           lambda i, write, k: write.replace(b"data: ", b"data:", 1)),
+    "bom": each_write("A byte order mark at the start.",
+                      lambda i, write, k: write if i else codecs.BOM_UTF8 + write),
+    "id_field": each_write(
+        "An id in each event, and comment blocks, on which old SDKs dispatch nothing.",
+        lambda i, write, k: b"id: %d\n%s: comment\n\n" % (i, write)),
+    "retry_block": each_write("Blocks with a retry field and no data.",
+                              lambda i, write, k: b"retry: 1000\n\n" + write),
+    "empty_data": each_write("Events whose data is empty.",
+                             lambda i, write, k: b"data:\n\n" + write),
+    "split_bytes": split_bytes,
+    "one_write": one_write,
+    "no_done": no_done,
+    "no_finish": no_done,               # its other half
+    "no_terminator": no_terminator,
+    "bad_json": each_write(
+        "One event cut short in its JSON.",
+        lambda i, write, k: write[:len(write) // 2] + b"\n\n" if i == k else write),
+    "error_event": after("An error in the place of the rest.", server_error),
+    "truncate": after("Closed cleanly, as if complete."),
+    "stall": after("Silence until the client leaves.", lambda: Cut("stall")),
+    "reset": after("A TCP reset.", lambda: Cut("reset")),
+    "html_502": html_502,
+}
 QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
 # What is not about events happens to a whole reply too, before its first byte.
 WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
 
 
+def parse_quirk(text):
+    """"stall@3" -> ("stall", 3), two events where no number is given; None -> none."""
+    if text is None:
+        return None, 0
+    name, at, place = str(text).partition("@")
+    if name not in QUIRKS or at and not (place.isascii() and place.isdigit()):
+        raise ValueError(f"no quirk {text!r}; there are: {', '.join(QUIRKS)}")
+    return name, int(place) if at else 2
+
+
 # ----------------------------------------------------------------------------------
-# Relay and replay.  Backends that give whole answers: they have `answer` in the place of
-# pieces.  A relay passes on what another server says, as it says it, and can keep a tape
-# of it, one exchange a line; a replay answers from such a tape.
+# Relay and replay.  Backends that give whole answers: they have `answer` in the place
+# of pieces.  A relay passes on what another server says, as it says it, and can keep a
+# tape of it, one exchange a line; a replay answers from such a tape.
 
-class Relay:
-    """Passes requests on to another OpenAI-compatible server: Relay("http://gpu:8000/v1").
-
-    api_key: for that server; without one the client's own is passed on, unless it was
-    meant for us.  record: the path of a tape, to which complete exchanges are appended.
-    """
-
-    model = "relay"
-
-    def __init__(self, base_url, api_key=None, record=None):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{base_url!r} is not the URL of a server")
-        self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
-        self._parts, self._lock = urlsplit(self.base_url), threading.Lock()
-        if record:
-            open(record, "ab").close()          # if it cannot be written, say so now
-
-    def answer(self, exchange):
-        connection = self.connect()
-        exchange.sources.append(connection.sock)    # closed with the exchange, however it ends
-        try:
-            connection.request(exchange.method, self._parts.path + exchange.route,
-                               exchange.content or None, self.headers(exchange))
-            connection.sock = watched = Watched(connection.sock)
-            response = connection.getresponse()
-            if watched.ended:           # http.client takes half a head for a whole one
-                raise OSError("it was cut off")
-        except (OSError, http.client.HTTPException) as error:
-            raise self.unreachable(error) from None
-        headers = {name.lower(): value for name, value in response.getheaders()
-                   if RETURNED.fullmatch(name.lower())}
-        if headers.get("content-type", "").startswith("text/event-stream"):
-            headers = {**EVENT_STREAM, **headers}
-        writes = counting(blocks(response), exchange)
-        if self.tape:
-            writes = self.recorded(writes, exchange, response.status, headers)
-        return Answer(response.status, headers, writes)
-
-    def connect(self):
-        kind = (http.client.HTTPSConnection if self._parts.scheme == "https"
-                else http.client.HTTPConnection)
-        connection = kind(self._parts.hostname, self._parts.port, timeout=10)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise self.unreachable(error) from None
-        return connection
-
-    def headers(self, exchange):
-        passed = {name: value for name, value in {**exchange.headers, **exchange.secrets}.items()
-                  if PASSED_ON.fullmatch(name)}
-        if exchange.keyed:              # with a key of ours, which is nobody else's business
-            passed.pop("authorization", None)
-        if self.api_key:
-            passed["authorization"] = f"Bearer {self.api_key}"
-        return {**passed, "content-type": "application/json", "accept-encoding": "identity"}
-
-    def unreachable(self, error):
-        return APIError(502, f"The upstream at {self.base_url} cannot be reached: {error}.",
-                        code="upstream_unreachable")
-
-    def recorded(self, writes, exchange, status, headers):
-        """The same writes; when all have passed, the exchange goes onto the tape."""
-        kept, last = [], time.monotonic()
-        for write in writes:
-            now = time.monotonic()
-            kept.append([round(now - last, 4), as_text(write)])
-            yield write
-            last = time.monotonic()
-        self.append({"request": asked_for(exchange), "status": status, "headers": headers,
-                     "writes": kept})
-
-    def append(self, recording):
-        """A whole line or nothing: a disk that is full leaves no half of one."""
-        line = to_json(recording) + b"\n"
-        try:
-            with self._lock, open(self.tape, "ab", buffering=0) as tape:
-                size = tape.seek(0, os.SEEK_END)
-                if write_some(tape, line) < len(line):
-                    tape.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            log.error("An exchange was not recorded on %s: %s", self.tape, error)
+PASSED_ON = re.compile("authorization|accept|user-agent|idempotency-key"
+                       "|openai-.*|x-stainless-.*")
+RETURNED = re.compile("content-type|x-request-id|retry-after(-ms)?|x-should-retry"
+                      "|x-ratelimit-.*|openai-.*")
 
 
 def write_some(file, block):
@@ -2033,13 +1992,8 @@ def write_some(file, block):
         return 0
 
 
-PASSED_ON = re.compile("authorization|accept|user-agent|idempotency-key|openai-.*|x-stainless-.*")
-RETURNED = re.compile("content-type|x-request-id|retry-after(-ms)?|x-should-retry"
-                      "|x-ratelimit-.*|openai-.*")
-
-
 class Watched(io.RawIOBase):
-    """A socket to read from, as http.client wants it, whose reads end when our client leaves."""
+    """A socket for http.client to read from; a read ends when our client leaves."""
 
     def __init__(self, sock):
         self.sock, self.ended = sock, False
@@ -2075,20 +2029,13 @@ def blocks(response):
         if not block:
             break
         yield block
-    if response.length:                         # that many bytes were promised, and not sent
+    if response.length:                 # that many bytes were promised, and not sent
         raise Cut("fin")
 
 
 def asked_for(exchange):
     """What tells one request from another on a tape."""
     return {"method": exchange.method, "path": exchange.route, "body": exchange.body}
-
-
-def counting(writes, exchange):
-    """The same writes; their events are counted."""
-    for write in writes:
-        yield write
-        exchange.events += write.count(b"\n\n")
 
 
 def as_text(write):
@@ -2101,6 +2048,100 @@ def as_text(write):
 
 def as_bytes(text):
     return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
+
+
+class Relay:
+    """Passes requests on to another such server: Relay("http://gpu:8000/v1").
+
+    api_key: for that server; without one the client's own is passed on, unless it was
+    meant for us.  record: the path of a tape, to which complete exchanges are appended.
+    """
+
+    model = "relay"
+
+    def __init__(self, base_url, api_key=None, record=None):
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{base_url!r} is not the URL of a server")
+        self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
+        self._upstream, self._lock = urlsplit(self.base_url), threading.Lock()
+        if record:
+            open(record, "ab").close()          # if it cannot be written, say so now
+
+    def unreachable(self, error):
+        return APIError(502, f"The upstream at {self.base_url} cannot be reached: "
+                             f"{error}.", code="upstream_unreachable")
+
+    def connect(self):
+        kind = (http.client.HTTPSConnection if self._upstream.scheme == "https"
+                else http.client.HTTPConnection)
+        connection = kind(self._upstream.hostname, self._upstream.port, timeout=10)
+        try:
+            connection.connect()
+        except OSError as error:
+            raise self.unreachable(error) from None
+        return connection
+
+    def headers(self, exchange):
+        given = {**exchange.headers, **exchange.secrets}
+        passed = {name: given[name] for name in given if PASSED_ON.fullmatch(name)}
+        if exchange.keyed:      # with a key of ours, which is nobody else's business
+            passed.pop("authorization", None)
+        if self.api_key:
+            passed["authorization"] = f"Bearer {self.api_key}"
+        return {**passed, **JSON, "accept-encoding": "identity"}
+
+    def append(self, recording):
+        """A whole line or nothing: a disk that is full leaves no half of one."""
+        line = to_json(recording) + b"\n"
+        try:
+            with self._lock, open(self.tape, "ab", buffering=0) as tape:
+                size = tape.seek(0, os.SEEK_END)
+                if write_some(tape, line) < len(line):
+                    tape.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            log.error("An exchange was not recorded on %s: %s", self.tape, error)
+
+    def recorded(self, writes, exchange, status, headers):
+        """The same writes; when all have passed, the exchange goes onto the tape."""
+        kept, last = [], time.monotonic()
+        for write in writes:
+            now = time.monotonic()
+            kept.append([round(now - last, 4), as_text(write)])
+            yield write
+            last = time.monotonic()
+        self.append({"request": asked_for(exchange), "status": status,
+                     "headers": headers, "writes": kept})
+
+    def answer(self, exchange):
+        connection = self.connect()
+        exchange.sources.append(connection.sock)    # closed when the exchange ends
+        try:
+            connection.request(exchange.method, self._upstream.path + exchange.route,
+                               exchange.content or None, self.headers(exchange))
+            connection.sock = watched = Watched(connection.sock)
+            response = connection.getresponse()
+            if watched.ended:           # http.client takes half a head for a whole one
+                raise OSError("it was cut off")
+        except (OSError, http.client.HTTPException) as error:
+            raise self.unreachable(error) from None
+        headers = {name.lower(): value for name, value in response.getheaders()
+                   if RETURNED.fullmatch(name.lower())}
+        if headers.get("content-type", "").startswith("text/event-stream"):
+            headers = {**EVENT_STREAM, **headers}
+        writes = counting(blocks(response), exchange)
+        if self.tape:
+            writes = self.recorded(writes, exchange, response.status, headers)
+        return Answer(response.status, headers, writes)
+
+
+def likeness(a, b):
+    """How many fields two requests have in common."""
+    fields, others = a["body"], b["body"]
+    if a["path"] != b["path"] or not type(fields) is type(others) is dict:
+        return 0
+    return 1 + sum(others.get(name, ABSENT) == fields[name] for name in fields)
 
 
 class Replay:
@@ -2119,15 +2160,35 @@ class Replay:
             for number, line in enumerate(lines, 1):
                 try:
                     recording = json.loads(line)
-                    key, _ = self.key(**recording["request"]), recording["headers"].items()
+                    key = self.key(**recording["request"])
+                    recording["headers"].items()
                     recording["status"] + sum(pause for pause, _ in recording["writes"])
                     self.recordings[key].append((number, recording))
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"line {number} of {tape} is no whole recording") from None
+                    raise ValueError(
+                        f"line {number} of {tape} is no whole recording") from None
 
     @staticmethod
     def key(method, path, body):
         return method, path, json.dumps(body, sort_keys=True)
+
+    def unknown(self, wanted):
+        """A 404 that tells how the nearest recording differs."""
+        rows = [(number, recording["request"]) for waiting in self.recordings.values()
+                for number, recording in waiting]
+        if not rows:
+            return APIError(404, "The tape is empty.", code="not_recorded")
+        number, nearest = max(rows, key=lambda row: likeness(row[1], wanted))
+        path, recorded, got = first_difference(nearest, wanted) or first_difference(
+            wanted, nearest) or ("", nearest, wanted)
+        return APIError(404, "No recording of this request; the nearest is line "
+                        f"{number} of the tape, where {path} is {brief(recorded)}, not "
+                        f"{brief(got)}.", code="not_recorded")
+
+    def played(self, writes):
+        for pause, text in writes:
+            wait(pause / self.speed if self.speed else 0)
+            yield as_bytes(text)
 
     def answer(self, exchange):
         with self._lock:
@@ -2139,123 +2200,26 @@ class Replay:
         writes = counting(self.played(recording["writes"]), exchange)
         return Answer(recording["status"], recording["headers"], writes)
 
-    def played(self, writes):
-        for pause, text in writes:
-            wait(pause / self.speed if self.speed else 0)
-            yield as_bytes(text)
-
-    def unknown(self, wanted):
-        """A 404 that tells how the nearest recording differs."""
-        rows = [(number, recording["request"]) for waiting in self.recordings.values()
-                for number, recording in waiting]
-        if not rows:
-            return APIError(404, "The tape is empty.", code="not_recorded")
-        number, nearest = max(rows, key=lambda row: likeness(row[1], wanted))
-        path, recorded, got = first_difference(nearest, wanted) or first_difference(
-            wanted, nearest) or ("", nearest, wanted)
-        return APIError(404, f"No recording of this request; the nearest is line {number} of the "
-                        f"tape, where {path} is {brief(recorded)}, not {brief(got)}.",
-                        code="not_recorded")
-
-
-def likeness(a, b):
-    """How many fields two requests have in common."""
-    if a["path"] != b["path"] or type(a["body"]) is not dict or type(b["body"]) is not dict:
-        return 0
-    return 1 + sum(b["body"].get(name, _ABSENT) == value for name, value in a["body"].items())
-
 
 # ----------------------------------------------------------------------------------
 # HTTP.  The server, the threads and the handler class are the standard library's; the
 # reading of a request is ours, for its parser hides what RFC 9112 has us refuse (folded
 # lines, bare line ends, two lengths) and knows no time limit for a request as a whole.
 
-_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % _NAME)
-_FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % _NAME)
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-_HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
-_ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
-_MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
-MOST_HEAD = 65536               # bytes of a request line and its headers
-MOST_TARGET = 8192
+FIELD_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % FIELD_NAME)
+FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % FIELD_NAME)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
+ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
+MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
+MOST_HEAD, MOST_TARGET = 65536, 8192    # bytes: of a request line with its headers
 MOST_HEADERS = 100
 ONCE = {"host", "content-length", "transfer-encoding", "content-type", "authorization"}
-SECRET = {"authorization", "api-key", "proxy-authorization", "cookie"}
-
-
-class Exchange:
-    """One request and what became of it: an entry of the journal.
-
-    method, path: as sent.  headers: lower-case names, keys masked.  body: dict or None.
-    status, events: what went out.  outcome: "complete", "client left", "error", "quirk",
-    or None while it runs.  started: seconds since 1970.  seconds: how long it took.
-    """
-
-    def __init__(self, method="", path="/", version=(1, 1), headers=()):
-        self.method, self.path, self.version = method, path, version
-        self.headers, self.secrets = dict(headers), {}
-        for name in SECRET.intersection(self.headers):
-            self.secrets[name], self.headers[name] = self.headers[name], "***"
-        self.route, self.model = normal_path(path)
-        self.sources = []               # generators and sockets, to be closed at its end
-        self.started, self._clock = time.time(), time.perf_counter()
-
-    content, body = b"", None           # the body as it came, and parsed
-    status = outcome = seconds = quirk = None
-    events, failed, keyed = 0, False, False
-
-    def has_content(self):
-        return ("transfer-encoding" in self.headers
-                or self.headers.get("content-length", "0") != "0")
-
-    def keeps_alive(self):
-        asked = self.headers.get("connection", "").lower()
-        return "close" not in asked and (self.version >= (1, 1) or "keep-alive" in asked)
-
-    def elapsed(self):
-        return time.perf_counter() - self._clock
-
-    def end(self, outcome=None):
-        failed = self.failed or (self.status or 0) >= 400
-        self.outcome = outcome or ("quirk" if self.quirk else "error" if failed else "complete")
-        self.seconds = self.elapsed()
-
-    def close_sources(self):
-        """Nobody reads on: what a reply was made from ends at its next yield."""
-        self.secrets = {}
-        while self.sources:
-            self.sources.pop().close()
-
-    def as_dict(self):
-        return {name: getattr(self, name) for name in (
-            "method", "path", "headers", "body", "status", "events", "outcome", "started",
-            "seconds")}
-
-    def __repr__(self):
-        return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
 
 
 def bad_request(message, status=400):
     return APIError(status, message)
-
-
-@functools.lru_cache(maxsize=32)        # a client's heads are the same to the letter
-def parse_head(head):
-    """The lines of a request before its blank line, understood (RFC 9112, 2 to 5).
-
-    Example: b"GET /v1 HTTP/1.1\r\nHost: x" -> ("GET", "/v1", (1, 1), {"host": "x"})
-    """
-    first, *lines = head.split(b"\r\n")
-    match = _REQUEST_LINE.fullmatch(first)
-    if not match:
-        raise bad_request("The request line is malformed.")
-    method, target, *version = match.groups()
-    if len(target) > MOST_TARGET:
-        raise bad_request("The target of the request is too long.", 414)
-    if version[0] != b"1":
-        raise bad_request("Only HTTP/1.0 and HTTP/1.1 are spoken here.", 505)
-    return addressed(method.decode(), target.decode(), (1, int(version[1])), parse_fields(lines))
 
 
 def parse_fields(lines):
@@ -2264,10 +2228,11 @@ def parse_fields(lines):
         raise bad_request(f"More than {MOST_HEADERS} headers.", 431)
     fields = {}
     for line in lines:
-        match = _FIELD_LINE.fullmatch(line)
+        match = FIELD_LINE.fullmatch(line)
         if not match:
             raise bad_request("A header line is malformed.")
-        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+        name = match[1].decode().lower()
+        value = match[2].strip(b" \t").decode("latin-1")
         if name in fields:
             if name in ONCE:
                 raise bad_request(f"More than one {name} header.")
@@ -2278,23 +2243,48 @@ def parse_fields(lines):
 
 def addressed(method, target, version, fields):
     """The same, with a target in one of its other forms put right (RFC 9112, 3.2)."""
-    if not _HOST.fullmatch(fields.get("host", "" if version < (1, 1) else " ")):
+    if not HOST.fullmatch(fields.get("host", "" if version < (1, 1) else " ")):
         raise bad_request("An HTTP/1.1 request has to have one valid Host header.")
-    absolute = _ABSOLUTE.fullmatch(target)              # the form that is meant for proxies
-    if absolute and _HOST.fullmatch(absolute[1]):
+    absolute = ABSOLUTE.fullmatch(target)       # the form that is meant for proxies
+    if absolute and HOST.fullmatch(absolute[1]):
         fields["host"], target = absolute[1], "/" + absolute[2]
     if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
         raise bad_request("The target of the request is malformed.")
     return method, target, version, fields
 
 
+@functools.lru_cache(maxsize=32)        # a client's heads are the same to the letter
+def parse_head(head):
+    """The lines of a request before its blank line, understood (RFC 9112, 2 to 5).
+
+    Example: b"GET /v1 HTTP/1.1\r\nHost: x" -> ("GET", "/v1", (1, 1), {"host": "x"})
+    """
+    first, *lines = head.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise bad_request("The request line is malformed.")
+    method, target, *version = match.groups()
+    if len(target) > MOST_TARGET:
+        raise bad_request("The target of the request is too long.", 414)
+    if version[0] != b"1":
+        raise bad_request("Only HTTP/1.0 and HTTP/1.1 are spoken here.", 505)
+    version = 1, int(version[1])
+    return addressed(method.decode(), target.decode(), version, parse_fields(lines))
+
+
+def too_large(most):
+    return APIError(413, f"The body is larger than {most} bytes.",
+                    code="request_too_large")
+
+
 def content_length(exchange, most):
-    """How long the body is: bytes, or None for transfer chunks (RFC 9112, section 6)."""
+    """Of the body: bytes, or None for transfer chunks (RFC 9112, section 6)."""
     coding = exchange.headers.get("transfer-encoding")
     length = exchange.headers.get("content-length", "0")
     if coding is not None:
         if "content-length" in exchange.headers or exchange.version < (1, 1):
-            raise bad_request("Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
+            raise bad_request(
+                "Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
         if coding.lower() != "chunked":
             raise bad_request("The only Transfer-Encoding understood is chunked.", 501)
         return None
@@ -2303,10 +2293,6 @@ def content_length(exchange, most):
     if len(length) > 18 or int(length) > most:
         raise too_large(most)
     return int(length)
-
-
-def too_large(most):
-    return APIError(413, f"The body is larger than {most} bytes.", code="request_too_large")
 
 
 @functools.lru_cache(maxsize=256)
@@ -2327,6 +2313,105 @@ def normal_path(target):
     return path, path[len("/models/"):] if path.startswith("/models/") else None
 
 
+def printable(text):
+    """Without control characters: a log line is one line, whatever a client sends."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1]
+                   for each in str(text))
+
+
+SECRET = {"authorization", "api-key", "proxy-authorization", "cookie"}
+
+
+class Exchange:
+    """One request and what became of it: an entry of the journal.
+
+    method, path: as sent.  headers: lower-case names, keys masked.  body: dict or None.
+    status, events: what went out.  outcome: "complete", "client left", "error",
+    "quirk", or None while it runs.  started: seconds since 1970.  seconds: it took.
+    """
+
+    JOURNAL = "method path headers body status events outcome started seconds".split()
+    body = status = outcome = seconds = None
+    events = 0
+    # For the server's own use, beside `version`, `route` and `model`:
+    content = b""               # the body as it came
+    quirk = None                # the name of the one that was chosen
+    failed = False              # after the status was sent
+    keyed = False               # came with one of the server's keys
+
+    def __init__(self, method="", path="/", version=(1, 1), headers=()):
+        self.method, self.path, self.version = method, path, version
+        self.headers, self.secrets = dict(headers), {}      # secrets: until it ends
+        for name in SECRET.intersection(self.headers):
+            self.secrets[name], self.headers[name] = self.headers[name], "***"
+        self.route, self.model = normal_path(path)
+        self.sources = []       # generators and sockets, to be closed at its end
+        self.started, self._clock = time.time(), time.perf_counter()
+
+    def has_content(self):
+        return ("transfer-encoding" in self.headers
+                or self.headers.get("content-length", "0") != "0")
+
+    def keeps_alive(self):
+        wish = self.headers.get("connection", "").lower()
+        return "close" not in wish and (self.version >= (1, 1) or "keep-alive" in wish)
+
+    def elapsed(self):
+        return time.perf_counter() - self._clock
+
+    def end(self, outcome=None):
+        failed = self.failed or (self.status or 0) >= 400
+        usual = "quirk" if self.quirk else "error" if failed else "complete"
+        self.outcome = outcome or usual
+        self.seconds = self.elapsed()
+
+    def close_sources(self):
+        """Nobody reads on: what a reply was made from ends at its next yield."""
+        self.secrets = {}
+        while self.sources:
+            self.sources.pop().close()
+
+    def as_dict(self):
+        return {name: getattr(self, name) for name in self.JOURNAL}
+
+    def __repr__(self):
+        return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
+
+
+@functools.lru_cache(maxsize=4)
+def http_date(second):
+    return formatdate(second, usegmt=True)
+
+
+SECRET_LINE = re.compile(rf"(?i)^((?:{'|'.join(SECRET)}):\s*(?:bearer )?).*")
+
+
+def trace_lines(block):
+    """The lines of what crosses the wire; the two units of a stream are marked."""
+    for line in block.split(b"\r\n"):
+        if CHUNK_LINE.fullmatch(line):
+            yield f"[transfer chunk: {int(line.partition(b';')[0], 16)} bytes]"
+            continue
+        *blocks, rest = line.split(b"\n\n")
+        for part in blocks:
+            yield f"[event] {printable(part.decode('utf-8', 'replace'))}"
+        if rest:
+            yield SECRET_LINE.sub(r"\1***", printable(rest.decode("utf-8", "replace")))
+
+
+def crowded():
+    return APIError(503, "The engine is currently overloaded, please try again later",
+                    headers={"retry-after": "1"})
+
+
+def started(answer):
+    """The same answer, its first write taken: a failure up to there gets a status."""
+    if not isinstance(answer.body, bytes):
+        writes = iter(answer.body)
+        answer.body = itertools.chain([next(writes, b"")], writes)
+    return answer
+
+
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 AT_ONCE = 256                   # writes at hand that may share a send
 
@@ -2337,11 +2422,12 @@ class Handler(BaseHTTPRequestHandler):
     # ------ the connection
 
     def setup(self):
-        self.connection, self.buffer = self.request, bytearray()
-        self.open, self.unread, self.exchange, self.pending = True, False, Exchange(), []
-        self.limited = 0
+        self.connection, self.buffer = self.request, bytearray()    # what came early
+        self.open, self.unread = True, False    # may a request follow; does a body?
+        self.exchange, self.pending = Exchange(), []    # pending: what is to be sent
+        self.limited = 0                                # see `limit`
         self.limit(self.server.request_timeout)
-        if self.server.tls:     # here, so that a silent client holds up its own thread only
+        if self.server.tls:     # here: a silent client holds up its own thread only
             self.connection = self.server.tls.wrap_socket(
                 self.request, server_side=True, do_handshake_on_connect=False)
             self.server.connections[threading.current_thread()] = self.connection
@@ -2354,7 +2440,8 @@ class Handler(BaseHTTPRequestHandler):
     def who_left(self):
         """What ends a wait: the client is gone, or the server is about to be."""
         if self.server.hanging_up:
-            return APIError(503, "The server is shutting down.", headers={"retry-after": "1"})
+            return APIError(503, "The server is shutting down.",
+                            headers={"retry-after": "1"})
         return ClientLeft()
 
     def handle(self):
@@ -2375,13 +2462,27 @@ class Handler(BaseHTTPRequestHandler):
                 self.buffer.clear()
                 self.receive()
 
+    def limit(self, seconds):
+        """Let recv and send give up after about so many seconds."""
+        if abs(self.limited - seconds) <= 0.05 * seconds:
+            return
+        self.limited = seconds
+        if os.name == "nt" or self.server.tls:
+            return self.connection.settimeout(seconds)
+        # The kernel's own limit spares two polls an exchange, and with them handing the
+        # interpreter to another thread: a sixth of the time with many connections.
+        self.connection.settimeout(None)
+        span = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self.connection.setsockopt(socket.SOL_SOCKET, option, span)
+
     # ------ reading
 
     def receive(self):
         """More bytes into the buffer, before the deadline of the request."""
         left = self.deadline - time.monotonic()
         try:
-            if left <= 0:       # asked first: a fast sender would never have to be waited for
+            if left <= 0:       # asked first: a fast sender never has to be waited for
                 raise socket.timeout
             self.limit(left)
             block = self.connection.recv(65536)
@@ -2393,31 +2494,17 @@ class Handler(BaseHTTPRequestHandler):
             raise ClientLeft
         self.buffer += block
 
-    def limit(self, seconds):
-        """Let recv and send give up after so long; set where it makes a difference."""
-        if abs(self.limited - seconds) <= 0.05 * seconds:
-            return
-        self.limited = seconds
-        if os.name == "nt" or self.server.tls:
-            return self.connection.settimeout(seconds)
-        # The kernel's own limit spares two polls an exchange, and with them the hand-over
-        # of the interpreter to another thread: a sixth of the time with many connections.
-        self.connection.settimeout(None)
-        span = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self.connection.setsockopt(socket.SOL_SOCKET, option, span)
-
     def await_request(self):
         """A connection may be idle between requests, but not for ever."""
         self.deadline = time.monotonic() + self.server.request_timeout
         self.server.idle.add(self.connection)
         try:
             while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
-                if self.buffer[:2] == b"\r\n":          # an empty line too many is skipped
+                if self.buffer[:2] == b"\r\n":      # an empty line too many is skipped
                     del self.buffer[:2]
                 else:
                     self.receive()
-        except APIError:                                # too late, but nothing was asked
+        except APIError:                            # too late, but nothing was asked
             raise ClientLeft from None
         finally:
             self.server.idle.discard(self.connection)
@@ -2431,10 +2518,13 @@ class Handler(BaseHTTPRequestHandler):
         return taken
 
     def take_until(self, mark, too_long, no_line=None):
-        """What stands before the mark, without it; the status if that is too far away."""
+        """What stands before the mark, without it.
+
+        too_long: the status if it is too far away; no_line: if even a line end is.
+        """
         seen, end = 0, self.buffer.find(mark)
         while end < 0 and len(self.buffer) <= MOST_HEAD:
-            if _MALFORMED.search(self.buffer, seen):
+            if MALFORMED.search(self.buffer, seen):
                 raise bad_request("A line of the request is malformed.")
             seen = max(len(self.buffer) - len(mark), 0)
             self.receive()
@@ -2445,40 +2535,11 @@ class Handler(BaseHTTPRequestHandler):
                               no_line if no_line and one_line else too_long)
         return self.take(end + len(mark))[:end]
 
-    def read_request(self):
-        """The next request, admitted and with its body, as self.exchange."""
-        self.deadline = time.monotonic() + self.server.request_timeout
-        self.open, self.unread, self.exchange = False, True, Exchange()     # until we know better
-        head = self.take_until(b"\r\n\r\n", 431, 414)
-        self.exchange = exchange = Exchange(*parse_head(head))
-        self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
-        try:
-            self.server.admit(exchange)
-            if self.unread:
-                exchange.content = self.read_content(exchange)
-        finally:
-            self.server.entries.append(exchange)
-        return exchange
-
-    def read_content(self, exchange):
-        length = content_length(exchange, self.server.max_body)
-        expect = exchange.headers.get("expect", "").lower()
-        if expect not in ("", "100-continue"):
-            raise bad_request("The only expectation understood is 100-continue.", 417)
-        if exchange.headers.get("content-encoding", "identity").lower() != "identity":
-            raise bad_request("The body has a Content-Encoding; send it as it is.")
-        if expect and exchange.version >= (1, 1) and not self.buffer:
-            self.pending.append(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.flush()
-        content = self.take(length) if length is not None else self.take_transfer_chunks()
-        self.unread = False
-        return content
-
     def take_transfer_chunks(self):
-        """The body from its transfer chunks (RFC 9112, section 7.1); trailers are dropped."""
+        """The body from its transfer chunks (RFC 9112, 7.1); trailers are dropped."""
         content, size = bytearray(), None
         while size != 0:
-            match = _CHUNK_LINE.fullmatch(self.take_until(b"\r\n", 400))
+            match = CHUNK_LINE.fullmatch(self.take_until(b"\r\n", 400))
             if not match:
                 raise bad_request("The size of a transfer chunk is malformed.")
             size = int(match[1], 16)
@@ -2491,71 +2552,49 @@ class Handler(BaseHTTPRequestHandler):
         parse_fields(list(itertools.islice(lines, MOST_HEADERS + 1)))
         return bytes(content)
 
-    # ------ one request, one answer
+    def read_content(self, exchange):
+        length = content_length(exchange, self.server.max_body)
+        expect = exchange.headers.get("expect", "").lower()
+        if expect not in ("", "100-continue"):
+            raise bad_request("The only expectation understood is 100-continue.", 417)
+        if exchange.headers.get("content-encoding", "identity").lower() != "identity":
+            raise bad_request("The body has a Content-Encoding; send it as it is.")
+        if expect and exchange.version >= (1, 1) and not self.buffer:
+            self.pending.append(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.flush()
+        content = self.take_transfer_chunks() if length is None else self.take(length)
+        self.unread = False
+        return content
 
-    def serve_one(self):
-        """Read one request, find its answer, send it."""
+    def read_request(self):
+        """The next request, admitted and with its body, as self.exchange."""
+        self.deadline = time.monotonic() + self.server.request_timeout
+        self.open, self.unread = False, True            # until we know better
+        self.exchange = Exchange()
+        head = self.take_until(b"\r\n\r\n", 431, 414)
+        self.exchange = exchange = Exchange(*parse_head(head))
+        self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
         try:
-            self.send_whole_or_cut()
-        except ClientLeft:
-            self.exchange.end("client left")
-            raise
+            self.server.admit(exchange)
+            if self.unread:
+                exchange.content = self.read_content(exchange)
         finally:
-            self.exchange.close_sources()
-            self.log_exchange()
+            self.server.entries.append(exchange)
+        return exchange
 
-    def send_whole_or_cut(self):
-        self.pending = []                       # what is not sent yet
+    # ------ sending
+
+    def flush(self):
+        """Send what is pending in one piece, as long as the client keeps reading."""
+        block, self.pending = b"".join(self.pending), []
+        self.trace("<", block)
         try:
-            self.send(self.find_answer())
-        except Cut as cut:
-            self.cut(*cut.args)
-
-    def find_answer(self):
-        """The answer, its first write taken.  Whatever is raised up to there ends here."""
-        try:
-            return started(self.server.answer(self.read_request()))
-        except Instead as instead:
-            return instead.args[0]
-        except APIError as error:
-            return error_answer(error)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, (ClientLeft, Cut)):
-                raise
-            log.exception("The backend failed in %r", self.exchange)
-            return error_answer(server_error())
-
-    def send(self, answer):
-        """Put one answer on the wire.  The journal knows its end before the last byte goes."""
-        self.exchange.status = answer.status
-        whole = isinstance(answer.body, bytes)
-        chunked = not whole and self.exchange.version >= (1, 1)
-        self.open &= not self.unread and (whole or chunked)
-        self.pending = [self.head(answer, whole, chunked)]
-        for write in self.writes(answer, whole):
-            self.pending.append(b"%x\r\n%b\r\n" % (len(write), write) if chunked else write)
-            if not answer.at_hand or len(self.pending) >= AT_ONCE:
-                self.flush()
-        if chunked:
-            self.pending.append(b"0\r\n\r\n")
-        self.exchange.end()
-        self.flush()
-
-    def writes(self, answer, whole):
-        """The writes of an answer's body; what fails on the way becomes an error event."""
-        if whole:
-            yield b"" if self.exchange.method == "HEAD" else answer.body
-            return
-        try:
-            yield from filter(None, answer.body)    # an empty one would spell the end
-        except (Exception, SystemExit) as error:
-            if isinstance(error, (ClientLeft, Cut)):
-                raise
-            self.exchange.failed = True
-            if not isinstance(error, APIError):
-                log.exception("The backend failed in %r", self.exchange)
-                error = server_error()
-            yield event(error.body())
+            self.limit(self.server.request_timeout)
+            sent = self.connection.send(block) if block else 0
+            while sent < len(block):
+                sent += self.connection.send(memoryview(block)[sent:])
+        except OSError:
+            raise ClientLeft from None
 
     def head(self, answer, whole, chunked):
         """Status line and headers, and the blank line."""
@@ -2572,19 +2611,43 @@ class Handler(BaseHTTPRequestHandler):
             fields["connection"] = "keep-alive" if self.open else "close"
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
         return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
-            answer.status, REASONS.get(answer.status, b""), lines.encode("latin-1", "replace"))
+            answer.status, REASONS.get(answer.status, b""),
+            lines.encode("latin-1", "replace"))
 
-    def flush(self):
-        """Send what is pending in one piece, as long as the client keeps reading."""
-        whole, self.pending = b"".join(self.pending), []
-        self.trace("<", whole)
+    def writes(self, answer, whole):
+        """The writes of a body; what fails on the way becomes an error event."""
+        if whole:
+            yield b"" if self.exchange.method == "HEAD" else answer.body
+            return
         try:
-            self.limit(self.server.request_timeout)
-            sent = self.connection.send(whole) if whole else 0
-            while sent < len(whole):
-                sent += self.connection.send(memoryview(whole)[sent:])
-        except OSError:
-            raise ClientLeft from None
+            yield from filter(None, answer.body)    # an empty one would spell the end
+        except (Exception, SystemExit) as error:
+            self.exchange.failed = True
+            yield event(self.refusal(error).body())
+
+    def refusal(self, error):
+        """What the client is told of an error; what nobody meant to raise is logged."""
+        if isinstance(error, APIError):
+            return error
+        log.exception("The backend failed in %r", self.exchange)
+        return server_error()
+
+    def send(self, answer):
+        """Put an answer on the wire; the journal knows its end before the last byte."""
+        self.exchange.status = answer.status
+        whole = isinstance(answer.body, bytes)
+        chunked = not whole and self.exchange.version >= (1, 1)
+        self.open &= not self.unread and (whole or chunked)
+        self.pending = [self.head(answer, whole, chunked)]
+        for write in self.writes(answer, whole):
+            self.pending.append(
+                b"%x\r\n%b\r\n" % (len(write), write) if chunked else write)
+            if not answer.at_hand or len(self.pending) >= AT_ONCE:
+                self.flush()
+        if chunked:
+            self.pending.append(b"0\r\n\r\n")
+        self.exchange.end()
+        self.flush()
 
     def cut(self, how):
         """End a reply as a quirk, or an upstream that was cut, wants it."""
@@ -2599,6 +2662,35 @@ class Handler(BaseHTTPRequestHandler):
                 "hh" if os.name == "nt" else "ii", 1, 0))
             self.connection.close()
 
+    # ------ one request, one answer
+
+    def find_answer(self):
+        """The answer, its first write taken.  Whatever fails up to there ends here."""
+        try:
+            return started(self.server.answer(self.read_request()))
+        except Instead as instead:
+            return instead.args[0]
+        except (Exception, SystemExit) as error:
+            return error_answer(self.refusal(error))
+
+    def send_or_cut(self):
+        self.pending = []                       # what an earlier one left behind
+        try:
+            self.send(self.find_answer())
+        except Cut as cut:
+            self.cut(*cut.args)
+
+    def serve_one(self):
+        """One request and its answer; the client may leave at any time."""
+        try:
+            self.send_or_cut()
+        except ClientLeft:
+            self.exchange.end("client left")
+            raise
+        finally:
+            self.exchange.close_sources()
+            self.log_exchange()
+
     # ------ what can be watched
 
     def log_exchange(self):
@@ -2610,475 +2702,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def trace(self, direction, block):
         if self.server.trace:
-            lines = "".join(f"#{self.number} {direction} {line}\n" for line in trace_lines(block))
-            print(lines, end="", file=sys.stderr, flush=True)   # one call: they stay together
-
-
-def started(answer):
-    """The same answer with its first write taken: a failure up to there gets a status."""
-    if not isinstance(answer.body, bytes):
-        rest = iter(answer.body)
-        answer.body = itertools.chain([next(rest, b"")], rest)
-    return answer
-
-
-@functools.lru_cache(maxsize=4)
-def http_date(second):
-    return formatdate(second, usegmt=True)
-
-
-def printable(text):
-    """Without control characters: a log line is one line, whatever a client sends."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
-
-
-def trace_lines(block):
-    """The lines of what crosses the wire; the two units of a stream are marked."""
-    for line in block.split(b"\r\n"):
-        if _CHUNK_LINE.fullmatch(line):
-            yield f"[transfer chunk: {int(line.partition(b';')[0], 16)} bytes]"
-            continue
-        *blocks, rest = line.split(b"\n\n")
-        for part in blocks:
-            yield f"[event] {printable(part.decode('utf-8', 'replace'))}"
-        if rest:
-            yield _SECRET.sub(r"\1***", printable(rest.decode("utf-8", "replace")))
-
-
-_SECRET = re.compile(rf"(?i)^((?:{'|'.join(SECRET)}):\s*(?:bearer )?).*")
-
-
-# ----------------------------------------------------------------------------------
-# Server.  The routes, who may use them, and the one place where all the stages meet.
-
-class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible server on a port of its own; see the top of this file.
-
-    backend: any function of the request, or echo, say(...), Script(...), command(...),
-    Relay(...), Replay(...).  port 0: a free one.  models: None for any name, or the names
-    to accept.  api_keys: those that may use it.  tokenize: text -> list of its tokens.
-    strict: check the conversation.  quirk: a name of QUIRKS for every reply;
-    quirk_header: also take one from X-Quirk.  tls: an ssl.SSLContext, or (certificate
-    file, key file).  cors: origins of web pages that may use it.  max_body: bytes.
-    request_timeout: seconds for a whole request to arrive.  journal: entries kept.
-    """
-
-    daemon_threads = True
-    allow_reuse_address = os.name != "nt"       # there it would share the port
-    allow_reuse_port = False
-    request_queue_size = 1024   # of 32 clients at once, 5 make most wait for a second
-    delay = 0                   # seconds between pieces, where a reply says nothing else
-    trace = False
-
-    def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None, api_keys=(),
-                 tokenize=tokenize, strict=True, quirk=None, quirk_header=False, tls=None,
-                 cors=(), max_body=32 * 2**20, max_connections=512, request_timeout=30,
-                 journal=1000):
-        self.backend, self.tokenize, self.strict = backend, tokenize, strict
-        self.models = None if models is None else one_or_many(models)
-        self.api_keys = [key.encode() for key in one_or_many(api_keys)]
-        self.quirk, self.quirk_header = quirk, quirk_header
-        self.tls, self.cors = tls_context(tls), set(one_or_many(cors))
-        self.max_body, self.max_connections = max_body, max_connections
-        self.request_timeout, self.started = request_timeout, int(time.time())
-        self.entries = collections.deque(maxlen=journal)
-        self.connections, self.idle = {}, set()     # thread: its socket; those that wait
-        self.closing, self.hanging_up, self.thread = False, False, None
-        self.numbers = itertools.count(1)           # of connections, for the trace
-        parse_quirk(quirk)                          # a wrong name shall fail here
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
-
-    # ------ life
-
-    def server_bind(self):
-        """As HTTPServer's, but without asking a resolver for our name: it may not answer."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    @property
-    def base_url(self):
-        """Where a client finds it; ends in /v1."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
-        host = f"[{host}]" if ":" in host else host
-        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
-
-    @property
-    def journal(self):
-        """The last exchanges, oldest first."""
-        return list(self.entries)
-
-    def start(self):
-        """Serve in a thread of its own; returns the server."""
-        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self.thread.start()
-        return self
-
-    def serve_forever(self, poll_interval=0.5):
-        """Accept until `shutdown`, which knocks: the poll is for the case that it cannot."""
-        self.socket.settimeout(poll_interval)
-        while not self.closing:
-            with suppress(OSError):
-                connection, address = self.get_request()
-                try:
-                    self.process_request(connection, address)
-                except Exception:               # no more threads to be had
-                    self.handle_error(connection, address)
-                    connection.close()
-
-    def shutdown(self):
-        """Take no more connections."""
-        self.closing = True
-        with suppress(OSError):
-            host = urlsplit(self.base_url).hostname
-            socket.create_connection((host, self.server_port), timeout=1).close()
-        if self.thread:
-            self.thread.join()
-        self.server_close()
-
-    def close(self, grace=0):
-        """Stop, and close every connection; running replies get `grace` seconds first.
-
-        What still waits then ends with an error; a thread that is blocked in a backend
-        of the user's is left behind.
-        """
-        self.shutdown()
-        for connection in list(self.idle):
-            hang_up(connection, socket.SHUT_RD)
-        self.join_connections(grace)
-        self.hanging_up = True
-        for how in (socket.SHUT_RD, socket.SHUT_RDWR):  # no more to come; no more at all
-            for connection in list(self.connections.values()):
-                hang_up(connection, how)
-            self.join_connections(0.25)
-        if self.connections:
-            log.warning("%d threads are still busy in the backend and are left behind",
-                        len(self.connections))
-
-    def join_connections(self, seconds):
-        end = time.monotonic() + seconds
-        for thread in list(self.connections):
-            thread.join(max(end - time.monotonic(), 0))
-
-    def __enter__(self):
-        return self.start()
-
-    def __exit__(self, kind, error, traceback):
-        self.close()
-        if hasattr(self.backend, "close") and (error is None or isinstance(error, Exception)):
-            self.backend.close(error)
-
-    # ------ connections, each in a thread
-
-    def is_crowded(self):
-        return len(self.connections) > self.max_connections
-
-    def process_request(self, connection, address):
-        """Beyond max_connections a thread still says 503; far beyond, not even that."""
-        if self.closing or len(self.connections) > 2 * self.max_connections + 16:
-            return connection.close()
-        thread = threading.Thread(target=self.process_request_thread,
-                                  args=(connection, address), daemon=True)
-        self.connections[thread] = connection
-        try:
-            thread.start()
-        except RuntimeError:
-            del self.connections[thread]
-            raise
-
-    def process_request_thread(self, connection, address):
-        try:
-            super().process_request_thread(connection, address)
-        finally:
-            self.connections.pop(threading.current_thread(), None)
-
-    def get_request(self):
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)                # out of descriptors: it is no use to spin
-            raise
-
-    def handle_error(self, connection, address):
-        log.debug("A connection from %s failed", address[0], exc_info=True)
-
-    # ------ who may use it
-
-    def admit(self, exchange):
-        """Refuse who may not use the server, before the body is read."""
-        if exchange.method == "OPTIONS":
-            return
-        if self.api_keys:
-            if exchange.route not in ("/", "/health"):
-                self.check_key(exchange.secrets)
-                exchange.keyed = True
-        elif self.on_loopback():
-            self.check_browser(exchange.headers)
-
-    def on_loopback(self):
-        return self.server_name.startswith("127.") or self.server_name == "::1"
-
-    def check_key(self, secrets):
-        scheme, _, key = secrets.get("authorization", "").partition(" ")
-        key = (key if scheme.lower() == "bearer" else secrets.get("api-key", "")).strip()
-        if not key:
-            raise APIError(401, "You didn't provide an API key. You need to provide your API "
-                           "key in an Authorization header using Bearer auth (i.e. "
-                           "Authorization: Bearer YOUR_KEY).", headers=BEARER)
-        known = [hmac.compare_digest(key.encode(), each) for each in self.api_keys]
-        if not any(known):              # all were compared: time tells nothing
-            raise APIError(401, f"Incorrect API key provided: {masked(key)}.",
-                           code="invalid_api_key", headers=BEARER)
-
-    def check_browser(self, fields):
-        """A page from elsewhere, in somebody's browser, is a stranger on this machine."""
-        host = fields.get("host", "")
-        if not (is_local(host) or host_name(host) in map(host_name, self.cors)):
-            raise APIError(403, f"The Host {printable(host[:100])!r} is not this machine; to allow "
-                           "a page of that host, name its origin with --cors.",
-                           code="foreign_host")
-        origin = fields.get("origin")
-        if origin is not None and not self.allows(origin, fields):
-            raise APIError(403, f"The Origin {printable(origin[:100])!r} is not allowed; name it "
-                           "with --cors.", code="foreign_origin")
-
-    def allows(self, origin, fields):
-        """May a web page of that origin read what we answer?"""
-        if self.cors & {"*", origin} or self.api_keys:
-            return True
-        _, _, authority = origin.partition("://")
-        return authority == fields.get("host") or bool(LOOPBACK.fullmatch(host_name(authority)))
-
-    def cors_headers(self, exchange):
-        origin = exchange.headers.get("origin")
-        if origin is None:
-            return {}
-        if not self.allows(origin, exchange.headers):
-            return {"vary": "origin"}
-        return {"vary": "origin", "access-control-allow-origin": origin,
-                "access-control-expose-headers": "x-request-id"}
-
-    # ------ routes
-
-    def answer(self, exchange):
-        """The answer to one request."""
-        path = "/models/" if exchange.route.startswith("/models/") else exchange.route
-        methods = self.ROUTES.get(path)
-        if exchange.method == "OPTIONS":
-            return self.options(exchange, methods or {})
-        if methods is None:
-            raise APIError(404, f"Unknown request URL: {exchange.method} "
-                           f"{printable(exchange.path[:200])}. This server has: "
-                           f"{', '.join(map('/v1'.__add__, list(self.ROUTES)[:3]))}.",
-                           code="unknown_url")
-        method = "GET" if exchange.method == "HEAD" else exchange.method
-        if method not in methods:
-            raise APIError(405, f"Not allowed to {exchange.method} on {exchange.route}. (HINT: "
-                           f"use {' or '.join(methods)} instead.)",
-                           headers={"allow": allowed_methods(methods)})
-        return methods[method](self, exchange)
-
-    def options(self, exchange, methods):
-        allowed = allowed_methods(methods or {"GET": None, "POST": None})
-        headers = {"allow": allowed}
-        if "access-control-allow-origin" in self.cors_headers(exchange):
-            wanted = exchange.headers.get("access-control-request-headers", "*")
-            headers.update({"access-control-allow-methods": allowed,
-                            "access-control-allow-headers": wanted,
-                            "access-control-max-age": "86400"})
-        return Answer(204, headers)
-
-    def chat(self, exchange):
-        return self.completed(parse_chat, exchange)
-
-    def completion(self, exchange):
-        return self.completed(parse_completion, exchange)
-
-    def completed(self, parse, exchange):
-        body = exchange.body = parse_json(exchange.content)
-        if exchange.model is not None and body.get("model") is None:
-            body = {**body, "model": exchange.model}
-            exchange.content = to_json(body)
-        if hasattr(self.backend, "answer"):
-            return self.backend.answer(exchange)
-        request = parse(body, self.strict)
-        self.check_model(request["model"])
-        return self.complete(request, exchange)
-
-    def complete(self, request, exchange):
-        """The diagram at the top of this file, as code."""
-        backend, tokenize = self.backend, self.tokenize
-        prompts = prompt_tokens(request, tokenize)
-        header_quirk = self.header_quirk(exchange.headers)
-        replies = [as_reply(backend(view)) for view in views(request, prompts)]
-        first = replies[0]
-        quirk, k = parse_quirk(first.quirk or self.quirk or header_quirk)
-        exchange.quirk = quirk
-        usage = Usage(sum(map(len, prompts)), first.usage)
-        choices = exchange.sources = [choice(reply, request, tokenize, reply.delay or self.delay)
-                                    for reply in replies]
-        if request["endpoint"] == "chat":
-            chunks = chat_chunks(request, choices, usage)
-        else:
-            chunks = completion_chunks({**request, "prompts": prompts}, choices, usage)
-        if not request["stream"]:
-            return whole(json_answer(fold(chunks), first.headers), quirk)
-        if quirk in CHUNK_QUIRKS:
-            chunks = CHUNK_QUIRKS[quirk](chunks, k)
-        writes = counting(events(chunks), exchange)
-        if quirk in WRITE_QUIRKS:
-            writes = WRITE_QUIRKS[quirk](writes, k)
-        at_hand = not quirk and all(reply.is_at_hand() for reply in replies) and not self.delay
-        return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
-
-    def header_quirk(self, headers):
-        wanted = headers.get("x-quirk") if self.quirk_header else None
-        try:
-            parse_quirk(wanted)
-        except ValueError as error:
-            raise APIError(400, str(error), "X-Quirk") from None
-        return wanted
-
-    def check_model(self, model):
-        if self.models is not None and model not in self.models:
-            raise APIError(404, f"The model `{model[:200]}` does not exist or you do not have access "
-                           "to it.", code="model_not_found")
-
-    def list_models(self, exchange):
-        if hasattr(self.backend, "answer"):
-            return self.backend.answer(exchange)
-        names = [model_name(self.backend)] if self.models is None else self.models
-        return json_answer({"object": "list", "data": [self.model(name) for name in names]})
-
-    def show_model(self, exchange):
-        if hasattr(self.backend, "answer"):
-            return self.backend.answer(exchange)
-        self.check_model(exchange.model)
-        return json_answer(self.model(exchange.model))
-
-    def model(self, name):
-        return {"id": name, "object": "model", "created": self.started,
-                "owned_by": "openai_compat"}
-
-    def health(self, exchange):
-        return json_answer({"status": "ok"})
-
-    def show_journal(self, exchange):
-        if not self.entries.maxlen:
-            raise APIError(404, "No journal is kept; start with --journal.", code="unknown_url")
-        return json_answer([entry.as_dict() for entry in self.journal])
-
-    def page(self, exchange):
-        return Answer(200, page_headers(), PAGE.encode())
-
-    ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
-        "/chat/completions": {"POST": chat},
-        "/completions":      {"POST": completion},
-        "/models":           {"GET": list_models},
-        "/models/":          {"GET": show_model},
-        "/health":           {"GET": health},
-        "/journal":          {"GET": show_journal},
-        "/":                 {"GET": page},
-    }
-
-
-BEARER = {"www-authenticate": "Bearer"}
-LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|\[::1\]")
-LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]*|.*\.(localhost|local|internal)")
-
-
-def model_name(backend):
-    return getattr(backend, "model", None) or getattr(backend, "__name__", "model")
-
-
-def host_name(authority):
-    """Example: "http://Box.local:8000" and "box.local" -> "box.local"."""
-    return re.sub(r"^\w+://|:\d*$", "", authority).lower()
-
-
-@functools.lru_cache(maxsize=64)
-def is_local(host):
-    host = host_name(host)
-    return bool(LOCAL_HOST.fullmatch(host)) or host == socket.gethostname().lower()
-
-
-def views(request, prompts):
-    """The request as the backend sees it, once per choice."""
-    id = random_name(29)
-    if request["endpoint"] == "chat":
-        request["id"] = "chatcmpl-" + id
-        texts = [request["text"]] * request["n"]
-    else:
-        request["id"] = "cmpl-" + id
-        texts = ["".join(tokens) for tokens in prompts for _ in range(request["best_of"])]
-    return [{**request, "index": index, "prompt": text, "text": text}
-            for index, text in enumerate(texts)]
-
-
-def whole(answer, quirk):
-    """A reply that is not streamed; most quirks are about events and leave it alone."""
-    if quirk in WHOLE_QUIRKS:
-        answer.body = WRITE_QUIRKS[quirk](iter([answer.body]), 0)
-    return answer
-
-
-def allowed_methods(methods):
-    return ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
-
-
-def masked(key):
-    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
-
-
-def one_or_many(value):
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def tls_context(tls):
-    """An ssl.SSLContext, from one or from the files of a certificate and its key."""
-    if tls is None or isinstance(tls, ssl.SSLContext):
-        return tls
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(*tls)
-    return context
-
-
-def hang_up(connection, how):
-    """Wake whoever waits on a connection; under TLS too, whose own shutdown would talk."""
-    with suppress(OSError):
-        socket.socket.shutdown(connection, how)
-
-
-def crowded():
-    return APIError(503, "The engine is currently overloaded, please try again later",
-                    headers={"retry-after": "1"})
+            start = f"#{self.number} {direction} "
+            lines = (f"{start}{line}\n" for line in trace_lines(block))
+            print("".join(lines), end="", file=sys.stderr, flush=True)  # together
 
 
 # ----------------------------------------------------------------------------------
 # Page.  For a look with a browser: talk, and see the events beside it as they arrive.
 # It asks nobody but this server, and inserts text as text.
-
-@functools.lru_cache(maxsize=1)
-def page_headers():
-    """The page may run its own script and style, and talk to this server: nothing else."""
-    (_, style), (_, script) = re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
-    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "style-src": source_hash(style), "script-src": source_hash(script),
-              "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
-              "require-trusted-types-for": "'script'"}      # not even by mistake: innerHTML
-    return {"content-type": "text/html; charset=utf-8",
-            "content-security-policy": "; ".join(map(" ".join, policy.items())),
-            "cross-origin-opener-policy": "same-origin",
-            "cross-origin-resource-policy": "same-origin",
-            "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
-
-
-def source_hash(text):
-    """How a Content-Security-Policy names a block that stands in the page itself."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
@@ -3163,80 +2794,518 @@ list().catch(tell);
 """
 
 
-# ----------------------------------------------------------------------------------
-# Command line.
+def source_hash(text):
+    """How a Content-Security-Policy names a block that stands in the page itself."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+    return f"'sha256-{digest.decode()}'"
 
-OPTIONS = (  # flags and what argparse is told of them
-    ("--host",            dict(default="127.0.0.1", help="address to listen on")),
-    ("--port",            dict(type=int, default=8000, help="port; 0 for a free one")),
-    ("--model",           dict(action="append", metavar="NAME", help="accept this name only")),
-    ("--api-key",         dict(action="append", default=[], metavar="KEY", help="accept this key; also, "
-                               "separated by commas, from OPENAI_COMPAT_API_KEYS")),
-    ("--at-once",         dict(type=int, default=1, metavar="N", help="programs at a time")),
-    ("--upstream-key",    dict(metavar="KEY", help="the key for --upstream")),
-    ("--record",          dict(metavar="TAPE", help="append what the upstream says to a tape")),
-    ("--delay",           dict(type=float, default=0, metavar="S", help="seconds between pieces")),
-    ("--tokenizer",       dict(metavar="MODULE:FUNCTION", help="text -> list of its tokens")),
-    ("--lenient",         dict(action="store_true", help="do not check the conversation")),
-    ("--quirk",           dict(metavar="NAME", help="a fault in every reply")),
-    ("--quirk-header",    dict(action="store_true", help="a fault where X-Quirk asks for it")),
-    ("--journal",         dict(action="store_true", help="keep one, for GET /journal")),
-    ("--cors",            dict(action="append", default=[], metavar="ORIGIN",
-                               help="let web pages of this origin in; * for all")),
-    ("--tls-cert",        dict(metavar="FILE", help="serve https with this certificate")),
-    ("--tls-key",         dict(metavar="FILE", help="and its key")),
-    ("--max-body",        dict(type=int, default=32 * 2**20, metavar="N", help="bytes")),
-    ("--max-connections", dict(type=int, default=512, metavar="N", help="beyond: 503")),
-    ("--request-timeout", dict(type=float, default=30, metavar="S",
-                               help="seconds for a request to arrive")),
-    ("--trace",           dict(action="store_true", help="print what crosses the wire")),
-    ("--quiet",           dict(action="store_true", help="no line per exchange")),
-    ("--version",         dict(action="version", version=__version__)),
+
+@functools.lru_cache(maxsize=1)
+def page_headers():
+    """The page may run its own script and style, and talk to this server: no more."""
+    (_, style), (_, script) = re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
+    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
+              "style-src": source_hash(style), "script-src": source_hash(script),
+              "base-uri": "'none'", "form-action": "'none'",
+              "frame-ancestors": "'none'",
+              "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
+    return {"content-type": "text/html; charset=utf-8",
+            "content-security-policy": "; ".join(map(" ".join, policy.items())),
+            "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin",
+            "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
+
+
+# ----------------------------------------------------------------------------------
+# Server.  The routes, who may use them, and the one place where all the stages meet.
+
+BEARER = {"www-authenticate": "Bearer"}
+LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|\[::1\]")
+LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]*|.*\.(localhost|local|internal)")
+
+
+def model_name(backend):
+    return getattr(backend, "model", None) or getattr(backend, "__name__", "model")
+
+
+def host_name(authority):
+    """Example: "http://Box.local:8000" and "box.local" -> "box.local"."""
+    return re.sub(r"^\w+://|:\d*$", "", authority).lower()
+
+
+@functools.lru_cache(maxsize=64)
+def is_local(host):
+    host = host_name(host)
+    return bool(LOCAL_HOST.fullmatch(host)) or host == socket.gethostname().lower()
+
+
+def one_or_many(value):
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def tls_context(tls):
+    """An ssl.SSLContext, from one or from the files of a certificate and its key."""
+    if tls is None or isinstance(tls, ssl.SSLContext):
+        return tls
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(*tls)
+    return context
+
+
+def hang_up(connection, how):
+    """Wake who waits on a connection; under TLS too, whose own shutdown would talk."""
+    with suppress(OSError):
+        socket.socket.shutdown(connection, how)
+
+
+def masked(key):
+    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
+
+
+def allowed_methods(methods):
+    return ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
+
+
+def views(request, prompts):
+    """The request as the backend sees it, once per choice; the reply gets its id."""
+    if request["endpoint"] == "chat":
+        prefix, texts = "chatcmpl-", [request["text"]] * request["n"]
+    else:
+        prefix, best_of = "cmpl-", request["best_of"]
+        texts = ["".join(tokens) for tokens in prompts for _ in range(best_of)]
+    request["id"] = prefix + random_name(29)
+    return [{**request, "index": index, "prompt": text, "text": text}
+            for index, text in enumerate(texts)]
+
+
+def whole(answer, quirk):
+    """A reply that is not streamed; most quirks are about events and leave it alone."""
+    if quirk in WHOLE_QUIRKS:
+        answer.body = WRITE_QUIRKS[quirk](iter([answer.body]), 0)
+    return answer
+
+
+class Server(ThreadingHTTPServer):
+    """An OpenAI-compatible server on a port of its own; see the top of this file.
+
+    backend: any function of the request, or echo, say(...), Script(...), command(...),
+    Relay(...), Replay(...).  port 0: a free one.  models: None for any name, or the
+    names to accept.  api_keys: those that may use it.  tokenize: text -> list of its
+    tokens.  strict: check the conversation.  quirk: a name of QUIRKS for every reply;
+    quirk_header: also take one from X-Quirk.  tls: an ssl.SSLContext, or (certificate
+    file, key file).  cors: origins of web pages that may use it.  max_body: bytes.
+    request_timeout: seconds for a whole request to arrive.  journal: entries kept.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = os.name != "nt"       # there it would share the port
+    allow_reuse_port = False
+    request_queue_size = 1024   # of 32 clients at once, 5 make most wait for a second
+    delay = 0                   # seconds between pieces, unless a reply says otherwise
+    trace = False               # print what crosses the wire
+    closing = False             # no more connections, no more requests
+    hanging_up = False          # ... and what still waits is to end
+    thread = None               # the one that accepts, where `start` made it
+
+    def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
+                 api_keys=(), tokenize=tokenize, strict=True, quirk=None,
+                 quirk_header=False, tls=None, cors=(), max_body=32 * 2**20,
+                 max_connections=512, request_timeout=30, journal=1000):
+        parse_quirk(quirk)                          # a wrong name shall fail here
+        self.backend, self.tokenize, self.strict = backend, tokenize, strict
+        self.models = None if models is None else one_or_many(models)
+        self.api_keys = [key.encode() for key in one_or_many(api_keys)]
+        self.quirk, self.quirk_header = quirk, quirk_header
+        self.tls, self.cors = tls_context(tls), set(one_or_many(cors))
+        self.max_body, self.max_connections = max_body, max_connections
+        self.request_timeout, self.started = request_timeout, int(time.time())
+        self.entries = collections.deque(maxlen=journal)
+        self.connections, self.idle = {}, set()     # thread: its socket; who waits
+        self.numbers = itertools.count(1)           # of connections, for the trace
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    # ------ life
+
+    def server_bind(self):
+        """As HTTPServer's, but no resolver is asked for our name: it may not answer."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def base_url(self):
+        """Where a client finds it; ends in /v1."""
+        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = anywhere.get(self.server_name, self.server_name)
+        host = f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
+
+    @property
+    def journal(self):
+        """The last exchanges, oldest first."""
+        return list(self.entries)
+
+    def start(self):
+        """Serve in a thread of its own; returns the server."""
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def serve_forever(self, poll_interval=0.5):
+        """Accept until `shutdown`, which knocks: the poll is for when it cannot."""
+        self.socket.settimeout(poll_interval)
+        while not self.closing:
+            with suppress(OSError):
+                connection, address = self.get_request()
+                try:
+                    self.process_request(connection, address)
+                except Exception:               # no more threads to be had
+                    self.handle_error(connection, address)
+                    connection.close()
+
+    def shutdown(self):
+        """Take no more connections."""
+        self.closing = True
+        with suppress(OSError):
+            host = urlsplit(self.base_url).hostname
+            socket.create_connection((host, self.server_port), timeout=1).close()
+        if self.thread:
+            self.thread.join()
+        self.server_close()
+
+    def join_connections(self, seconds):
+        end = time.monotonic() + seconds
+        for thread in list(self.connections):
+            thread.join(max(end - time.monotonic(), 0))
+
+    def close(self, grace=0):
+        """Stop, and close every connection; running replies get `grace` seconds first.
+
+        What still waits then ends with an error; a thread that is blocked in a backend
+        of the user's is left behind.
+        """
+        self.shutdown()
+        for connection in list(self.idle):
+            hang_up(connection, socket.SHUT_RD)
+        self.join_connections(grace)
+        self.hanging_up = True
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):  # no more to come; nor to go
+            for connection in list(self.connections.values()):
+                hang_up(connection, how)
+            self.join_connections(0.25)
+        if self.connections:
+            log.warning("%d threads are still busy in the backend and are left behind",
+                        len(self.connections))
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, kind, error, traceback):
+        self.close()
+        close = getattr(self.backend, "close", None)
+        if close and (error is None or isinstance(error, Exception)):
+            close(error)
+
+    # ------ connections, each in a thread
+
+    def is_crowded(self):
+        return len(self.connections) > self.max_connections
+
+    def process_request(self, connection, address):
+        """Beyond max_connections a thread still says 503; far beyond, not even that."""
+        if self.closing or len(self.connections) > 2 * self.max_connections + 16:
+            return connection.close()
+        thread = threading.Thread(target=self.process_request_thread,
+                                  args=(connection, address), daemon=True)
+        self.connections[thread] = connection
+        try:
+            thread.start()
+        except RuntimeError:
+            del self.connections[thread]
+            raise
+
+    def process_request_thread(self, connection, address):
+        try:
+            super().process_request_thread(connection, address)
+        finally:
+            self.connections.pop(threading.current_thread(), None)
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)        # out of descriptors: it is no use to spin
+            raise
+
+    def handle_error(self, connection, address):
+        log.debug("A connection from %s failed", address[0], exc_info=True)
+
+    # ------ who may use it
+
+    def on_loopback(self):
+        return self.server_name.startswith("127.") or self.server_name == "::1"
+
+    def check_key(self, secrets):
+        scheme, _, key = secrets.get("authorization", "").partition(" ")
+        key = key if scheme.lower() == "bearer" else secrets.get("api-key", "")
+        key = key.strip()
+        if not key:
+            raise APIError(401, "You didn't provide an API key. You need to provide "
+                           "your API key in an Authorization header using Bearer auth "
+                           "(i.e. Authorization: Bearer YOUR_KEY).", headers=BEARER)
+        known = [hmac.compare_digest(key.encode(), each) for each in self.api_keys]
+        if not any(known):              # all were compared: time tells nothing
+            raise APIError(401, f"Incorrect API key provided: {masked(key)}.",
+                           code="invalid_api_key", headers=BEARER)
+
+    def allows(self, origin, fields):
+        """May a web page of that origin read what we answer?"""
+        if self.cors & {"*", origin} or self.api_keys:
+            return True
+        _, _, authority = origin.partition("://")
+        return (authority == fields.get("host")
+                or bool(LOOPBACK.fullmatch(host_name(authority))))
+
+    def check_browser(self, fields):
+        """A page from elsewhere, in somebody's browser, is a stranger here."""
+        host = fields.get("host", "")
+        if not (is_local(host) or host_name(host) in map(host_name, self.cors)):
+            raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
+                           "machine; to allow a page of that host, name its origin "
+                           "with --cors.", code="foreign_host")
+        origin = fields.get("origin")
+        if origin is not None and not self.allows(origin, fields):
+            raise APIError(403, f"The Origin {printable(origin[:100])!r} is not "
+                           "allowed; name it with --cors.", code="foreign_origin")
+
+    def admit(self, exchange):
+        """Refuse who may not use the server, before the body is read."""
+        if exchange.method == "OPTIONS":
+            return
+        if self.api_keys:
+            if exchange.route not in ("/", "/health"):
+                self.check_key(exchange.secrets)
+                exchange.keyed = True
+        elif self.on_loopback():
+            self.check_browser(exchange.headers)
+
+    def cors_headers(self, exchange):
+        origin = exchange.headers.get("origin")
+        if origin is None:
+            return {}
+        if not self.allows(origin, exchange.headers):
+            return {"vary": "origin"}
+        return {"vary": "origin", "access-control-allow-origin": origin,
+                "access-control-expose-headers": "x-request-id"}
+
+    # ------ the endpoints: an exchange -> its answer
+
+    def check_model(self, model):
+        if self.models is not None and model not in self.models:
+            raise APIError(404, f"The model `{model[:200]}` does not exist or you do "
+                           "not have access to it.", code="model_not_found")
+
+    def quirk_asked_for(self, headers):
+        """What X-Quirk asks for, where it may; a wrong name is the client's fault."""
+        quirk = headers.get("x-quirk") if self.quirk_header else None
+        try:
+            parse_quirk(quirk)
+        except ValueError as error:
+            raise APIError(400, str(error), "X-Quirk") from None
+        return quirk
+
+    def complete(self, request, exchange):
+        """The diagram at the top of this file, as code."""
+        backend, tokenize = self.backend, self.tokenize
+        prompts = prompt_tokens(request, tokenize)
+        asked_for = self.quirk_asked_for(exchange.headers)
+        replies = [as_reply(backend(view)) for view in views(request, prompts)]
+        first = replies[0]
+        quirk, k = parse_quirk(first.quirk or self.quirk or asked_for)
+        exchange.quirk = quirk
+        usage = Usage(sum(map(len, prompts)), first.usage)
+        choices = exchange.sources = [
+            choice(reply, request, tokenize, reply.delay or self.delay)
+            for reply in replies]
+        if request["endpoint"] == "chat":
+            chunks = chat_chunks(request, choices, usage)
+        else:
+            chunks = completion_chunks({**request, "prompts": prompts}, choices, usage)
+        if not request["stream"]:
+            return whole(json_answer(fold(chunks), first.headers), quirk)
+        if quirk in CHUNK_QUIRKS:
+            chunks = CHUNK_QUIRKS[quirk](chunks, k)
+        writes = counting(events(chunks), exchange)
+        if quirk in WRITE_QUIRKS:
+            writes = WRITE_QUIRKS[quirk](writes, k)
+        at_hand = not quirk and not self.delay and all(map(Reply.is_at_hand, replies))
+        return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
+
+    def completion(self, exchange):
+        body = exchange.body = parse_json(exchange.content)
+        if exchange.model is not None and body.get("model") is None:
+            body = {**body, "model": exchange.model}
+            exchange.content = to_json(body)
+        if hasattr(self.backend, "answer"):
+            return self.backend.answer(exchange)
+        is_chat = exchange.route == "/chat/completions"
+        request = (parse_chat if is_chat else parse_completion)(body, self.strict)
+        self.check_model(request["model"])
+        return self.complete(request, exchange)
+
+    def show_models(self, exchange):
+        """One where the path names it, else all."""
+        if hasattr(self.backend, "answer"):
+            return self.backend.answer(exchange)
+        names = [model_name(self.backend)] if self.models is None else self.models
+        if exchange.model is not None:
+            self.check_model(exchange.model)
+            names = [exchange.model]
+        models = [{"id": name, "object": "model", "created": self.started,
+                   "owned_by": "openai_compat"} for name in names]
+        return json_answer({"object": "list", "data": models} if exchange.model is None
+                           else models[0])
+
+    def health(self, exchange):
+        return json_answer({"status": "ok"})
+
+    def show_journal(self, exchange):
+        if not self.entries.maxlen:
+            raise APIError(404, "No journal is kept; start with --journal.",
+                           code="unknown_url")
+        return json_answer([entry.as_dict() for entry in self.journal])
+
+    def page(self, exchange):
+        return Answer(200, page_headers(), PAGE.encode())
+
+    # ------ routes
+
+    ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
+        "/chat/completions": {"POST": completion},
+        "/completions":      {"POST": completion},
+        "/models":           {"GET": show_models},
+        "/models/":          {"GET": show_models},      # and a name after it
+        "/health":           {"GET": health},
+        "/journal":          {"GET": show_journal},
+        "/":                 {"GET": page},
+    }
+
+    def options(self, exchange, methods):
+        allowed = allowed_methods(methods or {"GET": None, "POST": None})
+        headers = {"allow": allowed}
+        if "access-control-allow-origin" in self.cors_headers(exchange):
+            wanted = exchange.headers.get("access-control-request-headers", "*")
+            headers.update({"access-control-allow-methods": allowed,
+                            "access-control-allow-headers": wanted,
+                            "access-control-max-age": "86400"})
+        return Answer(204, headers)
+
+    def answer(self, exchange):
+        """The answer to one request."""
+        path = "/models/" if exchange.route.startswith("/models/") else exchange.route
+        methods = self.ROUTES.get(path)
+        if exchange.method == "OPTIONS":
+            return self.options(exchange, methods or {})
+        if methods is None:
+            paths = ", ".join(f"/v1{path}" for path in list(self.ROUTES)[:3])
+            raise APIError(404, f"Unknown request URL: {exchange.method} "
+                           f"{printable(exchange.path[:200])}. This server has: "
+                           f"{paths}.", code="unknown_url")
+        method = "GET" if exchange.method == "HEAD" else exchange.method
+        if method not in methods:
+            raise APIError(405, f"Not allowed to {exchange.method} on "
+                           f"{exchange.route}. (HINT: use {' or '.join(methods)} "
+                           "instead.)", headers={"allow": allowed_methods(methods)})
+        return methods[method](self, exchange)
+
+
+# ----------------------------------------------------------------------------------
+# Command line.  A table of flags, the server that they ask for, and two ways to run it:
+# until a signal comes, or beside a command and as long as that runs.
+
+PLACE = "MODULE:FUNCTION"
+OPTIONS = (  # False, a list or a number as the default says what kind of flag it is
+    # flag               default      metavar    help
+    ("--host",            "127.0.0.1", None,     "address to listen on"),
+    ("--port",            8000,        None,     "port; 0 for a free one"),
+    ("--model",           [],          "NAME",   "accept this name only"),
+    ("--api-key",         [],          "KEY",    "accept this key; also, separated by "
+                                                 "commas, from OPENAI_COMPAT_API_KEYS"),
+    ("--at-once",         1,           "N",      "programs at a time"),
+    ("--upstream-key",    None,        "KEY",    "the key for --upstream"),
+    ("--record",          None,        "TAPE",   "append what the upstream says "
+                                                 "to a tape"),
+    ("--delay",           0.0,         "S",      "seconds between pieces"),
+    ("--tokenizer",       None,        PLACE, "text -> list of its tokens"),
+    ("--lenient",         False,       None,     "do not check the conversation"),
+    ("--quirk",           None,        "NAME",   "a fault in every reply"),
+    ("--quirk-header",    False,       None,     "a fault where X-Quirk asks for it"),
+    ("--journal",         False,       None,     "keep one, for GET /journal"),
+    ("--cors",            [],          "ORIGIN", "let web pages of this origin in; "
+                                                 "* for all"),
+    ("--tls-cert",        None,        "FILE",   "serve https with this certificate"),
+    ("--tls-key",         None,        "FILE",   "and its key"),
+    ("--max-body",        32 * 2**20,  "N",      "bytes"),
+    ("--max-connections", 512,         "N",      "beyond: 503"),
+    ("--request-timeout", 30.0,        "S",      "seconds for a request to arrive"),
+    ("--trace",           False,       None,     "print what crosses the wire"),
+    ("--quiet",           False,       None,     "no line per exchange"),
 )
 BACKENDS = (  # flags that choose the backend; without one of them it is echo
-    ("--say",             dict(metavar="TEXT", help="always say this")),
-    ("--script",          dict(metavar="FILE", help="reply with the steps of this JSON file")),
-    ("--command",         dict(metavar="CMD", help="reply with what this program prints")),
-    ("--backend",         dict(metavar="MODULE:FUNCTION", help="reply with what this yields")),
-    ("--upstream",        dict(metavar="URL", help="pass on to another such server")),
-    ("--replay",          dict(metavar="TAPE", help="reply with what was recorded")),
+    ("--say",             None,        "TEXT",   "always say this"),
+    ("--script",          None,        "FILE",   "reply with the steps of this JSON "
+                                                 "file"),
+    ("--command",         None,        "CMD",    "reply with what this program prints"),
+    ("--backend",         None,        PLACE, "reply with what this yields"),
+    ("--upstream",        None,        "URL",    "pass on to another such server"),
+    ("--replay",          None,        "TAPE",   "reply with what was recorded"),
 )
+
+
+def add_flag(parser, flag, default, metavar, about):
+    kind = {"action": "store_true"}
+    if type(default) is list:
+        kind = {"action": "append", "default": default, "metavar": metavar}
+    elif default is not False:
+        kind = {"type": str if default is None else type(default), "default": default,
+                "metavar": metavar}
+    parser.add_argument(flag, help=about, **kind)
 
 
 def parse_arguments(argv):
-    """The options, and the command after the first "--"."""
+    """The options, and the command after the first "--", or None."""
     import argparse             # a fixture needs none of it
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="After -- may stand a command: it is run with OPENAI_BASE_URL set to a server "
-               "on a free port, and its exit status is the exit status.")
-    for flag, about in OPTIONS:
-        parser.add_argument(flag, **about)
+        epilog="After -- may stand a command: it is run with OPENAI_BASE_URL set to a "
+               "server on a free port, and its exit status is the exit status.")
+    for row in OPTIONS:
+        add_flag(parser, *row)
+    parser.add_argument("--version", action="version", version=__version__)
     one_of = parser.add_mutually_exclusive_group()
-    for flag, about in BACKENDS:
-        one_of.add_argument(flag, **about)
+    for row in BACKENDS:
+        add_flag(one_of, *row)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     for flag, other in (("record", "upstream"), ("upstream_key", "upstream"),
                         ("tls_key", "tls_cert"), ("tls_cert", "tls_key")):
         if getattr(args, flag) and not getattr(args, other):
             parser.error(f"--{flag} says nothing without --{other}".replace("_", "-"))
-    return args, argv[end + 1:], "--" in argv
+    return args, argv[end + 1:] if "--" in argv else None
 
 
-def server_of(args, port):
-    """The server that the options ask for."""
-    keys = os.environ.get("OPENAI_COMPAT_API_KEYS", "").split(",")
-    server = Server(
-        backend_of(args), host=args.host, port=port, models=args.model,
-        api_keys=[*args.api_key, *(key.strip() for key in keys if key.strip())],
-        tokenize=named(args.tokenizer) if args.tokenizer else tokenize,
-        strict=not args.lenient, quirk=args.quirk, quirk_header=args.quirk_header,
-        tls=(args.tls_cert, args.tls_key) if args.tls_cert else None, cors=args.cors,
-        max_body=args.max_body, max_connections=args.max_connections,
-        request_timeout=args.request_timeout, journal=1000 if args.journal else 0)
-    server.delay, server.trace = args.delay, args.trace
-    return server
+def named(text):
+    """What "module:function" names.
+
+    Its module imports `openai_compat`: that has to be this very module, not a second
+    copy, whose APIError would be a stranger here.
+    """
+    sys.modules.setdefault("openai_compat", sys.modules[__name__])
+    sys.path.insert(0, os.getcwd())
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def backend_of(args):
@@ -3253,55 +3322,41 @@ def backend_of(args):
     return named(args.backend) if args.backend else echo
 
 
-def named(text):
-    """What "module:function" names.
+def server_of(args, port):
+    """The server that the options ask for."""
+    keys = os.environ.get("OPENAI_COMPAT_API_KEYS", "").split(",")
+    server = Server(
+        backend_of(args), host=args.host, port=port, models=args.model or None,
+        api_keys=[*args.api_key, *filter(None, map(str.strip, keys))],
+        tokenize=named(args.tokenizer) if args.tokenizer else tokenize,
+        strict=not args.lenient, quirk=args.quirk, quirk_header=args.quirk_header,
+        tls=(args.tls_cert, args.tls_key) if args.tls_cert else None, cors=args.cors,
+        max_body=args.max_body, max_connections=args.max_connections,
+        request_timeout=args.request_timeout, journal=1000 if args.journal else 0)
+    server.delay, server.trace = args.delay, args.trace
+    return server
 
-    Its module imports `openai_compat`: that has to be this very module, not a second
-    copy, whose APIError would be a stranger here.
-    """
-    sys.modules.setdefault("openai_compat", sys.modules[__name__])
-    sys.path.insert(0, os.getcwd())
-    module, _, name = text.partition(":")
-    return getattr(importlib.import_module(module), name)
 
-
-def main(argv=None):
-    """The command line; returns the exit status."""
-    args, program, has_program = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-                        level=logging.WARNING if args.quiet or has_program else logging.INFO)
-    try:
-        server = server_of(args, 0 if has_program else args.port)
-    except (OSError, OverflowError, ValueError, ImportError, AttributeError) as error:
-        at_fault = args.tls_cert or args.script or args.replay or args.record
-        where = f" ({at_fault})" if at_fault else f" (--host {args.host} --port {args.port})"
-        print(f"openai_compat: {error}{where}", file=sys.stderr)
-        return 1
-    if not (server.api_keys or server.on_loopback()):
-        log.warning("WARNING: without --api-key, whoever reaches %s can use this server",
-                    server.base_url)
-    status = run_beside(server.start(), program) if has_program else serve(server.start())
-    try:
-        getattr(server.backend, "close", lambda error: None)(None)
-    except AssertionError as error:
-        print(f"openai_compat: {error}", file=sys.stderr)
-        return status or int(has_program)
+def complain(message, status):
+    print(f"openai_compat: {message}", file=sys.stderr)
     return status
 
 
 def serve(server):
-    """Serve until SIGTERM or Ctrl-C; then running replies get 10 s, unless it comes again."""
-    sys.setswitchinterval(0.02)     # hundreds of threads in a queue for the interpreter, each
-    # asking for it every 5 ms, come to half the events a second that they do with 20 ms
+    """Serve until SIGTERM or Ctrl-C; running replies get 10 s then."""
+    # Hundreds of threads in a queue for the interpreter, each asking for it every 5 ms,
+    # come to half the events a second that they do with 20 ms.
+    sys.setswitchinterval(0.02)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(f"Serving {server.base_url} with {model_name(server.backend)}; Ctrl-C ends it.",
-              file=sys.stderr, flush=True)
+        print(f"Serving {server.base_url} with {model_name(server.backend)}; "
+              "Ctrl-C ends it.", file=sys.stderr, flush=True)
         while True:
-            time.sleep(0.2)     # in short steps: on Windows nothing interrupts a long one
+            time.sleep(0.2)     # in short steps: on Windows nothing interrupts it
     except KeyboardInterrupt:
         pass
-    # In a thread: a join that a signal interrupts takes its thread for ended (CPython 45274).
+    # In a thread: a join that a signal interrupts takes its thread for ended (CPython
+    # issue 45274).
     closing = threading.Thread(target=server.close, args=(10,), daemon=True)
     closing.start()
     try:
@@ -3314,29 +3369,40 @@ def serve(server):
     return 0
 
 
+def pass_signal(running, number, frame):
+    """A terminal's Ctrl-C reaches the command anyway; twice would be once too often."""
+    if not running:
+        sys.exit(128 + number)
+    terminal = number == signal.SIGINT and sys.stdin.isatty()
+    if not terminal and running[0].poll() is None:
+        running[0].send_signal(number)
+
+
+def environment_for(server):
+    """Ours, and in it where to find the server, by all the names that clients know."""
+    keys = [key.decode() for key in server.api_keys]
+    key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
+    bypass = filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"])
+    bypass = ",".join(bypass)
+    return {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": key,
+            "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
+
+
 def run_beside(server, program):
     """Run a command with the server in its environment; returns its exit status."""
     found = shutil.which(program[0]) if program else None
     if found is None:
         server.close()
-        print(f"openai_compat: cannot run {program[0] if program else 'nothing'!r}: "
-              "no such command", file=sys.stderr)
-        return 127
-    key = server.api_keys[0].decode() if server.api_keys else os.environ.get("OPENAI_API_KEY")
-    bypass = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"]))
-    environment = {**os.environ, "OPENAI_BASE_URL": server.base_url,
-                   "OPENAI_API_BASE": server.base_url, "OPENAI_API_KEY": key or "none",
-                   "NO_PROXY": bypass, "no_proxy": bypass}
+        return complain(f"cannot run {program[0] if program else 'nothing'!r}: "
+                        "no such command", 127)
     running = []                # empty until there is somebody to pass a signal to
-    for name in ("SIGTERM", "SIGHUP", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), functools.partial(pass_signal, running))
+    for name in {"SIGTERM", "SIGHUP", "SIGINT"}.intersection(dir(signal)):
+        signal.signal(getattr(signal, name), functools.partial(pass_signal, running))
     try:
-        process = subprocess.Popen([found, *program[1:]], env=environment)
+        process = subprocess.Popen([found, *program[1:]], env=environment_for(server))
     except OSError as error:
         server.close()
-        print(f"openai_compat: cannot run {found}: {error.strerror}", file=sys.stderr)
-        return 126
+        return complain(f"cannot run {found}: {error.strerror}", 126)
     running.append(process)
     while process.poll() is None:
         with suppress(subprocess.TimeoutExpired):
@@ -3345,12 +3411,27 @@ def run_beside(server, program):
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def pass_signal(running, number, frame):
-    """A terminal's Ctrl-C reaches the command anyway; twice would be once too often."""
-    if not running:
-        sys.exit(128 + number)
-    if not (number == signal.SIGINT and sys.stdin.isatty()) and running[0].poll() is None:
-        running[0].send_signal(number)
+def main(argv=None):
+    """The command line; returns the exit status."""
+    args, program = parse_arguments(sys.argv[1:] if argv is None else argv)
+    beside = program is not None
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+                        level=logging.WARNING if args.quiet or beside else logging.INFO)
+    try:
+        server = server_of(args, 0 if beside else args.port)
+    except (OSError, OverflowError, ValueError, ImportError, AttributeError) as error:
+        at_fault = (args.tls_cert or args.script or args.replay or args.record
+                    or f"--host {args.host} --port {args.port}")
+        return complain(f"{error} ({at_fault})", 1)
+    if not (server.api_keys or server.on_loopback()):
+        log.warning("WARNING: without --api-key, whoever reaches %s can use this "
+                    "server", server.base_url)
+    status = run_beside(server.start(), program) if beside else serve(server.start())
+    try:
+        getattr(server.backend, "close", lambda error: None)(None)
+    except AssertionError as error:
+        return complain(error, status or int(beside))
+    return status
 
 
 if __name__ == "__main__":
