@@ -1088,6 +1088,8 @@ def requested(args, prompt):
     for name in ("max_tokens", "temperature", "stop"):
         if getattr(args, name) not in (None, []):
             request[name] = getattr(args, name)
+    if args.json and request["stream"] and args.command != "bench":
+        request["stream_options"] = {"include_usage": True}
     return {**request, **args.p}
 
 
