@@ -102,8 +102,9 @@ ERROR_KINDS = {  # status: (type, code); the hundreds stand for all of theirs
 
 def header_fields(headers):
     """Headers as somebody gave them -> {lower-case name: str} (RFC 9110, 5.5)."""
-    given = dict(headers or {})
-    fields = {str(name).lower(): str(value) for name, value in given.items()}
+    if not headers:
+        return {}
+    fields = {str(name).lower(): str(value) for name, value in dict(headers).items()}
     for name, value in fields.items():
         if re.search("[\r\n\0]", name + value):     # it would start a header of its own
             raise ValueError(f"the header {name!r} has a line end or a NUL in it")
@@ -160,7 +161,7 @@ def finite(text):
     return number if math.isfinite(number) else not_json(text)
 
 
-decode = json.JSONDecoder(parse_constant=not_json, parse_float=finite).decode
+decode_json = json.JSONDecoder(parse_constant=not_json, parse_float=finite).decode
 
 
 def body_is_no_json(why):
@@ -171,7 +172,7 @@ def body_is_no_json(why):
 def parse_json(body):
     """Bytes -> dict, or a 400 that says what is wrong (RFC 8259)."""
     try:
-        value = decode(body.decode("utf-8-sig"))
+        value = decode_json(body.decode("utf-8-sig"))
     except RecursionError:
         raise body_is_no_json("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -500,27 +501,27 @@ def check_conversation(messages):
         called = unanswered = [call["id"] for call in calls]
 
 
-def chosen_tools(choice):
+def chosen_tools(tool_choice):
     """The names of the tools that a "tool_choice" speaks of."""
-    if type(choice) is not dict:
+    if type(tool_choice) is not dict:
         return []
-    allowed = choice["type"] == "allowed_tools"
-    chosen = choice["allowed_tools"]["tools"] if allowed else [choice]
+    allowed = tool_choice["type"] == "allowed_tools"
+    chosen = tool_choice["allowed_tools"]["tools"] if allowed else [tool_choice]
     return [each[each["type"]]["name"] for each in chosen]
 
 
 def check_chosen(request):
     """A tool or function that is chosen by name has to be there."""
-    names = [tool[tool["type"]]["name"] for tool in request["tools"]]
+    tools = [tool[tool["type"]]["name"] for tool in request["tools"]]
     for chosen in chosen_tools(request["tool_choice"]):
-        if chosen not in names:
+        if chosen not in tools:
             raise invalid(f"Tool choice '{chosen}' not found in 'tools' parameter.",
                           "tool_choice")
-    names = [function["name"] for function in request["functions"]]
-    choice = request["function_call"]
-    if type(choice) is dict and choice["name"] not in names:
+    functions = [function["name"] for function in request["functions"]]
+    call = request["function_call"]
+    if type(call) is dict and call["name"] not in functions:
         raise invalid("Invalid value for 'function_call': no function named "
-                      f"'{choice['name']}' was specified in the 'functions' parameter.",
+                      f"'{call['name']}' was specified in the 'functions' parameter.",
                       "function_call")
 
 
@@ -655,7 +656,7 @@ def tokens_of(prompt, tokenize):
     return [decode(id) for id in prompt]
 
 
-def prompt_tokens(request, tokenize):
+def tokenized(request, tokenize):
     """The tokens of each message or prompt, a list each."""
     if request["endpoint"] == "chat":
         contents = [message.get("content") for message in request["messages"]]
@@ -952,9 +953,9 @@ here = threading.local()        # this thread's client, as `watch` has set it
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def watch(client, left=ClientLeft):
-    """Make `client` the one for whom this thread works; `left()`: what ends a wait."""
-    here.client, here.left, here.selector = client, left, Selector()
+def watch(client, ending=ClientLeft):
+    """Make `client` the one for whom this thread works; `ending()` ends a wait."""
+    here.client, here.ending, here.selector = client, ending, Selector()
     here.selector.register(client, selectors.EVENT_READ)
 
 
@@ -974,8 +975,8 @@ def is_ready(selector, source, end):
     if any(key.fileobj is source for key, _ in ready):
         return True
     if ready and has_left(here.client):
-        raise here.left()
-    if ready and left > 0:      # a next request, which is not to be read yet: look again
+        raise here.ending()
+    if ready and left > 0:      # a next request, not to be read yet: look again
         time.sleep(min(left, 0.02))
     return False
 
@@ -1068,11 +1069,12 @@ def as_reply(result):
 
 def forced_tool(request):
     """The name of the tool that the request insists on, or None."""
-    choice, call = request.get("tool_choice"), request.get("function_call")
-    if choice == "required":
-        return request["tools"][0][request["tools"][0]["type"]]["name"]
-    if type(choice) is dict and choice.get("allowed_tools", {}).get("mode") != "auto":
-        return next(iter(chosen_tools(choice)), None)
+    wish, call = request.get("tool_choice"), request.get("function_call")
+    if wish == "required":
+        first = request["tools"][0]
+        return first[first["type"]]["name"]
+    if type(wish) is dict and wish.get("allowed_tools", {}).get("mode") != "auto":
+        return next(iter(chosen_tools(wish)), None)
     return call["name"] if type(call) is dict else None
 
 
@@ -1549,7 +1551,10 @@ def envelope(request, object):
 
 
 def in_turn(choices):
-    """(index, item) of each choice in turn, an item each, until all have ended."""
+    """(index, item) of each choice in turn, an item each, until all have ended.
+
+    A choice that is slow holds up its neighbours; the API runs them side by side.
+    """
     if len(choices) == 1:               # by far the usual case
         yield from zip(itertools.repeat(0), choices[0])
         return
@@ -1584,6 +1589,14 @@ def chat_logprob(token, top):
     return {**entries[0], "top_logprobs": entries if top else []}
 
 
+def chat_logprobs(tokens, top, field="content"):
+    """An object for each token, if wanted, under the field that they belong to."""
+    if top is None:
+        return None
+    return {"content": [], "refusal": None,
+            field: [chat_logprob(token, top) for token in tokens]}
+
+
 def text_logprobs(tokens, top, offset, first=False):
     """Four parallel arrays, if wanted; a prompt's first token has no probability."""
     if top is None:
@@ -1595,9 +1608,6 @@ def text_logprobs(tokens, top, offset, first=False):
     offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
     return {"tokens": tokens, "token_logprobs": taken, "top_logprobs": likely,
             "text_offset": list(offsets)[:len(tokens)]}
-
-
-NO_LOGPROBS = {"content": [], "refusal": None}
 
 
 def opening(piece):
@@ -1626,12 +1636,13 @@ def chat_deltas(request, pieces, usage):
     """(delta, logprobs, finish_reason) per chunk of one choice; first comes the role.
 
     The first piece is taken before the role goes out: what fails there gets a status.
+    The price: while a slow model thinks, the client sees nothing, not even a head.
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
     calls = 0
     for i, piece in enumerate(pieces):
         if i == 0:
-            yield opening(piece), None if top is None else NO_LOGPROBS, None
+            yield opening(piece), chat_logprobs([], top), None
         if type(piece) is Finish:
             legacy = piece == "tool_calls" and is_legacy(request)
             yield {}, None, "function_call" if legacy else str(piece)
@@ -1643,9 +1654,7 @@ def chat_deltas(request, pieces, usage):
             calls += 1
             continue
         field = "refusal" if type(piece) is Refusal else "content"
-        logprobs = None if top is None else {
-            **NO_LOGPROBS, field: [chat_logprob(token, top) for token in piece]}
-        yield {field: "".join(piece)}, logprobs, None
+        yield {field: "".join(piece)}, chat_logprobs(piece, top, field), None
 
 
 def chat_chunks(request, choices, usage):
@@ -1745,9 +1754,11 @@ def fold(chunks):
     choices = {}                        # index: {field: all that was said of it}
     for chunk in chunks:
         for part in chunk["choices"]:
-            said = choices.setdefault(part["index"], collections.defaultdict(list))
+            said = choices.setdefault(part["index"], {"logprobs": []})
             delta = part["delta"] if "delta" in part else {"text": part["text"]}
             for field, value in delta.items():
+                if field not in said:
+                    said[field] = []
                 said[field].append(value)
             if part["logprobs"] is not None:
                 said["logprobs"].append(part["logprobs"])
@@ -1852,7 +1863,7 @@ def after(doc, end=None):
     return quirk
 
 
-def tool_calls(part):
+def calls_in(part):
     return part.get("delta", {}).get("tool_calls", ())
 
 
@@ -1871,7 +1882,7 @@ def duplicate_tool_id(chunks, k):
     opened = {}
     for chunk in chunks:
         for part in chunk["choices"]:
-            for call in tool_calls(part):
+            for call in calls_in(part):
                 kind = "custom" if "custom" in call else "function"
                 first = opened.setdefault((part["index"], call["index"]), call)
                 call.update(id=first["id"], type=kind)
@@ -1893,7 +1904,7 @@ CHUNK_QUIRKS = {
         lambda part: part.update(finish_reason=None)),
     "missing_tool_index": each_part(
         "Fragments of tool calls do not say to which call they belong.",
-        lambda part: [call.pop("index") for call in tool_calls(part)]),
+        lambda part: [call.pop("index") for call in calls_in(part)]),
     "duplicate_tool_id": duplicate_tool_id,
 }
 
@@ -1947,7 +1958,6 @@ WRITE_QUIRKS = {
     "split_bytes": split_bytes,
     "one_write": one_write,
     "no_done": no_done,
-    "no_finish": no_done,               # its other half
     "no_terminator": no_terminator,
     "bad_json": each_write(
         "One event cut short in its JSON.",
@@ -1957,6 +1967,7 @@ WRITE_QUIRKS = {
     "stall": after("Silence until the client leaves.", lambda: Cut("stall")),
     "reset": after("A TCP reset.", lambda: Cut("reset")),
     "html_502": html_502,
+    "no_finish": no_done,               # its other half
 }
 QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
 # What is not about events happens to a whole reply too, before its first byte.
@@ -2161,7 +2172,7 @@ class Replay:
                 try:
                     recording = json.loads(line)
                     key = self.key(**recording["request"])
-                    recording["headers"].items()
+                    recording["headers"] = header_fields({**recording["headers"]})
                     recording["status"] + sum(pause for pause, _ in recording["writes"])
                     self.recordings[key].append((number, recording))
                 except (ValueError, KeyError, TypeError):
@@ -2174,8 +2185,8 @@ class Replay:
 
     def unknown(self, wanted):
         """A 404 that tells how the nearest recording differs."""
-        rows = [(number, recording["request"]) for waiting in self.recordings.values()
-                for number, recording in waiting]
+        rows = [(number, recording["request"]) for queue in self.recordings.values()
+                for number, recording in queue]
         if not rows:
             return APIError(404, "The tape is empty.", code="not_recorded")
         number, nearest = max(rows, key=lambda row: likeness(row[1], wanted))
@@ -2193,10 +2204,10 @@ class Replay:
     def answer(self, exchange):
         with self._lock:
             wanted = asked_for(exchange)
-            waiting = self.recordings.get(self.key(**wanted))
-            if not waiting:
+            queue = self.recordings.get(self.key(**wanted))
+            if not queue:
                 raise self.unknown(wanted)
-            _, recording = waiting.popleft() if len(waiting) > 1 else waiting[0]
+            _, recording = queue.popleft() if len(queue) > 1 else queue[0]
         writes = counting(self.played(recording["writes"]), exchange)
         return Answer(recording["status"], recording["headers"], writes)
 
@@ -2326,8 +2337,9 @@ class Exchange:
     """One request and what became of it: an entry of the journal.
 
     method, path: as sent.  headers: lower-case names, keys masked.  body: dict or None.
-    status, events: what went out.  outcome: "complete", "client left", "error",
-    "quirk", or None while it runs.  started: seconds since 1970.  seconds: it took.
+    status, events: what went out, how many.  outcome: "complete", "client left",
+    "error", "quirk", or None while it runs.  started: seconds since 1970.  seconds: how
+    long it took.
     """
 
     JOURNAL = "method path headers body status events outcome started seconds".split()
@@ -2341,7 +2353,7 @@ class Exchange:
 
     def __init__(self, method="", path="/", version=(1, 1), headers=()):
         self.method, self.path, self.version = method, path, version
-        self.headers, self.secrets = dict(headers), {}      # secrets: until it ends
+        self.headers, self.secrets = dict(headers), {}  # secrets are kept until it ends
         for name in SECRET.intersection(self.headers):
             self.secrets[name], self.headers[name] = self.headers[name], "***"
         self.route, self.model = normal_path(path)
@@ -2392,19 +2404,14 @@ def trace_lines(block):
         if CHUNK_LINE.fullmatch(line):
             yield f"[transfer chunk: {int(line.partition(b';')[0], 16)} bytes]"
             continue
-        *blocks, rest = line.split(b"\n\n")
-        for part in blocks:
+        *parts, rest = line.split(b"\n\n")
+        for part in parts:
             yield f"[event] {printable(part.decode('utf-8', 'replace'))}"
         if rest:
             yield SECRET_LINE.sub(r"\1***", printable(rest.decode("utf-8", "replace")))
 
 
-def crowded():
-    return APIError(503, "The engine is currently overloaded, please try again later",
-                    headers={"retry-after": "1"})
-
-
-def started(answer):
+def first_taken(answer):
     """The same answer, its first write taken: a failure up to there gets a status."""
     if not isinstance(answer.body, bytes):
         writes = iter(answer.body)
@@ -2417,7 +2424,11 @@ AT_ONCE = 256                   # writes at hand that may share a send
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection in its thread: reads requests and sends an answer to each."""
+    """One connection in its thread: reads requests and sends an answer to each.
+
+    A thread each is plain, and enough for some hundreds of clients; a server for
+    thousands has one loop for them all.
+    """
 
     # ------ the connection
 
@@ -2435,9 +2446,9 @@ class Handler(BaseHTTPRequestHandler):
         # Without this the body of a small reply waits 44 ms for the client's ACK.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.number = next(self.server.numbers)
-        watch(self.connection, self.who_left)
+        watch(self.connection, self.ending)
 
-    def who_left(self):
+    def ending(self):
         """What ends a wait: the client is gone, or the server is about to be."""
         if self.server.hanging_up:
             return APIError(503, "The server is shutting down.",
@@ -2446,9 +2457,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self):
         with suppress(ClientLeft):
-            if self.server.is_crowded():
+            if len(self.server.connections) > self.server.max_connections:
                 self.open, self.unread = False, True
-                self.send(error_answer(crowded()))
+                self.send(error_answer(APIError(
+                    503, "The engine is currently overloaded, please try again later",
+                    headers={"retry-after": "1"})))
             while self.open and not self.server.closing:
                 self.await_request()
                 self.serve_one()
@@ -2667,7 +2680,7 @@ class Handler(BaseHTTPRequestHandler):
     def find_answer(self):
         """The answer, its first write taken.  Whatever fails up to there ends here."""
         try:
-            return started(self.server.answer(self.read_request()))
+            return first_taken(self.server.answer(self.read_request()))
         except Instead as instead:
             return instead.args[0]
         except (Exception, SystemExit) as error:
@@ -2879,7 +2892,7 @@ def views(request, prompts):
             for index, text in enumerate(texts)]
 
 
-def whole(answer, quirk):
+def unstreamed(answer, quirk):
     """A reply that is not streamed; most quirks are about events and leave it alone."""
     if quirk in WHOLE_QUIRKS:
         answer.body = WRITE_QUIRKS[quirk](iter([answer.body]), 0)
@@ -3009,9 +3022,6 @@ class Server(ThreadingHTTPServer):
 
     # ------ connections, each in a thread
 
-    def is_crowded(self):
-        return len(self.connections) > self.max_connections
-
     def process_request(self, connection, address):
         """Beyond max_connections a thread still says 503; far beyond, not even that."""
         if self.closing or len(self.connections) > 2 * self.max_connections + 16:
@@ -3107,7 +3117,7 @@ class Server(ThreadingHTTPServer):
             raise APIError(404, f"The model `{model[:200]}` does not exist or you do "
                            "not have access to it.", code="model_not_found")
 
-    def quirk_asked_for(self, headers):
+    def quirk_wanted(self, headers):
         """What X-Quirk asks for, where it may; a wrong name is the client's fault."""
         quirk = headers.get("x-quirk") if self.quirk_header else None
         try:
@@ -3119,11 +3129,11 @@ class Server(ThreadingHTTPServer):
     def complete(self, request, exchange):
         """The diagram at the top of this file, as code."""
         backend, tokenize = self.backend, self.tokenize
-        prompts = prompt_tokens(request, tokenize)
-        asked_for = self.quirk_asked_for(exchange.headers)
+        prompts = tokenized(request, tokenize)
+        wanted = self.quirk_wanted(exchange.headers)
         replies = [as_reply(backend(view)) for view in views(request, prompts)]
         first = replies[0]
-        quirk, k = parse_quirk(first.quirk or self.quirk or asked_for)
+        quirk, k = parse_quirk(first.quirk or self.quirk or wanted)
         exchange.quirk = quirk
         usage = Usage(sum(map(len, prompts)), first.usage)
         choices = exchange.sources = [
@@ -3134,7 +3144,7 @@ class Server(ThreadingHTTPServer):
         else:
             chunks = completion_chunks({**request, "prompts": prompts}, choices, usage)
         if not request["stream"]:
-            return whole(json_answer(fold(chunks), first.headers), quirk)
+            return unstreamed(json_answer(fold(chunks), first.headers), quirk)
         if quirk in CHUNK_QUIRKS:
             chunks = CHUNK_QUIRKS[quirk](chunks, k)
         writes = counting(events(chunks), exchange)
@@ -3144,6 +3154,7 @@ class Server(ThreadingHTTPServer):
         return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
 
     def completion(self, exchange):
+        """A chat or a text completion, of our backend's pieces or its whole answer."""
         body = exchange.body = parse_json(exchange.content)
         if exchange.model is not None and body.get("model") is None:
             body = {**body, "model": exchange.model}
