@@ -656,12 +656,39 @@ def tokens_of(prompt, tokenize):
     return [decode(id) for id in prompt]
 
 
-def tokenized(request, tokenize):
-    """The tokens of each message or prompt, a list each."""
+def slices(text, size=65536):
+    """A text in parts, cut before a space where there is one.
+
+    The tokens of a text take forty times its memory: those of a long one are never
+    made all at once.
+    """
+    start = 0
+    while len(text) - start > size:
+        space = text.rfind(" ", start + 1, start + size)
+        end = space if space > 0 else start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def count_tokens(prompt, tokenize):
+    """How many tokens a text has, or a list of token ids."""
+    if type(prompt) is list:
+        return len(prompt)
+    return sum(len(tokenize(part)) for part in slices(prompt))
+
+
+def readings(request, tokenize):
+    """What each prompt of a completion reads as: its tokens, or the text as one."""
+    return [tokens_of(prompt, tokenize) if request["echo"] or type(prompt) is list
+            else [prompt] for prompt in request.get("prompts", ())]
+
+
+def prompts_of(request):
+    """All that the model would read: the texts of the messages, or the prompts."""
     if request["endpoint"] == "chat":
-        contents = [message.get("content") for message in request["messages"]]
-        return [tokenize(text_of(content)) for content in contents]
-    return [tokens_of(prompt, tokenize) for prompt in request["prompts"]]
+        return [text_of(message.get("content")) for message in request["messages"]]
+    return request["prompts"]
 
 
 # ----------------------------------------------------------------------------------
@@ -1360,6 +1387,16 @@ class Finish(str):
     """The last thing of a choice: why it ended, a finish_reason."""
 
 
+def pieces_in(text, tokenize, one_by_one):
+    """A text in pieces of one token each, or in as few as can be."""
+    for part in filter(None, slices(text)):
+        if one_by_one:
+            for token in tokenize(part):
+                yield [token]
+        else:
+            yield tokenize(part)
+
+
 def yielded(pieces, tokenize):
     """A backend's own pieces, while the client is there; returns whether it called."""
     at_hand, called = isinstance(pieces, (list, tuple)), False
@@ -1380,14 +1417,13 @@ def yielded(pieces, tokenize):
     return called
 
 
-def spoken(reply, tokenize):
+def spoken(reply, tokenize, one_by_one=True):
     """The pieces of a reply, each as the list of its tokens, and Finish."""
     called = bool(reply.tool_calls)
-    for token in tokenize(reply.refusal or ""):
-        yield Refusal([token])
+    for tokens in pieces_in(reply.refusal or "", tokenize, one_by_one):
+        yield Refusal(tokens)
     if reply.pieces is None:
-        for token in tokenize(reply.text or ""):
-            yield [token]
+        yield from pieces_in(reply.text or "", tokenize, one_by_one)
     else:
         called |= yield from yielded(reply.pieces, tokenize)
     for call in reply.tool_calls:
@@ -1489,7 +1525,8 @@ def until_stop(pieces, stops):
 
 def choice(reply, request, tokenize, delay):
     """One choice: the pieces of a reply that the request has room for, and Finish."""
-    with closing(spoken(reply, tokenize)) as source:
+    one_by_one = request["stream"] or delay     # else nobody sees them come
+    with closing(spoken(reply, tokenize, one_by_one)) as source:
         pieces = paced(source, delay) if delay else source
         if request.get("parallel_tool_calls") is False or is_legacy(request):
             pieces = one_call(pieces)
@@ -2583,9 +2620,12 @@ class Handler(BaseHTTPRequestHandler):
         """The next request, admitted and with its body, as self.exchange."""
         self.deadline = time.monotonic() + self.server.request_timeout
         self.open, self.unread = False, True            # until we know better
-        self.exchange = Exchange()
-        head = self.take_until(b"\r\n\r\n", 431, 414)
-        self.exchange = exchange = Exchange(*parse_head(head))
+        try:
+            head = parse_head(self.take_until(b"\r\n\r\n", 431, 414))
+        except BaseException:
+            self.exchange = Exchange()                  # one that asked nothing clear
+            raise
+        self.exchange = exchange = Exchange(*head)
         self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
         try:
             self.server.admit(exchange)
@@ -2919,7 +2959,7 @@ class Server(ThreadingHTTPServer):
     trace = False               # print what crosses the wire
     closing = False             # no more connections, no more requests
     hanging_up = False          # ... and what still waits is to end
-    thread = None               # the one that accepts, where `start` made it
+    acceptors = ()              # the threads that accept, where `start` made them
 
     def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
                  api_keys=(), tokenize=tokenize, strict=True, quirk=None,
@@ -2959,10 +2999,16 @@ class Server(ThreadingHTTPServer):
         """The last exchanges, oldest first."""
         return list(self.entries)
 
-    def start(self):
-        """Serve in a thread of its own; returns the server."""
-        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self.thread.start()
+    def start(self, acceptors=1):
+        """Serve in threads of its own; returns the server.
+
+        Where hundreds of connections keep the interpreter busy, one that accepts gets
+        its turn too seldom: eight halve the wait of the next thousand.
+        """
+        self.acceptors = [threading.Thread(target=self.serve_forever, daemon=True)
+                          for _ in range(acceptors)]
+        for thread in self.acceptors:
+            thread.start()
         return self
 
     def serve_forever(self, poll_interval=0.5):
@@ -2980,11 +3026,12 @@ class Server(ThreadingHTTPServer):
     def shutdown(self):
         """Take no more connections."""
         self.closing = True
-        with suppress(OSError):
-            host = urlsplit(self.base_url).hostname
-            socket.create_connection((host, self.server_port), timeout=1).close()
-        if self.thread:
-            self.thread.join()
+        host = urlsplit(self.base_url).hostname
+        for _ in self.acceptors or [None]:          # None: serve_forever by hand
+            with suppress(OSError):
+                socket.create_connection((host, self.server_port), timeout=1).close()
+        for thread in self.acceptors:
+            thread.join()
         self.server_close()
 
     def join_connections(self, seconds):
@@ -3129,13 +3176,14 @@ class Server(ThreadingHTTPServer):
     def complete(self, request, exchange):
         """The diagram at the top of this file, as code."""
         backend, tokenize = self.backend, self.tokenize
-        prompts = tokenized(request, tokenize)
+        prompts = readings(request, tokenize)
         wanted = self.quirk_wanted(exchange.headers)
         replies = [as_reply(backend(view)) for view in views(request, prompts)]
         first = replies[0]
         quirk, k = parse_quirk(first.quirk or self.quirk or wanted)
         exchange.quirk = quirk
-        usage = Usage(sum(map(len, prompts)), first.usage)
+        usage = Usage(sum(count_tokens(prompt, tokenize) for prompt in prompts_of(request)),
+                      first.usage)
         choices = exchange.sources = [
             choice(reply, request, tokenize, reply.delay or self.delay)
             for reply in replies]
@@ -3437,7 +3485,7 @@ def main(argv=None):
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s can use this "
                     "server", server.base_url)
-    status = run_beside(server.start(), program) if beside else serve(server.start())
+    status = run_beside(server.start(), program) if beside else serve(server.start(8))
     try:
         getattr(server.backend, "close", lambda error: None)(None)
     except AssertionError as error:
