@@ -12,7 +12,6 @@ As a fixture, for any client in any language:
         ...
 
 It reads from top to bottom in the order in which the bytes of a request become the
-It reads from top to bottom in the order in which the bytes of a request become the
 bytes of a reply.  Each stage is a plain function over what the one before returns:
 
     request bytes
@@ -1064,6 +1063,10 @@ class Reply:
         self.finish_reason, self.usage, self.delay = finish_reason, usage or {}, delay
         self.quirk, self.headers, self.expect = quirk, header_fields(headers), expect
         self.pieces = None      # in the place of text, as they come
+
+    def __repr__(self):
+        said = (f"{name}={value!r}" for name, value in vars(self).items() if value)
+        return f"Reply({', '.join(said)})"
 
     def is_at_hand(self):
         """Is all of it there already, so that several pieces may share a send?"""

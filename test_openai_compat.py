@@ -11,7 +11,6 @@ import http.server
 import inspect
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -38,12 +37,14 @@ import pytest
 
 import client
 import openai_compat
-from client import (BadReply, Client, ClientError, ConnectionFailed, Event, StreamTruncated, chunks, events, fold, lines, pieces)
-from openai_compat import (APIError, QUIRKS, Relay, Replay, Reply, Script, Server, ToolCall, command, echo, sample, say, tokenize)
+from client import (BadReply, Client, ClientError, ConnectionFailed, StreamTruncated,
+                    chunks, events, fold, lines, pieces)
+from openai_compat import (APIError, QUIRKS, Relay, Replay, Reply, Script, Server,
+                           ToolCall, command, echo, sample, say, tokenize)
 
 
 # ==================================================================================
-# THE SERVER
+# THE SERVER: each stage without a socket, then requests to a real one
 
 # ----------------------------------------------------------------------------------
 # Shapes.  What each object on the wire may hold, in the words of Python literals: a
@@ -3099,8 +3100,38 @@ def test_any_content_type_and_accept_will_do(kind):
         assert post(server, CHAT_PATH, HI, headers).status == 200
 
 
+# ----------------------------------------------------------------------------------
+# Headers of a backend's own, and what a script says of its steps.
+
+@pytest.mark.parametrize("value", ["a\r\nset-cookie: b", "a\nb", "a\0b"])
+@pytest.mark.parametrize("make", [lambda headers: Reply("a", headers=headers),
+                                  lambda headers: APIError(400, "no", headers=headers)])
+def test_a_header_cannot_smuggle_another(make, value):
+    with pytest.raises(ValueError):
+        make({"x-mine": value})
+
+
+def test_headers_of_a_reply_are_text_whatever_they_are_made_of():
+    with Server(lambda request: Reply("a", headers={"X-Count": 3})) as server:
+        connection = HTTPConnection(*server.server_address[:2])
+        connection.request("POST", "/v1/completions", '{"model": "m", "prompt": "a"}')
+        assert connection.getresponse().getheader("x-count") == "3"
+        connection.close()
+
+
+def test_a_step_left_over_is_named():
+    with pytest.raises(AssertionError, match=r"Reply\(text='Bye'\)"):
+        Script(Reply("Bye")).check()
+
+
+def test_a_long_text_is_tokenized_in_slices_without_a_difference():
+    text = "one two  three\n" * 20000
+    sliced = [token for part in openai_compat.slices(text) for token in tokenize(part)]
+    assert sliced == tokenize(text) and max(map(len, openai_compat.slices(text))) <= 65536
+
+
 # ==================================================================================
-# HTTP
+# HTTP: hostile input, limits, and (marker stress) load
 
 # ----------------------------------------------------------------------------------
 # Helpers.  Every test talks through a real socket on the loopback.  What is sent ends
@@ -4388,7 +4419,7 @@ def test_a_thousand_starts_and_stops_leave_nothing_behind(row):
 
 
 # ==================================================================================
-# THE CLIENT
+# THE CLIENT: the reading pipe, retries, the command line, the conversation
 
 CLIENT = str(Path(client.__file__).resolve())
 
@@ -5402,7 +5433,7 @@ def test_the_client_needs_no_package():
 
 
 # ==================================================================================
-# THE SYSTEM
+# PROGRAMS, RELAY AND REPLAY, THE COMMAND LINE, TLS, NGINX
 
 SERVER = os.path.abspath(openai_compat.__file__)
 system_CLIENT = os.path.join(os.path.dirname(SERVER), "client.py")
@@ -6971,7 +7002,7 @@ def test_a_refusal_passes_nginx_unchanged(tmp_path):
 
 
 # ==================================================================================
-# THE PAGE
+# THE PAGE, in a real browser (marker system)
 
 # ----------------------------------------------------------------------------------
 # The page, in a real Chromium: driven by chromedriver, whose protocol (W3C WebDriver)
@@ -7522,7 +7553,7 @@ def test_no_page_from_elsewhere_can_frame_the_page(browser, stranger):
 
 
 # ==================================================================================
-# OTHERS
+# THE SDKS OF OTHERS (marker interop), and every quirk against every client
 
 HERE = Path(openai_compat.__file__).resolve().parent
 
@@ -8296,7 +8327,7 @@ def test_500_fixtures_in_10_processes_do_not_clash_and_leave_nothing():
 
 
 # ==================================================================================
-# THE README
+# THE README: what it says is run
 
 # ----------------------------------------------------------------------------------
 # The blocks of the README.  One after a paragraph whose last sentence names a `file.py` and
