@@ -605,19 +605,19 @@ def parse_completion(body, strict=True):
 # Tokens.  No vocabulary is at hand, so a token is what a reader would call a word, a
 # sign or a mark: a stable estimate, and `Server(tokenize=...)` takes a real one.
 
-CJK = "⺀-鿿ꀀ-꓏가-힯豈-﫿𠀀-𿿿"
+CJK = "\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 TOKEN = re.compile(
     rf" ?[^\W{CJK}]+"                          # a word, with the space before it
-    r"| ?[🇦-🇿]{2}"            # a flag is two letters that combine
+    r"| ?[\U0001f1e6-\U0001f1ff]{2}"            # a flag is two letters that combine
     r"| ?\S"                                    # a CJK character, a sign, an emoji
     r"|\s+(?!\S)|\s+")                  # white space, but for a word's own space
-ZERO_WIDTH_JOINER = "‍"
+ZERO_WIDTH_JOINER = "\u200d"
 
 
 def combines(character):
     return (character == ZERO_WIDTH_JOINER or unicodedata.category(character)[0] == "M"
-            or "🏻" <= character <= "🏿"        # the skin of an emoji
-            or "󠀠" <= character <= "󠁿")       # the tail of a flag
+            or "\U0001f3fb" <= character <= "\U0001f3ff"        # the skin of an emoji
+            or "\U000e0020" <= character <= "\U000e007f")       # the tail of a flag
 
 
 def recombined(tokens):
@@ -663,6 +663,9 @@ def slices(text, size=65536):
     while len(text) - start > size:
         space = text.rfind(" ", start + 1, start + size)
         end = space if space > 0 else start + size
+        while end < len(text) and (combines(text[end])
+                                   or text[end - 1] == ZERO_WIDTH_JOINER):
+            end += 1
         yield text[start:end]
         start = end
     yield text[start:]
@@ -3189,8 +3192,8 @@ class Server(ThreadingHTTPServer):
         first = replies[0]
         quirk, k = parse_quirk(first.quirk or self.quirk or wanted)
         exchange.quirk = quirk
-        usage = Usage(sum(count_tokens(prompt, tokenize) for prompt in prompts_of(request)),
-                      first.usage)
+        counts = (count_tokens(prompt, tokenize) for prompt in prompts_of(request))
+        usage = Usage(sum(counts), first.usage)
         choices = exchange.sources = [
             choice(reply, request, tokenize, reply.delay or self.delay)
             for reply in replies]

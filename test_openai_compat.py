@@ -3130,6 +3130,13 @@ def test_a_long_text_is_tokenized_in_slices_without_a_difference():
     assert sliced == tokenize(text) and max(map(len, openai_compat.slices(text))) <= 65536
 
 
+def test_a_slice_does_not_end_between_what_combines():
+    text = "\u4e16" * 9 + "e\u0301\u0301" + "\U0001f469\u200d\U0001f469"
+    parts = list(openai_compat.slices(text, 10))
+    assert "".join(parts) == text
+    assert not any(openai_compat.combines(part[0]) for part in parts)
+
+
 # ==================================================================================
 # HTTP: hostile input, limits, and (marker stress) load
 
