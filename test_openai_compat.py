@@ -3251,9 +3251,11 @@ def refusal(reply):
 def http_until(condition, seconds=5):
     """Poll for a condition; False after the time is over."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not condition():      # asked once a turn: asking may itself be a request
+        if time.monotonic() > end:
+            return False
         time.sleep(0.002)
-    return condition()
+    return True
 
 
 def rows(table):
