@@ -60,14 +60,12 @@ import os
 import random
 import re
 import selectors
-import shlex
 import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -264,6 +262,19 @@ def check_bounds(where, value, kind, least, most):
                         f"{code}_length")
 
 
+@functools.lru_cache(maxsize=None)
+def of_kind(kind, least=None, most=None):
+    """The check of a value's type, and of its size where that is bounded."""
+    types, bounded = TYPES[kind], least is not None or most is not None
+
+    def check(where, value):
+        if type(value) not in types:
+            raise mistyped(where, value, JSON_NAMES[types[-1]])
+        if bounded:
+            check_bounds(where, value, kind, least, most)
+    return check
+
+
 def one_of(words):
     def check_word(where, value):
         if value not in words:
@@ -307,16 +318,14 @@ def checker(spec, least=None, most=None):
     if callable(spec):
         return spec
     kind, inside = SPECS.get(type(spec), (spec, None))
-    types, check_inside = TYPES[kind], inside and inside(spec)
-    bounded = least is not None or most is not None
+    check_kind = of_kind(kind, least, most)
+    if inside is None:
+        return check_kind
+    check_inside = inside(spec)
 
     def check(where, value):
-        if type(value) not in types:
-            raise mistyped(where, value, JSON_NAMES[types[-1]])
-        if bounded:
-            check_bounds(where, value, kind, least, most)
-        if check_inside:
-            check_inside(where, value)
+        check_kind(where, value)
+        check_inside(where, value)
     return check
 
 
@@ -1318,6 +1327,7 @@ class Script:
 
 def started_program(program, prompt, stdin, stderr):
     """The process; it leads a group of its own, so that its children end with it."""
+    import subprocess           # not needed by those who run no programs, nor below
     own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
                  if os.name == "nt" else {"start_new_session": True})
     try:
@@ -1334,6 +1344,7 @@ def started_program(program, prompt, stdin, stderr):
 
 def end_program(process):
     """Stop a program that has not ended by itself, and its children."""
+    import subprocess
     if process.stdout.closed and process.poll() is not None:
         return
     if os.name == "nt":
@@ -1379,7 +1390,7 @@ def decoded(pipe):
 
 def run(program, request, places):
     """What a program writes, as it writes it."""
-    import tempfile             # not needed by those who run no programs
+    import tempfile
     while not places.acquire(timeout=0.05):
         pause(0)
     with contextlib.ExitStack() as stack:
@@ -1410,6 +1421,7 @@ def command(program, at_once=1):
     Of more than `at_once` programs the rest wait.  It ends when the client leaves.
     """
     if isinstance(program, str):
+        import shlex
         program = shlex.split(program, posix=os.name != "nt")
     if at_once < 1 or not program:
         raise ValueError("--command wants a program, and --at-once at least 1")
@@ -3580,6 +3592,7 @@ def environment_for(server):
 
 def run_beside(server, program):
     """Run a command with the server in its environment; returns its exit status."""
+    import subprocess
     found = shutil.which(program[0]) if program else None
     if found is None:
         server.close()
