@@ -168,7 +168,7 @@ def parse_json(body):
     """Bytes -> dict, or a 400 that says what is wrong (RFC 8259)."""
     try:
         text = body.decode()
-        value = decode_json(text[text.startswith("\ufeff"):])   # without a byte order mark
+        value = decode_json(text[text.startswith("\ufeff"):])   # a byte order mark
     except RecursionError:
         raise body_is_no_json("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -199,9 +199,12 @@ AWKWARD = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
 def to_json(value):
     """A value as compact JSON bytes; a ValueError for what JSON has no words for."""
-    text = compact(value)
-    if not text.isascii() and AWKWARD.search(text):
-        text = escaped(value)
+    try:
+        text = compact(value)
+        if not text.isascii() and AWKWARD.search(text):
+            text = escaped(value)
+    except RecursionError:
+        raise ValueError("JSON cannot nest so deeply, nor in a circle") from None
     return text.encode()
 
 
@@ -218,7 +221,6 @@ def to_json(value):
 
 TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: True is none
          "decimal": (int, float), "array": (list,), "object": (dict,)}
-SPEC_TYPES = {tuple: "string", list: "array", dict: "object"}
 
 
 def invalid(message, param, code=None):
@@ -512,7 +514,7 @@ def checked(body, fields):
             raise invalid(words, field)
     stop = given.get("stop") or ()
     given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
-    return {**fields.defaults, **given}
+    return {**body, **fields.defaults, **given}
 
 
 def check_answer(i, id, called):
@@ -1063,7 +1065,7 @@ def has_left(client):
 
 
 def woken(seconds):
-    """By the client, who has left, or else asks for more."""
+    """The client has woken us: it has left, or asks for more, which has to wait."""
     if has_left(here.client):
         raise here.ending()
     time.sleep(min(seconds, 0.02))      # a next request is not to be read yet
@@ -1327,7 +1329,7 @@ class Script:
 
 def started_program(program, prompt, stdin, stderr):
     """The process; it leads a group of its own, so that its children end with it."""
-    import subprocess           # not needed by those who run no programs, nor below
+    import subprocess           # only by those who run programs, here and below
     own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
                  if os.name == "nt" else {"start_new_session": True})
     try:
@@ -1469,10 +1471,10 @@ def pieces_in(text, tokenize, one_by_one):
     return pieces
 
 
-def yielded(pieces, tokenize):
+def yielded(reply, tokenize):
     """A backend's own pieces, as long as the client is there, and Finish."""
-    at_hand, reason = isinstance(pieces, (list, tuple)), "stop"
-    for piece in pieces:
+    at_hand, reason = isinstance(reply.pieces, (list, tuple)), "stop"
+    for piece in itertools.chain(reply.pieces, reply.tool_calls):
         if not at_hand:
             pause(0)
         if isinstance(piece, ToolCall):
@@ -1483,13 +1485,13 @@ def yielded(pieces, tokenize):
                                 f"not {type(piece).__name__}")
         elif piece:
             yield tokenize(piece)
-    yield Finish(reason)
+    yield Finish(reply.finish_reason or reason)
 
 
 def spoken(reply, tokenize, one_by_one=True):
     """The pieces of a reply, each as the list of its tokens, and Finish."""
     if reply.pieces is not None:
-        return yielded(reply.pieces, tokenize)
+        return yielded(reply, tokenize)
     refusal = map(Refusal, pieces_in(reply.refusal, tokenize, one_by_one))
     text = pieces_in(reply.text, tokenize, one_by_one)
     calls = [Call(call, tokenize) for call in reply.tool_calls]
@@ -1499,7 +1501,8 @@ def spoken(reply, tokenize, one_by_one=True):
 
 def paced(pieces, delay):
     """Each piece so many seconds after the last: a number, or (first, between)."""
-    seconds, between = delay if type(delay) in (tuple, list) else (delay, delay)
+    first, between = delay if type(delay) in (tuple, list) else (delay, delay)
+    seconds = first
     for piece in pieces:
         if type(piece) is not Finish:
             pause(seconds)
@@ -1774,7 +1777,8 @@ def chat_parts(request, index, pieces, usage):
             calls += 1
             continue
         field = "refusal" if type(piece) is Refusal else "content"
-        yield chat_part(index, {field: "".join(piece)}, chat_logprobs(piece, top, field))
+        logprobs = chat_logprobs(piece, top, field)
+        yield chat_part(index, {field: "".join(piece)}, logprobs)
 
 
 def chat_chunks(request, choices, usage):
@@ -2483,7 +2487,7 @@ class Exchange:
         for name in SECRET.intersection(self.headers):
             self.secrets[name], self.headers[name] = self.headers[name], "***"
         self.route, self.model = normal_path(path)
-        self.sources = []       # generators and sockets, to be closed at its end
+        self.sources = []       # what its reply is made from: generators, sockets
         self.started, self._clock = time.time(), time.perf_counter()
 
     def has_content(self):
@@ -2509,10 +2513,13 @@ class Exchange:
         self.seconds = self.elapsed()
 
     def close_sources(self):
-        """Nobody reads on: what a reply was made from ends at its next yield."""
+        """Nobody reads on: what a reply was made from is closed, where it can be."""
         self.secrets = {}
         while self.sources:
-            getattr(self.sources.pop(), "close", int)()     # int: it needs no closing
+            try:
+                getattr(self.sources.pop(), "close", int)()
+            except Exception:
+                log.exception("The backend failed in its end, in %r", self)
 
     def as_dict(self):
         return {name: getattr(self, name) for name in self.JOURNAL}
@@ -2555,7 +2562,6 @@ def as_transfer_chunk(write):
 
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
-CAN_LOOK = hasattr(socket, "MSG_DONTWAIT") and hasattr(os, "sched_yield")
 AT_ONCE = 256                   # writes at hand that may share a send
 
 
@@ -2632,9 +2638,9 @@ class Handler(BaseHTTPRequestHandler):
 
         To be woken takes longer than to reply: who asks again at once is met awake.
         """
-        if not CAN_LOOK or len(self.server.connections) > 1 or self.server.tls:
+        end = time.perf_counter() + self.server.awake
+        if len(self.server.connections) > 1 or self.server.tls:
             return b""
-        end = time.perf_counter() + 1e-4
         while time.perf_counter() < end:
             try:
                 return self.connection.recv(65536, socket.MSG_DONTWAIT)
@@ -2769,16 +2775,16 @@ class Handler(BaseHTTPRequestHandler):
         fields = {"date": http_date(int(time.time())),
                   "x-request-id": "req_" + random_name(32),
                   "openai-version": "2020-10-01",
-                  "openai-processing-ms": str(int(self.exchange.elapsed() * 1000)),
+                  "openai-processing-ms": int(self.exchange.elapsed() * 1000),
                   **self.server.cors_headers(self.exchange), **answer.headers}
         if chunked:
             fields["transfer-encoding"] = "chunked"
         elif whole and answer.status != 204:
-            fields["content-length"] = str(len(answer.body))
+            fields["content-length"] = len(answer.body)
         if not self.open or self.exchange.version < (1, 1):
             fields["connection"] = "keep-alive" if self.open else "close"
-        lines = "\r\n".join(map(": ".join, fields.items()))
-        return b"HTTP/1.1 %d %b\r\n%b\r\n\r\n" % (
+        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+        return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
             answer.status, REASONS.get(answer.status, b""),
             lines.encode("latin-1", "replace"))
 
@@ -3075,6 +3081,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024   # of 32 clients at once, 5 make most wait for a second
     delay = 0                   # seconds between pieces, unless a reply says otherwise
     trace = False               # print what crosses the wire
+    awake = 0                   # seconds to look for a next request, before we sleep
     closing = False             # no more connections, no more requests
     hanging_up = False          # ... and what still waits is to end
     acceptors = ()              # the threads that accept, where `start` made them
@@ -3297,12 +3304,14 @@ class Server(ThreadingHTTPServer):
         backend, tokenize = self.backend, self.tokenize
         prompts = readings(request, tokenize)
         wanted = self.quirk_wanted(exchange.headers)
-        replies = [as_reply(backend(view)) for view in views(request, prompts)]
+        replies = []
+        for view in views(request, prompts):
+            replies.append(as_reply(backend(view)))
+            exchange.sources.append(replies[-1].pieces)
         first = replies[0]
         quirk, k = parse_quirk(first.quirk or self.quirk or wanted)
         exchange.quirk = quirk
         usage = Usage(request, tokenize, first.usage)
-        exchange.sources = [reply.pieces for reply in replies]
         choices = [choice(reply, request, tokenize, reply.delay or self.delay)
                    for reply in replies]
         if request["endpoint"] == "chat":
@@ -3511,6 +3520,8 @@ def server_of(args, port):
         max_body=args.max_body, max_connections=args.max_connections,
         request_timeout=args.request_timeout, journal=1000 if args.journal else 0)
     server.delay, server.trace = args.delay, args.trace
+    if hasattr(socket, "MSG_DONTWAIT") and hasattr(os, "sched_yield"):
+        server.awake = 1e-4
     return server
 
 
@@ -3519,38 +3530,36 @@ def complain(message, status):
     return status
 
 
-def schedule(cores, policy, slack):
-    """How this thread is to run, and those that it starts; Linux's own ways to say it."""
-    os.sched_setaffinity(0, cores)
-    os.sched_setscheduler(0, policy, os.sched_param(0))
-    with open("/proc/self/timerslack_ns", "w") as file:
-        file.write(str(slack))
+def schedule(cores, slack):
+    """Where this thread and those that it starts are to run, if the system lets us.
 
-
-def start_taking_turns(server, number):
-    """Start it so that its threads make the least of waiting for each other.
-
-    One at a time has the interpreter.  To hand it to a thread on another core takes
-    longer than most turns, and so it does to stop one for another, or to wake a
-    thousand one by one.  So they stay on one core, that of the number (on any where it
-    is None), none interrupts, and a sleep may last a millisecond more: half the time
-    with 16 connections, and with 1,000.
+    slack: how many ns a sleep may last longer, so that sleepers wake together.
     """
-    with suppress(AttributeError, OSError):     # not on Linux, or a sandbox minds
-        cores, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
-        one = cores if number is None else {sorted(cores)[number % len(cores)]}
-        try:
-            schedule(one, os.SCHED_BATCH, slack=10**6)
-            return server.start(acceptors=8)
-        finally:
-            schedule(cores, policy, slack=0)    # 0 stands for the usual one
-    return server.start(acceptors=8)
+    with suppress(OSError):
+        os.sched_setaffinity(0, cores)
+        with open("/proc/self/timerslack_ns", "w") as file:
+            file.write(str(slack))
+
+
+def start_on_one_core(server, number):
+    """Start it with its threads on one core, which the number picks, where one may ask.
+
+    One thread at a time has the interpreter, and to hand it to another core takes
+    longer than most turns; so does to wake a thousand sleepers one by one.  It is half
+    the time with 16 connections, and with 1,000.
+    """
+    if not hasattr(os, "sched_getaffinity"):        # only Linux has it
+        return server.start(acceptors=8)
+    cores = os.sched_getaffinity(0)
+    schedule({sorted(cores)[number % len(cores)]}, slack=10**6)
+    server.start(acceptors=8)
+    schedule(cores, slack=0)                        # 0 is the usual one
 
 
 def serve(server):
     """Serve until SIGTERM or Ctrl-C; running replies get 10 s then."""
-    # With hundreds of threads in the queue for the interpreter, each asking for it every
-    # 5 ms, whoever runs is interrupted all the time: seen once, at four times the work.
+    # With hundreds of threads in the queue for the interpreter, each asking for it
+    # every 5 ms, whoever runs is interrupted all the time: it was four times the work.
     sys.setswitchinterval(0.02)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -3633,9 +3642,10 @@ def main(argv=None):
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s can use this "
                     "server", server.base_url)
-    # What is not ours may compute: it gets all the cores.  Neighbouring ports get two.
-    ours = not (args.command or args.backend)
-    start_taking_turns(server, (port or os.getpid()) if ours else None)
+    if args.command or args.backend:
+        server.start(acceptors=8)       # what is not ours may compute, on all the cores
+    else:
+        start_on_one_core(server, port or os.getpid())      # neighbours get two
     status = run_beside(server, program) if beside else serve(server)
     try:
         getattr(server.backend, "close", lambda error: None)(None)
