@@ -6324,9 +6324,9 @@ def test_a_client_that_leaves_does_not_wait_for_a_pause(tmp_path):
 
 
 def test_the_pauses_of_the_upstream_are_on_the_tape(tmp_path):
-    recorded(tmp_path / "tape", "x", backend=Script(Reply("a b c", delay=0.03)))
+    recorded(tmp_path / "tape", "x", backend=Script(Reply("a b c", delay=(0, 0.1))))
     writes = json.loads((tmp_path / "tape").read_text())["writes"]
-    assert sum(pause for pause, _ in writes[1:]) >= 0.05
+    assert sum(pause for pause, _ in writes[1:]) >= 0.1     # of 0.2: a busy machine reads late
 
 
 def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tmp_path):
