@@ -168,7 +168,7 @@ def parse_json(body):
     """Bytes -> dict, or a 400 that says what is wrong (RFC 8259)."""
     try:
         text = body.decode()
-        value = decode_json(text[text.startswith("\ufeff"):])   # a byte order mark
+        value = decode_json(text[text.startswith("\ufeff"):])    # no order mark
     except RecursionError:
         raise body_is_no_json("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -181,7 +181,7 @@ def parse_json(body):
 
 
 def encoder(as_string, **options):
-    """The `encode` of a JSONEncoder, which makes its C part anew for every value."""
+    """A JSONEncoder's `encode`, its C part made here once, not for every value."""
     standard = json.JSONEncoder(allow_nan=False, separators=(",", ":"), **options)
     try:
         parts = json.encoder.c_make_encoder(None, standard.default, as_string, None,
@@ -713,7 +713,12 @@ def tokens_of(prompt, tokenize):
     return [decode(id) for id in prompt]
 
 
-def cut_before_spaces(text, size):
+def slices(text, size=65536):
+    """A text in parts, cut before a space where there is one.
+
+    The tokens of a text take forty times its memory: those of a long one are never
+    made all at once.
+    """
     start = 0
     while len(text) - start > size:
         space = text.rfind(" ", start + 1, start + size)
@@ -724,15 +729,6 @@ def cut_before_spaces(text, size):
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def slices(text, size=65536):
-    """A text in parts, cut before a space where there is one.
-
-    The tokens of a text take forty times its memory: those of a long one are never
-    made all at once.
-    """
-    return [text] if len(text) <= size else cut_before_spaces(text, size)
 
 
 def count_tokens(prompt, tokenize):
@@ -2638,9 +2634,9 @@ class Handler(BaseHTTPRequestHandler):
 
         To be woken takes longer than to reply: who asks again at once is met awake.
         """
-        end = time.perf_counter() + self.server.awake
         if len(self.server.connections) > 1 or self.server.tls:
             return b""
+        end = time.perf_counter() + self.server.awake
         while time.perf_counter() < end:
             try:
                 return self.connection.recv(65536, socket.MSG_DONTWAIT)
@@ -2815,9 +2811,8 @@ class Handler(BaseHTTPRequestHandler):
         """The body that comes piece by piece; what fails in it becomes an error event."""
         frame = as_transfer_chunk if chunked else bytes
         try:
-            for write in writes:
-                if write:                       # an empty one would spell the end
-                    self.pending.append(frame(write))
+            for write in filter(None, writes):      # an empty one would spell the end
+                self.pending.append(frame(write))
                 if len(self.pending) >= at_once:
                     self.flush()
         except (Exception, SystemExit) as error:
@@ -3541,18 +3536,20 @@ def schedule(cores, slack):
             file.write(str(slack))
 
 
-def start_on_one_core(server, number):
-    """Start it with its threads on one core, which the number picks, where one may ask.
+@contextlib.contextmanager
+def on_one_core(number):
+    """Threads that are started inside stay on one core, which the number picks.
 
     One thread at a time has the interpreter, and to hand it to another core takes
     longer than most turns; so does to wake a thousand sleepers one by one.  It is half
     the time with 16 connections, and with 1,000.
     """
     if not hasattr(os, "sched_getaffinity"):        # only Linux has it
-        return server.start(acceptors=8)
+        yield
+        return
     cores = os.sched_getaffinity(0)
     schedule({sorted(cores)[number % len(cores)]}, slack=10**6)
-    server.start(acceptors=8)
+    yield
     schedule(cores, slack=0)                        # 0 is the usual one
 
 
@@ -3642,10 +3639,10 @@ def main(argv=None):
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s can use this "
                     "server", server.base_url)
-    if args.command or args.backend:
-        server.start(acceptors=8)       # what is not ours may compute, on all the cores
-    else:
-        start_on_one_core(server, port or os.getpid())      # neighbours get two
+    ours = not (args.command or args.backend)       # others' code may compute: anywhere
+    # Neighbouring ports get two cores.
+    with on_one_core(port or os.getpid()) if ours else contextlib.nullcontext():
+        server.start(acceptors=8)
     status = run_beside(server, program) if beside else serve(server)
     try:
         getattr(server.backend, "close", lambda error: None)(None)
