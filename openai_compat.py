@@ -1,37 +1,50 @@
 #!/usr/bin/env python3
 """An OpenAI-compatible server in one file, on nothing but Python's standard library.
 
-    $ python3 openai_compat.py                        # the echo backend, on port 8000
+    $ python3 openai_compat.py                    # the echo backend, on port 8000
     $ curl http://127.0.0.1:8000/v1/chat/completions -d '{
-        "model": "echo", "messages": [{"role": "user", "content": "Hello!"}]}'
+        "model": "echo", "messages": [{"role": "user", "content": "Hello world"}]}'
 
 As a fixture, for any client in any language:
 
-    with Server(say("Hello", " world")) as server:
+    with Server("Hello!") as server:
         client = openai.OpenAI(base_url=server.base_url, api_key="any")
-        ...
 
-It reads from top to bottom in the order in which the bytes of a request become the
-bytes of a reply.  Each stage is a plain function over what the one before returns:
+One exchange.  The body of a request to POST /v1/chat/completions:
+
+    {"model": "echo", "stream": true,
+     "messages": [{"role": "user", "content": "Hello world"}]}
+
+The body of the response: five server-sent events.  (An event is one line and a blank
+line; here the lines are broken to fit the page.)
+
+@@EVENTS@@
+
+Without "stream" the same chunks are folded into one chat.completion:
+
+@@COMPLETION@@
+
+The stages, in the order of this file.  Each is a small function over the one above:
 
     request bytes
-        | parse_chat, parse_completion        a dict, every known field present, checked
+        | parse_chat, parse_completion        a dict, every known field checked
     request
         | backend                             pieces: str, ToolCall
     pieces
-        | paced, up_to, until_stop            cut short; last comes Finish(reason)
-    choices
+        | up_to, until_stop                   cut short; the last says why it ended
+    sequences
         | chat_chunks, completion_chunks      one dict per piece
-    chunks ------ fold ------> completion     without "stream": the same chunks, joined
+    chunks ------ fold ------> completion     when "stream" is false
         | events                              server-sent events, then [DONE]
     writes
         | quirk                               only where a test asks for a fault
     transfer chunks
 
-They all meet in `Server.complete`.  The sections: Errors, JSON, Requests, Tokens,
-Schema samples, Waiting, Backends, Choices, Chunks, Events, Quirks, Relay and replay;
-then HTTP, Page, Server, Command line.  What stands above HTTP takes and gives dicts,
-bytes and generators, and asks of the client's socket only whether anybody is there.
+All stages meet in `Server.complete`.  The file has three parts:
+
+    PART 1  THE PROTOCOL: from a parsed body to the bytes of its events
+    PART 2  BACKENDS: what answers, and deliberate faults
+    PART 3  OVER HTTP: sockets, routes, keys, the page, the command line
 
 A backend is any function of the request that returns text or yields it in pieces:
 
@@ -39,8 +52,9 @@ A backend is any function of the request that returns text or yields it in piece
         for word in request["text"].split():
             yield word[::-1] + " "
 
-What it does not do: run a model, embeddings, images, audio, files, /v1/responses,
-HTTP/2.  It keeps nothing between two requests but the journal and a script's place.
+Not done here: running a model, embeddings (but see `routes`), images, audio, files,
+/v1/responses, HTTP/2.  Nothing is kept between two requests but the journal and a
+script's position.
 """
 import base64
 import codecs
@@ -70,157 +84,247 @@ import sys
 import threading
 import time
 import unicodedata
-from contextlib import closing, suppress
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-__version__ = "1.0.0"
-__all__ = """Server APIError Reply ToolCall echo say command Script Relay Replay
-             sample tokenize QUIRKS""".split()     # the rest is for reading
+__version__ = "2.0.0"
+__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command", "Script",
+           "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
 
 log = logging.getLogger("openai_compat")
 
 
-# ----------------------------------------------------------------------------------
-# Errors.  One type for everything that is refused, wherever it is noticed.  Raise it
-# anywhere; the handler alone catches it, and every refusal has the API's one shape.
+# ==================================================================================
+# PART 1  THE PROTOCOL
+#
+# From a parsed body to the bytes of its events.  Everything here takes and returns
+# dicts, generators and bytes: there is no socket, no thread and no file.
+# ==================================================================================
 
-ERROR_KINDS = {  # status: (type, code); the hundreds stand for all of theirs
+# ----------------------------------------------------------------------------------
+# Errors and JSON.  There is one exception for everything that is refused.  Raise it
+# anywhere; only the HTTP handler catches it, and it always goes out in one shape.
+
+ERROR_KINDS = {  # status: (type, code); a hundred stands for its whole class
     400: ("invalid_request_error", None),
     429: ("requests", "rate_limit_exceeded"),
     500: ("server_error", None),
     503: ("service_unavailable_error", None),
 }
+FRAMING_HEADERS = {"connection", "content-length", "transfer-encoding"}
 
 
 def header_fields(headers):
-    """Headers as somebody gave them -> {lower-case name: str} (RFC 9110, 5.5)."""
-    if not headers:
-        return {}
-    fields = {str(name).lower(): str(value) for name, value in dict(headers).items()}
+    """Check the headers that somebody gives for a response (RFC 9110, 5.5).
+
+    Example:
+        >>> header_fields({"Retry-After": 3})
+        {'retry-after': '3'}
+
+    Raises ValueError for a malformed name, for a line end in a value (it would start
+    another header), and for the headers that say how long the body is.
+    """
+    fields = {str(name).lower(): str(value)
+              for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
-        if re.search("[\r\n\0]", name + value):     # it would start a header of its own
-            raise ValueError(f"the header {name!r} has a line end or a NUL in it")
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9a-z-]+", name) or name in FRAMING_HEADERS:
+            raise ValueError(f"{name!r} cannot be the name of a response header")
+        if re.search("[\r\n\0]", value):
+            raise ValueError(f"the header {name!r} has a line end or a NUL in its value")
     return fields
 
 
 class APIError(Exception):
-    """A refusal as the API words it: an HTTP status and an error object.
+    """A refusal in the API's words: an HTTP status and an error object.
 
-    APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
+    `param` names the field at fault and `code` is the reason for programs; both may be
+    None.  `type` follows from the status unless it is given.  `headers` go out with the
+    response.
 
-    `param` names the field at fault, `code` the fault for programs; `type` follows
-    from the status unless it is given.  `headers` go out with the reply.
+    Example:
+        >>> APIError(429, "Slow down.", headers={"retry-after": "1"}).body()["error"]
+        {'message': 'Slow down.', 'type': 'requests', 'param': None, 'code': 'rate_limit_exceeded'}
     """
 
     def __init__(self, status, message, param=None, code=None, type=None, headers=None):
-        super().__init__(message)
+        super().__init__(status, message, param, code, type, headers)   # for pickle
         if not 400 <= int(status) <= 599:
-            raise ValueError(f"an error's status is 400 to 599, not {status}")
-        kind, usual_code = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
-        self.headers = header_fields(headers)
-        if code == "insufficient_quota":        # waiting does not fill an account
-            kind = code
-            self.headers.setdefault("x-should-retry", "false")
+            raise ValueError(f"the status of an error must be 400 to 599, not {status}")
+        usual = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
         self.status, self.message, self.param = int(status), message, param
-        self.code, self.type = code or usual_code, type or kind
+        self.code, self.type = code or usual[1], type or usual[0]
+        self.headers = header_fields(headers)
+        if code == "insufficient_quota":        # SDKs would retry this 429 in vain
+            self.type = type or code
+            self.headers.setdefault("x-should-retry", "false")
+
+    def __str__(self):
+        return str(self.message)
 
     def body(self):
-        """The error envelope; all four keys always, as clients read them unasked."""
+        """The error envelope.  All four keys are always there: clients rely on it."""
         return {"error": {"message": self.message, "type": self.type,
                           "param": self.param, "code": self.code}}
 
 
 def server_error():
-    """What a client is told of a fault that is none of its own."""
+    """What a client is told about a fault that is not the client's."""
     return APIError(500, "The server had an error while processing your request. "
                          "Sorry about that!")
 
 
-# ----------------------------------------------------------------------------------
-# JSON, strictly.  The standard parser takes NaN, 1e999 and bytes in UTF-16; the
-# wire does not.  What goes out is compact UTF-8, as the API itself sends it.
+def model_not_found(model):
+    return APIError(404, f"The model `{str(model)[:200]}` does not exist or you do not "
+                         "have access to it.", code="model_not_found")
+
+
+class BackendFault(APIError):
+    """A 500 that tells the author of a backend what is wrong with it."""
+
+    def __init__(self, message):
+        super().__init__(500, f"The backend is at fault: {message}.")
+
 
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
+MOST_NESTED = 200               # levels; more could exhaust the stack when it is encoded
 
 
-def not_json(text):
-    raise ValueError(f"{text[:20]} is no number of JSON")
+def reject_constant(text):
+    raise ValueError(f"{text[:20]} is not a number in JSON")
 
 
 def finite(text):
     number = float(text)
-    return number if math.isfinite(number) else not_json(text)
+    return number if math.isfinite(number) else reject_constant(text)
 
 
-decode_json = json.JSONDecoder(parse_constant=not_json, parse_float=finite).decode
+# The standard parser also takes NaN, Infinity and 1e999, which JSON does not have.
+decode_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
 
 
-def body_is_no_json(why):
+def nesting(value):
+    """How many levels of arrays and objects a JSON value has.
+
+    Example:
+        >>> nesting({"a": [1, [2]]})
+        3
+    """
+    depth, level = 0, [value]
+    while level:
+        containers = [each for each in level if isinstance(each, (list, dict))]
+        depth += bool(containers)
+        level = [item for each in containers
+                 for item in (each.values() if isinstance(each, dict) else each)]
+    return depth
+
+
+def body_error(reason):
     return APIError(400, "We could not parse the JSON body of your request. "
-                         f"(HINT: the body is to be one JSON object in UTF-8; {why}.)")
+                         f"(HINT: the body must be one JSON object in UTF-8; {reason}.)")
 
 
 def parse_json(body):
-    """Bytes -> dict, or a 400 that says what is wrong (RFC 8259)."""
+    """Parse the body of a request, or raise a 400 that says what is wrong (RFC 8259).
+
+    Example:
+        >>> parse_json(b'{"model": "echo"}')
+        {'model': 'echo'}
+    """
     try:
         text = body.decode()
-        value = decode_json(text[text.startswith("\ufeff"):])    # no order mark
+        value = decode_json(text[text.startswith("\ufeff"):])    # a byte order mark
     except RecursionError:
-        raise body_is_no_json("it is nested too deeply") from None
+        raise body_error("it is nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise body_is_no_json(f"it is not UTF-8 (byte {error.start})") from None
+        raise body_error(f"it is not UTF-8 (byte {error.start})") from None
     except ValueError as error:
-        raise body_is_no_json(str(error)[:200]) from None
+        raise body_error(str(error)[:200]) from None
     if type(value) is not dict:
-        raise body_is_no_json(f"it is {JSON_NAMES[type(value)]}, not an object")
+        raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
+    if text.count("[") + text.count("{") > MOST_NESTED and nesting(value) > MOST_NESTED:
+        raise body_error(f"it is nested more than {MOST_NESTED} levels deep")
     return value
 
 
-def encoder(as_string, **options):
-    """A JSONEncoder's `encode`, its C part made here once, not for every value."""
-    standard = json.JSONEncoder(allow_nan=False, separators=(",", ":"), **options)
-    try:
-        parts = json.encoder.c_make_encoder(None, standard.default, as_string, None,
-                                            ":", ",", False, False, False)
-    except (AttributeError, TypeError):         # it is another Python's, or has none
-        return standard.encode
-    return lambda value: "".join(parts(value, 0))
+def copied(value):
+    """A copy of a JSON value; it shares nothing that can be changed.
+
+    Example:
+        >>> given = {"a": [1]}
+        >>> copied(given) == given, copied(given)["a"] is given["a"]
+        (True, False)
+    """
+    if isinstance(value, dict):
+        return {name: copied(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [copied(each) for each in value]
+    return value
 
 
-compact = encoder(json.encoder.encode_basestring, ensure_ascii=False)
-escaped = encoder(json.encoder.encode_basestring_ascii)
-# Lone surrogates have no UTF-8; at the other three, old clients end a line.
-AWKWARD = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+def encode_json(value, ascii=False):
+    """A value as compact JSON text; NaN and infinity are a ValueError."""
+    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, separators=(",", ":"))
+
+
+# A lone surrogate has no UTF-8, and some old clients end a line at the other three.
+NOT_FOR_UTF8 = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
 
 def to_json(value):
-    """A value as compact JSON bytes; a ValueError for what JSON has no words for."""
+    """A value as compact JSON in UTF-8, as the API sends it.
+
+    Example:
+        >>> to_json({"text": "你好", "n": [1, None]}).decode()
+        '{"text":"你好","n":[1,null]}'
+
+    Raises ValueError for what JSON cannot hold.
+    """
     try:
-        text = compact(value)
-        if not text.isascii() and AWKWARD.search(text):
-            text = escaped(value)
+        text = encode_json(value)
+        if not text.isascii() and NOT_FOR_UTF8.search(text):
+            text = encode_json(value, ascii=True)
     except RecursionError:
-        raise ValueError("JSON cannot nest so deeply, nor in a circle") from None
+        raise ValueError("this value is nested too deeply, or contains itself") from None
     return text.encode()
 
 
 # ----------------------------------------------------------------------------------
-# Requests.  A body is checked against a table, one row a field, and comes out as a
-# dict in which every known field is present.  null is absence; unknown fields pass.
+# Requests.  A body is checked against a table with one row per field.  What comes out
+# is a dict in which every known field is present: checked, or its default.  null means
+# the same as absence, and unknown fields pass unchecked.
 #
-# What a value has to be is said by a spec, and `checker` makes a function of it, once:
-#     "string"                  that type of JSON
-#     ("low", "high")           one of these words
-#     [spec]                    an array of such
-#     {"a": spec, "b!": spec}   an object; "!" has to be there, "?" too, but may be null
-#     a function                of where and value; those below `checker` make some
+# What a value must be is a spec:
+#     "string"                    a type of JSON
+#     ("low", "high")             one of these words
+#     [spec]                      an array of values that fit the spec
+#     Object({"a": spec, ...})    an object; "a!" must be there, "a?" too but may be null
+#     Tagged, Either, Map, Bounded, and a function of where and value: see below
 
-TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: True is none
+TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: bool is not int
          "decimal": (int, float), "array": (list,), "object": (dict,)}
+
+
+class Object:
+    """The spec of an object with these fields; it may have others."""
+
+    def __init__(self, fields):
+        self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
+        self.required = [name[:-1] for name in fields if name.endswith("!")]
+        self.present = [name[:-1] for name in fields if name.endswith("?")]
+
+
+# An object of several shapes: the value of the field `tag` says which one it has.
+Tagged = collections.namedtuple("Tagged", "tag shapes")
+# A string, or else an array or an object.
+Either = collections.namedtuple("Either", "text other")
+# An object with any keys: at most `pairs` of them, each at most `key` characters long.
+Map = collections.namedtuple("Map", "value key pairs")
+# A number within bounds, or something whose length is.
+Bounded = collections.namedtuple("Bounded", "spec least most")
 
 
 def invalid(message, param, code=None):
@@ -237,211 +341,181 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def out_of_bounds(where, fault, wanted, got, code):
+def out_of_bounds(where, value, kind, limit, bound):
+    """The 400 for a number or a length beyond its limit, "minimum" or "maximum"."""
+    side = "below" if limit == "minimum" else "above"
+    code, name = f"{kind}_{side}_{limit[:3]}", JSON_NAMES[type(value)]
+    if kind in ("integer", "decimal"):
+        sign = ">=" if limit == "minimum" else "<="
+        fault, got, code = f"{kind} {side} {limit} value", value, f"{code}_value"
+        wanted = f"a value {sign} {bound}"
+    else:
+        wanted, code = f"{name} with {limit} length {bound}", f"{code}_length"
+        fault, got = f"{kind} too long", f"{name} with length {len(value)}"
+        if not value:
+            fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
     return invalid(f"Invalid '{where}': {fault}. Expected {wanted}, but got {got} "
                    "instead.", where, code)
 
 
-def check_bounds(where, value, kind, least, most):
-    """Refuse a number out of bounds, and what is longer or shorter than it may be."""
-    size = value if kind in ("integer", "decimal") else len(value)
-    if least is not None and size < least:
-        side, limit, bound = "below", "minimum", f">= {least}"
-    elif most is not None and size > most:
-        side, limit, bound = "above", "maximum", f"<= {most}"
-    else:
-        return
-    code = f"{kind}_{side}_{limit[:3]}"
-    if size is value:
-        raise out_of_bounds(where, f"{kind} {side} {limit} value", f"a value {bound}",
-                            value, f"{code}_value")
-    name = JSON_NAMES[type(value)]
-    wanted = f"{name} with {limit} length {bound[3:]}"
-    if size == 0:
-        raise out_of_bounds(where, f"empty {kind}", wanted, f"an empty {kind}",
-                            f"empty_{kind}")
-    raise out_of_bounds(where, f"{kind} too long", wanted, f"{name} with length {size}",
-                        f"{code}_length")
+def check_type(where, value, kind):
+    if type(value) not in TYPES[kind]:
+        raise mistyped(where, value, JSON_NAMES[TYPES[kind][-1]])
 
 
-@functools.lru_cache(maxsize=None)
-def of_kind(kind, least=None, most=None):
-    """The check of a value's type, and of its size where that is bounded."""
-    types, bounded = TYPES[kind], least is not None or most is not None
-
-    def check(where, value):
-        if type(value) not in types:
-            raise mistyped(where, value, JSON_NAMES[types[-1]])
-        if bounded:
-            check_bounds(where, value, kind, least, most)
-    return check
+def check_word(where, value, words):
+    check_type(where, value, "string")
+    if value not in words:
+        *others, last = map(repr, words)
+        supported = f"{', '.join(others)}, and {last}" if others else last
+        raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
+                      f"{supported}.", where, "invalid_value")
 
 
-def one_of(words):
-    def check_word(where, value):
-        if value not in words:
-            *others, last = map(repr, words)
-            raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
-                          f"{', '.join(others)}{', and ' if others else ''}{last}.",
-                          where, "invalid_value")
-    return check_word
+def check_items(where, value, spec):
+    check_type(where, value, "array")
+    for i, item in enumerate(value):
+        check(f"{where}[{i}]", item, spec[0])
 
 
-def each_is(spec):
-    check_item = checker(*spec)
-
-    def check_items(where, value):
-        for i, item in enumerate(value):
-            check_item(f"{where}[{i}]", item)
-    return check_items
-
-
-def has(spec):
-    rows = [(key.rstrip("!?"), key[-1], checker(inner)) for key, inner in spec.items()]
-
-    def check_members(where, value):
-        for field, mark, check_member in rows:
-            member = value.get(field)
-            if member is not None:
-                check_member(f"{where}.{field}", member)
-            elif mark == "!" or mark == "?" and field not in value:
-                raise missing(f"{where}.{field}")
-    return check_members
+def check_members(where, value, spec):
+    check_type(where, value, "object")
+    for name in spec.required:
+        if value.get(name) is None:
+            raise missing(f"{where}.{name}")
+    for name in spec.present:
+        if name not in value:
+            raise missing(f"{where}.{name}")
+    for name, inner in spec.fields.items():
+        if value.get(name) is not None:
+            check(f"{where}.{name}", value[name], inner)
 
 
-SPECS = {tuple: ("string", one_of), list: ("array", each_is), dict: ("object", has)}
+def check_tagged(where, value, spec):
+    check_type(where, value, "object")
+    shape = value.get(spec.tag)
+    if shape is None:
+        raise missing(f"{where}.{spec.tag}")
+    check_word(f"{where}.{spec.tag}", shape, tuple(spec.shapes))
+    check(where, value, spec.shapes[shape])
 
 
-def checker(spec, least=None, most=None):
-    """The function of where and value that refuses a value unlike the spec.
-
-    `least` and `most` bound a number, or the length of what has one.
-    """
-    if callable(spec):
-        return spec
-    kind, inside = SPECS.get(type(spec), (spec, None))
-    check_kind = of_kind(kind, least, most)
-    if inside is None:
-        return check_kind
-    check_inside = inside(spec)
-
-    def check(where, value):
-        check_kind(where, value)
-        check_inside(where, value)
-    return check
+def check_either(where, value, spec):
+    kind = "array" if isinstance(spec.other, list) else "object"
+    if type(value) not in (str, *TYPES[kind]):
+        raise mistyped(where, value, f"one of a string or an {kind}")
+    check(where, value, spec.text if type(value) is str else spec.other)
 
 
-def tagged(tag, **specs):
-    """A spec for objects of several shapes; the field `tag` says which one it is."""
-    checks = {name: checker(spec) for name, spec in specs.items()}
-    check_tag = checker({tag + "!": tuple(specs)})
-
-    def check_tagged(where, value):
-        try:
-            check_shape = checks[value[tag]]
-        except (KeyError, TypeError):
-            check_shape = check_tag             # it says what is wrong
-        check_shape(where, value)
-    return check_tagged
+def check_map(where, value, spec):
+    check(where, value, Bounded("object", None, spec.pairs))
+    for name, item in value.items():
+        check(where, name, Bounded("string", None, spec.key))
+        check(f"{where}.{name[:64]}", item, spec.value)
 
 
-def either(text, other):
-    """A spec for what may be a string or an array or object."""
-    kind, _ = SPECS.get(type(other), ("object", None))
-    check_text, check_other = checker(text), checker(other)
-
-    def check_either(where, value):
-        if type(value) is str:
-            check_text(where, value)
-        elif type(value) in TYPES[kind]:
-            check_other(where, value)
-        else:
-            raise mistyped(where, value, f"one of a string or an {kind}")
-    return check_either
+def check_bounded(where, value, spec):
+    check(where, value, spec.spec)
+    size = value if type(value) in (int, float) else len(value)
+    kind = "array" if isinstance(spec.spec, list) else spec.spec
+    if spec.least is not None and size < spec.least:
+        raise out_of_bounds(where, value, kind, "minimum", spec.least)
+    if spec.most is not None and size > spec.most:
+        raise out_of_bounds(where, value, kind, "maximum", spec.most)
 
 
-def mapping(spec, least=None, most=None, key=None, pairs=None):
-    """A spec for an object of so many pairs, with keys so long, and such values."""
-    check_object = checker("object", None, pairs)
-    check_key, check_item = checker("string", None, key), checker(spec, least, most)
-
-    def check_mapping(where, value):
-        check_object(where, value)
-        for name, item in value.items():
-            check_key(where, name)
-            check_item(f"{where}.{name[:64]}", item)
-    return check_mapping
-
-
-check_name = checker("string", None, 64)
-
-
-def identifier(where, value):
-    """The spec for names of functions, tools and schemas."""
-    check_name(where, value)
+def check_name(where, value):
+    """The spec of the name of a function, a tool or a schema."""
+    check(where, value, Bounded("string", None, 64))
     if not re.fullmatch("[a-zA-Z0-9_-]+", value):
         raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
                       "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
                       "invalid_value")
 
 
-NAMED, ANY_NAMED = {"name!": identifier}, {"name!": "string"}
-FUNCTION = {**NAMED, "description": "string", "parameters": "object",
-            "strict": "boolean"}
-CUSTOM = {**NAMED, "description": "string", "format": "object"}
-TOOL = tagged("type", function={"function!": FUNCTION}, custom={"custom!": CUSTOM})
-CHOSEN = {"function": {"function!": NAMED}, "custom": {"custom!": NAMED}}
-ALLOWED = {"mode!": ("auto", "required"), "tools!": [tagged("type", **CHOSEN)]}
-TOOL_CHOICE = either(("none", "auto", "required"), tagged(
-    "type", **CHOSEN, allowed_tools={"allowed_tools!": ALLOWED}))
-CALL = tagged("type", function={"id!": "string", "function!": ANY_NAMED},
-              custom={"id!": "string", "custom!": ANY_NAMED})
-PART = tagged("type", text={"text!": "string"}, refusal={"refusal!": "string"},
-              image_url={"image_url!": {"url!": "string"}}, file={"file!": "object"},
-              input_audio={"input_audio!": {"data!": "string",
-                                            "format!": ("wav", "mp3")}})
-CONTENT = either("string", [PART])
-SPOKEN = {"content?": CONTENT, "name": "string"}
-MESSAGE = tagged(
-    "role", system=SPOKEN, developer=SPOKEN, user=SPOKEN,
-    assistant={"content": CONTENT, "name": "string", "refusal": "string",
-               "tool_calls": [CALL], "function_call": ANY_NAMED},
-    tool={"content?": CONTENT, "tool_call_id!": "string"},
-    function={"content?": "string", "name!": "string"})
-JSON_SCHEMA = {**NAMED, "description": "string", "schema": "object",
-               "strict": "boolean"}
-RESPONSE_FORMAT = tagged("type", text={}, json_object={},
-                         json_schema={"json_schema!": JSON_SCHEMA})
-STREAM_OPTIONS = {"include_usage": "boolean", "include_obfuscation": "boolean"}
-STOP = checker("string", None, 1000)
-METADATA = mapping("string", None, 512, key=64, pairs=16)
+CHECKS = {str: check_type, tuple: check_word, list: check_items, Object: check_members,
+          Tagged: check_tagged, Either: check_either, Map: check_map,
+          Bounded: check_bounded,
+          type(check_name): lambda where, value, function: function(where, value)}
+
+
+def check(where, value, spec):
+    """Raise a 400 unless the value at `where` in the body fits the spec.
+
+    Example:
+        >>> check("stop", ["a", 5], ["string"])
+        Traceback (most recent call last):
+        ...
+        openai_compat.APIError: Invalid type for 'stop[1]': expected a string, but got an integer instead.
+    """
+    CHECKS[type(spec)](where, value, spec)
+
+
+NAMED = Object({"name!": check_name})
+FUNCTION = Object({"name!": check_name, "description": "string", "parameters": "object",
+                   "strict": "boolean"})
+CUSTOM = Object({"name!": check_name, "description": "string", "format": "object"})
+TOOL = Tagged("type", {"function": Object({"function!": FUNCTION}),
+                       "custom": Object({"custom!": CUSTOM})})
+CHOSEN = {"function": Object({"function!": NAMED}), "custom": Object({"custom!": NAMED})}
+ALLOWED = Object({"mode!": ("auto", "required"), "tools!": [Tagged("type", CHOSEN)]})
+TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
+    "type", {**CHOSEN, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
+CALLED = Object({"name!": "string"})
+CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
+                       "custom": Object({"id!": "string", "custom!": CALLED})})
+PART = Tagged("type", {
+    "text": Object({"text!": "string"}),
+    "refusal": Object({"refusal!": "string"}),
+    "image_url": Object({"image_url!": Object({"url!": "string"})}),
+    "file": Object({"file!": "object"}),
+    "input_audio": Object({"input_audio!": Object({"data!": "string",
+                                                   "format!": ("wav", "mp3")})})})
+CONTENT = Either("string", [PART])
+SPOKEN = Object({"content?": CONTENT, "name": "string"})
+MESSAGE = Tagged("role", {
+    "system": SPOKEN, "developer": SPOKEN, "user": SPOKEN,
+    "assistant": Object({"content": CONTENT, "name": "string", "refusal": "string",
+                         "tool_calls": [CALL], "function_call": CALLED}),
+    "tool": Object({"content?": CONTENT, "tool_call_id!": "string"}),
+    "function": Object({"content?": "string", "name!": "string"})})
+JSON_SCHEMA = Object({"name!": check_name, "description": "string", "schema": "object",
+                      "strict": "boolean"})
+RESPONSE_FORMAT = Tagged("type", {
+    "text": Object({}), "json_object": Object({}),
+    "json_schema": Object({"json_schema!": JSON_SCHEMA})})
+STREAM_OPTIONS = Object({"include_usage": "boolean", "include_obfuscation": "boolean"})
+STOP = Bounded("string", None, 1000)
+BIASES = Map(Bounded("decimal", -100, 100), None, None)
+METADATA = Map(Bounded("string", None, 512), 64, 16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-REQUIRED = object()             # as a default: the field has none
+REQUIRED = object()             # in the column `default`: the field must be there
 
 
 class Fields(dict):
-    """A table of fields, name: its check, with their defaults."""
+    """The table of one endpoint: {name: spec}, the defaults, and which are required."""
 
     def __init__(self, *rows):
-        super().__init__({name: checker(spec, *bounds)
-                          for name, spec, _, *bounds in rows})
-        self.defaults = {name: default for name, _, default, *_ in rows}
+        super().__init__({name: spec if (least, most) == (None, None)
+                          else Bounded(spec, least, most)
+                          for name, spec, _, least, most in rows})
+        self.defaults = {name: default for name, _, default, _, _ in rows}
         self.required = [name for name in self if self.defaults[name] is REQUIRED]
 
 
 #    name                      spec                           default   least   most
 MODEL = (
     "model",                   "string",                      REQUIRED, None,   None)
-SHARED_FIELDS = (      # by both endpoints
+SHARED_FIELDS = (
     ("max_tokens",             "integer",                     None,     0,      None),
     ("n",                      "integer",                     1,        1,      128),
     ("temperature",            "decimal",                     1,        0,      2),
     ("top_p",                  "decimal",                     1,        0,      1),
     ("presence_penalty",       "decimal",                     0,        -2,     2),
     ("frequency_penalty",      "decimal",                     0,        -2,     2),
-    ("logit_bias",             mapping("decimal", -100, 100), None,     None,   None),
-    ("stop",                   either(STOP, [STOP]),          (),       None,   None),
+    ("logit_bias",             BIASES,                        None,     None,   None),
+    ("stop",                   Either(STOP, [STOP]),          (),       None,   None),
     ("user",                   "string",                      None,     None,   None),
     ("seed",                   "integer",                     None,  -2**63, 2**63 - 1),
     ("stream",                 "boolean",                     False,    None,   None),
@@ -453,7 +527,7 @@ CHAT_FIELDS = Fields(
     ("functions",              [FUNCTION],                    (),       1,      128),
     ("tools",                  [TOOL],                        (),       None,   128),
     ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          either(("none", "auto"), NAMED), None,   None,   None),
+    ("function_call",          Either(("none", "auto"), NAMED), None,   None,   None),
     ("parallel_tool_calls",    "boolean",                     True,     None,   None),
     ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
     ("max_completion_tokens",  "integer",                     None,     1,      None),
@@ -483,7 +557,7 @@ COMPLETION_FIELDS = Fields(
     ("logprobs",               "integer",                     None,     0,      5),
     ("suffix",                 "string",                      None,     None,   None),
 )
-NEEDS = (  # a field, another that has to be there and true, the API's words for it
+NEEDS = (  # a field, another that must be there and true, and what the API says otherwise
     ("stream_options", "stream",
      "The 'stream_options' parameter is only allowed when 'stream' is enabled."),
     ("top_logprobs", "logprobs",
@@ -493,56 +567,57 @@ NEEDS = (  # a field, another that has to be there and true, the API's words for
     ("function_call", "functions", "Invalid value for 'function_call': 'function_call' "
      "is only allowed when 'functions' are specified."),
 )
-CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
-CALL_CHECKS = {kind: checker({f"{field}!": "string"})
-               for kind, field in CALL_INPUT.items()}
 
 
 def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
-    given = {field: value for field, value in body.items() if value is not None}
+    given = {name: value for name, value in body.items() if value is not None}
     if not given.get("model"):
         raise invalid("you must provide a model parameter", None)
-    for field in fields.required:
-        if field not in given:
-            raise missing(field)
-    for field, value in given.items():
-        if field in fields:
-            fields[field](field, value)
-    for field, other, words in NEEDS:
-        if field in given and not given.get(other):
-            raise invalid(words, field)
+    for name in fields.required:
+        if name not in given:
+            raise missing(name)
+    for name, value in given.items():
+        if name in fields:
+            check(name, value, fields[name])
+    for name, other, message in NEEDS:
+        if name in fields and name in given and not given.get(other):
+            raise invalid(message, name)
     stop = given.get("stop") or ()
     given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
     return {**body, **fields.defaults, **given}
 
 
+CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
+
+
+def called_ids(i, calls):
+    """The ids of the tool calls in message i; the input of each must be a string."""
+    for j, call in enumerate(calls):
+        kind = call["type"]
+        check(f"messages[{i}].tool_calls[{j}].{kind}", call[kind],
+              Object({f"{CALL_INPUT[kind]}!": "string"}))
+    return [call["id"] for call in calls]
+
+
 def check_answer(i, id, called):
-    """Refuse a tool message that answers none of the calls of the turn before it."""
+    """Refuse a tool message unless the turn before it made the call that it answers."""
     if not called:
         raise invalid("Invalid parameter: messages with role 'tool' must be a response "
                       "to a preceeding message with 'tool_calls'.",
                       f"messages.[{i}].role")
     if id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id}' not found in "
+        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id[:200]}' not found in "
                       "'tool_calls' of previous message.",
                       f"messages.[{i}].tool_call_id")
 
 
-def ids_called(i, calls):
-    """The ids of the calls of message i, each of which has an input."""
-    for j, call in enumerate(calls):
-        kind = call["type"]
-        CALL_CHECKS[kind](f"messages[{i}].tool_calls[{j}].{kind}", call[kind])
-    return [call["id"] for call in calls]
-
-
 def check_conversation(messages):
-    """Every tool call is answered at once, and every answer has its call."""
-    called, unanswered = [], []         # ids of the turn's calls
-    for i, message in enumerate([*messages, {"role": None}]):
-        role = message["role"]
-        if role == "tool":
+    """Each tool call must be answered in the messages that follow it, and each answer
+    must belong to such a call."""
+    called, unanswered = [], []         # ids of the last turn's calls
+    for i, message in enumerate([*messages, {"role": "end"}]):
+        if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered = [id for id in unanswered if id != message["tool_call_id"]]
             continue
@@ -550,53 +625,79 @@ def check_conversation(messages):
             raise invalid("An assistant message with 'tool_calls' must be followed by "
                           "tool messages responding to each 'tool_call_id'. The "
                           "following tool_call_ids did not have response messages: "
-                          f"{', '.join(unanswered)}",
+                          f"{', '.join(unanswered)[:1000]}",
                           f"messages.[{min(i, len(messages) - 1)}].role")
-        calls = message.get("tool_calls") if role == "assistant" else None
-        called = unanswered = ids_called(i, calls) if calls else []
+        is_turn = message["role"] == "assistant"
+        called = unanswered = called_ids(i, is_turn and message.get("tool_calls") or ())
+
+
+def tool_names(tools):
+    """The names of some tools, or of what a "tool_choice" says about them.
+
+    Example:
+        >>> tool_names([{"type": "function", "function": {"name": "search"}}])
+        ['search']
+    """
+    return [tool[tool["type"]]["name"] for tool in tools]
 
 
 def chosen_tools(tool_choice):
-    """The names of the tools that a "tool_choice" speaks of."""
+    """The tools that a "tool_choice" names."""
     if type(tool_choice) is not dict:
         return []
-    allowed = tool_choice["type"] == "allowed_tools"
-    chosen = tool_choice["allowed_tools"]["tools"] if allowed else [tool_choice]
-    return [each[each["type"]]["name"] for each in chosen]
+    if tool_choice["type"] == "allowed_tools":
+        return tool_choice["allowed_tools"]["tools"]
+    return [tool_choice]
 
 
 def check_chosen(request):
-    """A tool or function that is chosen by name has to be there."""
-    wish, call = request["tool_choice"], request["function_call"]
-    for chosen in chosen_tools(wish):
-        if chosen not in [tool[tool["type"]]["name"] for tool in request["tools"]]:
-            raise invalid(f"Tool choice '{chosen}' not found in 'tools' parameter.",
+    """A tool or function that is chosen by name must be in the request."""
+    known = tool_names(request["tools"])
+    for name in tool_names(chosen_tools(request["tool_choice"])):
+        if name not in known:
+            raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
                           "tool_choice")
-    if type(call) is dict and call["name"] not in [
-            function["name"] for function in request["functions"]]:
+    call = request["function_call"]
+    known = [function["name"] for function in request["functions"]]
+    if type(call) is dict and call["name"] not in known:
         raise invalid("Invalid value for 'function_call': no function named "
                       f"'{call['name']}' was specified in the 'functions' parameter.",
                       "function_call")
 
 
 def text_of(content):
-    """The text of a content: as it is, joined from its parts, or "" for null."""
+    """The text of a message's content: a string, a list of parts, or null.
+
+    Example:
+        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "image_url", ...: ...}])
+        'Look: '
+    """
     if type(content) is list:
-        texts = (part.get("text") or part.get("refusal") or "" for part in content)
-        return "".join(texts)
+        return "".join(part[part["type"]] for part in content
+                       if part["type"] in ("text", "refusal"))
     return content or ""
 
 
-def asked(messages):
-    """What is being asked: the text of the last user message, else of the last."""
-    users = (message for message in reversed(messages) if message["role"] == "user")
-    return text_of(next(users, messages[-1]).get("content"))
+def last_question(messages):
+    """The text of the last user message; without one, of the last message."""
+    users = [message for message in messages if message["role"] == "user"]
+    return text_of((users or messages)[-1].get("content"))
 
 
 def parse_chat(body, strict=True):
-    """The body of POST /v1/chat/completions -> the request that a backend gets.
+    """Check the body of POST /v1/chat/completions -> the request that a backend gets.
 
-    `strict` also checks the conversation: each tool call answered, each answer called.
+    Besides the fields of the body, each with its default, the request has `text` (what
+    is being asked), `prompt` (the same), `endpoint` and `body` (as it was sent).
+    `strict` also checks that tool calls and their answers belong together.
+
+    Example:
+        >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+        >>> request = parse_chat({**body, "stop": "\\n", "n": None})
+        >>> request["text"], request["stop"], request["n"], request["stream"]
+        ('Hi', ['\\n'], 1, False)
+
+    Raises APIError(400) with the API's own message, param and code.
     """
     request = checked(body, CHAT_FIELDS)
     if strict:
@@ -605,12 +706,8 @@ def parse_chat(body, strict=True):
     if "audio" in request["modalities"]:
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
-    text = asked(request["messages"])
-    request.update(endpoint="chat", body=body, prompt=text, text=text)
-    return request
-
-
-check_prompts = checker("array", 1)
+    text = last_question(request["messages"])
+    return {**request, "endpoint": "chat", "body": body, "prompt": text, "text": text}
 
 
 def is_token_ids(prompt):
@@ -618,35 +715,38 @@ def is_token_ids(prompt):
             and all(type(id) is int and id >= 0 for id in prompt))
 
 
-def parse_prompts(prompt, best_of):
-    """The four forms of "prompt" -> a list of texts or of lists of token ids.
+def parse_prompts(prompt):
+    """The four forms of "prompt" as one: a list with a str or a list of token ids each.
 
-    Example: "a" -> ["a"]    ["a", "b"] -> the same    [17, 18] -> [[17, 18]]
+    Example:
+        >>> parse_prompts("a"), parse_prompts(["a", "b"]), parse_prompts([17, 18])
+        (['a'], ['a', 'b'], [[17, 18]])
     """
     prompt = "<|endoftext|>" if prompt is None else prompt
-    if type(prompt) is list:
-        check_prompts("prompt", prompt)
-    one = type(prompt) is str or type(prompt) is list and type(prompt[0]) is int
-    prompts = [prompt] if one else prompt
+    if prompt == []:
+        raise out_of_bounds("prompt", prompt, "array", "minimum", 1)
+    is_one = type(prompt) is str or is_token_ids(prompt)
+    prompts = [prompt] if is_one else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
                                          or all(map(is_token_ids, prompts))):
         raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
                                          "integers, or array of integer arrays")
-    if len(prompts) * best_of > 128:
-        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
-                      "each are more than 128 choices.", "prompt",
-                      "array_above_max_length")
     return prompts
 
 
 def parse_completion(body, strict=True):
-    """The body of POST /v1/completions -> the request that a backend gets.
+    """Check the body of POST /v1/completions -> the request that a backend gets.
 
-    Its "prompts" is a list of texts or of lists of token ids, from any of the four
-    forms of "prompt".
+    As `parse_chat`; besides, `prompts` is a list, whichever form "prompt" has, and
+    `best_of` is a number.
+
+    Example:
+        >>> request = parse_completion({"model": "m", "prompt": "Once", "n": 2})
+        >>> request["prompts"], request["best_of"], request["endpoint"]
+        (['Once'], 2, 'completion')
     """
     request = checked(body, COMPLETION_FIELDS)
-    if "prompt" not in body:            # null is a prompt of its own: see parse_prompts
+    if "prompt" not in body:            # null is a prompt: see parse_prompts
         raise missing("prompt")
     n = request["n"]
     best_of = n if request["best_of"] is None else request["best_of"]
@@ -657,26 +757,49 @@ def parse_completion(body, strict=True):
                       "you do not specifically want to use them.)", "best_of")
     if request["stream"] and best_of > n:
         raise invalid("Cannot stream results with best_of > n.", "best_of")
+    prompts = parse_prompts(body["prompt"])
+    if len(prompts) * best_of > 128:
+        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
+                      "each are more than 128 choices.", "prompt",
+                      "array_above_max_length")
     return {**request, "endpoint": "completion", "body": body, "best_of": best_of,
-            "prompts": parse_prompts(body["prompt"], best_of)}
+            "prompts": prompts}
+
+
+def count_choices(request):
+    """How many times the backend is called for a request."""
+    if request["endpoint"] == "chat":
+        return request["n"]
+    return request["best_of"] * len(request["prompts"])
 
 
 # ----------------------------------------------------------------------------------
-# Tokens.  No vocabulary is at hand, so a token is what a reader would call a word, a
-# sign or a mark: a stable estimate, and `Server(tokenize=...)` takes a real one.
+# Pieces.  A backend yields pieces: texts and tool calls.  From here on each piece is a
+# pair of its kind and what it says, in tokens, so that it can be counted and cut:
+#
+#     ("text", ["Hel", "lo"])         tokens of the text
+#     ("refusal", ["No", "."])        tokens of a refusal
+#     ("call", Call(name, id, ["{", "}"]))    a tool call; the tokens are its input
+#     ("end", "stop")                 always the last one: the finish_reason
+#
+# There is no vocabulary, so a token is about what a reader calls a word or a sign: a
+# stable estimate.  `Server(tokenize=...)` takes a real tokenizer.
+
+Call = collections.namedtuple("Call", "name id tokens")
 
 CJK = "\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 TOKEN = re.compile(
     rf" ?[^\W{CJK}]+"                          # a word, with the space before it
     r"| ?[\U0001f1e6-\U0001f1ff]{2}"            # a flag is two letters that combine
     r"| ?\S"                                    # a CJK character, a sign, an emoji
-    r"|\s+(?!\S)|\s+")                  # white space, but for a word's own space
+    r"|\s+(?!\S)|\s+")                  # white space, except for a word's own space
 ZERO_WIDTH_JOINER = "\u200d"
 
 
 def combines(character):
+    """Does this character change the one before it, such as an accent does?"""
     return (character == ZERO_WIDTH_JOINER or unicodedata.category(character)[0] == "M"
-            or "\U0001f3fb" <= character <= "\U0001f3ff"        # the skin of an emoji
+            or "\U0001f3fb" <= character <= "\U0001f3ff"        # an emoji's skin tone
             or "\U000e0020" <= character <= "\U000e007f")       # the tail of a flag
 
 
@@ -694,29 +817,21 @@ def recombined(tokens):
 def tokenize(text):
     """Split a text into tokens whose join is the text.
 
-    Example: "Hello, 世界 again" -> ["Hello", ",", " 世", "界", " again"]
+    A token is never cut inside a code point, nor between a character and what combines
+    with it.
 
-    Never inside a code point, nor between a character and what combines with it.
+    Example:
+        >>> tokenize("Hello, 世界 again")
+        ['Hello', ',', ' 世', '界', ' again']
     """
     tokens = TOKEN.findall(text)
     return tokens if text.isascii() else recombined(tokens)
 
 
-def tokens_of(prompt, tokenize):
-    """The tokens of one prompt, a text or a list of token ids.
-
-    A tokenizer may bring `decode(id) -> str`; what nobody can decode reads <|17|>.
-    """
-    if type(prompt) is str:
-        return tokenize(prompt)
-    decode = getattr(tokenize, "decode", "<|{}|>".format)
-    return [decode(id) for id in prompt]
-
-
 def slices(text, size=65536):
-    """A text in parts, cut before a space where there is one.
+    """Cut a long text into slices, before a space where there is one.
 
-    The tokens of a text take forty times its memory: those of a long one are never
+    The tokens of a text take forty times its memory, so those of a long text are never
     made all at once.
     """
     start = 0
@@ -731,24 +846,952 @@ def slices(text, size=65536):
     yield text[start:]
 
 
-def count_tokens(prompt, tokenize):
-    """How many tokens a text has, or a list of token ids."""
-    if type(prompt) is list:
-        return len(prompt)
-    return sum(map(len, map(tokenize, slices(prompt))))
+def split(text, tokenize, one_by_one=True):
+    """A text as lists of tokens: one token each, or else as few lists as possible.
+
+    Example:
+        >>> list(split("Hi you", tokenize)), list(split("Hi you", tokenize, False))
+        ([['Hi'], [' you']], [['Hi', ' you']])
+    """
+    for tokens in map(tokenize, slices(text)):
+        if one_by_one:
+            yield from map(list, zip(tokens))
+        elif tokens:
+            yield tokens
 
 
-def readings(request, tokenize):
-    """What each prompt of a completion reads as: its tokens, or the text as one."""
-    return [tokens_of(prompt, tokenize) if request["echo"] or type(prompt) is list
-            else [prompt] for prompt in request.get("prompts", ())]
+class Prompt:
+    """A prompt, a str or a list of token ids, as its text and as its tokens.
+
+    A tokenizer may have a method `decode(id) -> str`; an id that nobody can decode
+    reads <|17|>.
+
+    Example:
+        >>> Prompt([17, 18], tokenize).text, Prompt("Once upon", tokenize).count()
+        ('<|17|><|18|>', 2)
+    """
+
+    def __init__(self, given, tokenize):
+        decode = getattr(tokenize, "decode", "<|{}|>".format)
+        self.decoded = None if type(given) is str else [decode(id) for id in given]
+        self.text = given if type(given) is str else "".join(self.decoded)
+        self.tokenize = tokenize
+
+    def tokens(self):
+        return self.tokenize(self.text) if self.decoded is None else self.decoded
+
+    def count(self):
+        if self.decoded is not None:
+            return len(self.decoded)
+        return sum(map(len, map(self.tokenize, slices(self.text))))
 
 
-def prompts_of(request):
-    """All that the model would read: the texts of the messages, or the prompts."""
+def prompts_of(request, tokenize):
+    """All that the model would read: a Prompt for each message, or for each prompt."""
     if request["endpoint"] == "chat":
-        return [text_of(message.get("content")) for message in request["messages"]]
-    return request["prompts"]
+        texts = [text_of(message.get("content")) for message in request["messages"]]
+    else:
+        texts = request["prompts"]
+    return [Prompt(text, tokenize) for text in texts]
+
+
+# ----------------------------------------------------------------------------------
+# Sequences.  A sequence is the pieces of one choice, cut to the limits of the request.
+
+def one_call(pieces):
+    """Drop all tool calls but the first, for clients that want no parallel calls."""
+    called = False
+    for kind, said in pieces:
+        if not (called and kind == "call"):
+            yield kind, said
+        called |= kind == "call"
+
+
+def up_to(pieces, limit):
+    """At most `limit` tokens.  The tokens of a call's input count, but are never cut.
+
+    Example:
+        >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
+        [('text', ['Hel']), ('end', 'length')]
+    """
+    left = limit
+    for kind, said in pieces:
+        if kind == "call":
+            left -= len(said.tokens)
+        elif kind != "end":
+            if len(said) > left:
+                if left > 0:
+                    yield kind, said[:left]
+                yield "end", "length"
+                return
+            left -= len(said)
+        yield kind, said
+
+
+def first_stop(text, stops):
+    """Where the stop that is complete first begins, or None.
+
+    Example:
+        >>> first_stop("one two three", ["three", "two"])
+        4
+    """
+    found = [(text.find(stop) + len(stop), text.find(stop))
+             for stop in stops if stop in text]
+    return min(found)[1] if found else None
+
+
+def partial_stop(text, stops):
+    """The length of the longest suffix of the text that a stop may begin with.
+
+    Example:
+        >>> partial_stop("The EN", ["END", "STOP"])
+        2
+    """
+    return max((length for stop in stops
+                for length in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:length])), default=0)
+
+
+def split_tokens(tokens, length, whole=False):
+    """Cut a list of tokens after `length` characters -> (the tokens before, the rest).
+
+    A token that lies across the cut is cut in two; with `whole` it goes to the rest.
+
+    Example:
+        >>> split_tokens(["Hel", "lo"], 4), split_tokens(["Hel", "lo"], 4, whole=True)
+        ((['Hel', 'l'], ['o']), (['Hel'], ['lo']))
+    """
+    for i, token in enumerate(tokens):
+        if len(token) > length:
+            if whole or not length:
+                return tokens[:i], tokens[i:]
+            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
+        length -= len(token)
+    return tokens, []
+
+
+def until_stop(pieces, stops):
+    """Text up to the first stop.
+
+    A stop may span pieces, so the end of a text that may become a stop (a partial
+    match) is held back until more is known.  Nothing of a stop ever goes out.
+
+    Example:
+        >>> list(until_stop([("text", ["one E"]), ("text", ["ND two"])], ["END"]))
+        [('text', ['one ']), ('end', 'stop')]
+    """
+    held = []                                   # tokens that may belong to a stop
+    for kind, said in pieces:
+        if kind != "text":                      # stops are looked for in text alone
+            if held:
+                yield "text", held
+            held = []
+            yield kind, said
+            continue
+        held = held + said
+        text = "".join(held)
+        cut = first_stop(text, stops)
+        if cut is not None:
+            before, _ = split_tokens(held, cut)
+            if before:
+                yield "text", before
+            yield "end", "stop"
+            return
+        safe = len(text) - partial_stop(text, stops)
+        before, held = split_tokens(held, safe, whole=True)
+        if before:
+            yield "text", before
+
+
+def is_legacy(request):
+    """Does the request have functions, as before there were tools?"""
+    return bool(request["functions"]) and not request["tools"]
+
+
+def token_limit(request):
+    """The smaller one of the limits that the request sets, or None."""
+    limits = [request["max_tokens"]]
+    if request["endpoint"] == "chat":
+        limits.append(request["max_completion_tokens"])
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def sequence(pieces, request):
+    """The pieces of one choice -> the same, cut to the limits of the request.
+
+    These generators pass no close() on to the one that they read from.  The server
+    closes what a backend returned by itself, when the exchange ends.
+    """
+    if request["endpoint"] == "chat" and (
+            not request["parallel_tool_calls"] or is_legacy(request)):
+        pieces = one_call(pieces)
+    limit = token_limit(request)
+    if limit is not None:
+        pieces = up_to(pieces, limit)
+    if request["stop"]:
+        pieces = until_stop(pieces, request["stop"])
+    return pieces
+
+
+# ----------------------------------------------------------------------------------
+# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common
+# (the envelope) and one choice object with what is new.  A completion that is not
+# streamed is `fold` of the very same chunks, so the two forms cannot disagree.
+
+USAGE_DETAILS = {
+    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0,
+                                  "accepted_prediction_tokens": 0,
+                                  "rejected_prediction_tokens": 0},
+}
+SERVED_TIERS = {"auto": "default", "fast": "priority"}   # the others are served as asked
+
+
+class Usage:
+    """Counts the tokens of a reply: each prompt once, and what all its choices say.
+
+    `corrections` replace counted fields.
+
+    Example:
+        >>> usage = Usage([Prompt("Once upon", tokenize)])
+        >>> usage.completion_tokens += 3
+        >>> usage.counters()
+        {'prompt_tokens': 2, 'completion_tokens': 3, 'total_tokens': 5}
+    """
+
+    def __init__(self, prompts=(), corrections=()):
+        self.prompts, self.corrections = prompts, dict(corrections)
+        self.completion_tokens = 0
+
+    def counters(self):
+        prompt = self.corrections.get("prompt_tokens")
+        if prompt is None:
+            prompt = sum(prompt.count() for prompt in self.prompts)
+        completion = self.corrections.get("completion_tokens", self.completion_tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": completion,
+                "total_tokens": prompt + completion, **self.corrections}
+
+    def details(self):
+        """The counters of a chat, with the details that clients look into."""
+        return {**self.counters(), **USAGE_DETAILS, **self.corrections}
+
+
+def wants_usage(request):
+    options = request["stream_options"] or {}
+    return not request["stream"] or bool(options.get("include_usage"))
+
+
+def envelope(request, object):
+    """What all chunks of a reply have in common."""
+    common = {"id": request["id"], "object": object, "created": int(time.time()),
+              "model": request["model"], "system_fingerprint": "fp_openai_compat"}
+    if request["endpoint"] == "chat":
+        tier = request["service_tier"]
+        common["service_tier"] = SERVED_TIERS.get(tier, tier)
+    if wants_usage(request):
+        common["usage"] = None          # as the API says in every chunk but the last
+    return common
+
+
+def in_turn(generators):
+    """One item of each generator in turn, until all have ended.
+
+    A choice that is slow holds up the others; the API runs them side by side.
+
+    Example:
+        >>> list(in_turn([iter("ace"), iter("bd")]))
+        ['a', 'b', 'c', 'd', 'e']
+    """
+    running = list(generators)
+    while running:
+        for items in list(running):
+            try:
+                yield next(items)
+            except StopIteration:
+                running.remove(items)
+
+
+# Log probabilities are made up, since there is no model: the token that was said comes
+# first, and each other candidate is half as likely as the one before it.
+OTHER_TOKENS = [" the", ",", ".", " and", " of", " to", " a", " in", " is", " it",
+                " that", " for", " was", " on", " with", " as", " be", " at", " by",
+                " this", " we"]
+
+
+def candidates(token, count):
+    """The token and the next likely ones, with their log probabilities.
+
+    Example:
+        >>> candidates("Hi", 2)
+        [('Hi', -0.693147), (' the', -1.386294)]
+    """
+    others = [other for other in OTHER_TOKENS if other != token]
+    return [(each, round(-math.log(2) * rank, 6))
+            for rank, each in enumerate([token, *others][:max(count, 1)], 1)]
+
+
+def chat_logprob(token, top):
+    entries = [{"token": each, "logprob": logprob,
+                "bytes": list(each.encode("utf-8", "surrogatepass"))}
+               for each, logprob in candidates(token, top)]
+    return {**entries[0], "top_logprobs": entries if top else []}
+
+
+def chat_logprobs(tokens, top, field="content"):
+    """An object for each token, under the field that the tokens belong to; None
+    unless they were asked for."""
+    if top is None:
+        return None
+    return {"content": [], "refusal": None,
+            field: [chat_logprob(token, top) for token in tokens]}
+
+
+def text_logprobs(tokens, top, offset, is_prompt=False):
+    """Four parallel arrays, or None unless they were asked for.
+
+    The first token of a prompt has no probability.
+
+    Example:
+        >>> text_logprobs(["Hi", " you"], 0, 10)["text_offset"]
+        [10, 12]
+    """
+    if top is None:
+        return None
+    likely = [dict(candidates(token, top)) for token in tokens]
+    said = [entry[token] for token, entry in zip(tokens, likely)]
+    if is_prompt and tokens:
+        said[0] = likely[0] = None
+    ends = list(itertools.accumulate(map(len, tokens), initial=offset))
+    return {"tokens": tokens, "token_logprobs": said, "top_logprobs": likely,
+            "text_offset": ends[:-1]}
+
+
+def opening_delta(kind):
+    """The delta that says who speaks.  It stands alone: clients rely on it."""
+    content = "" if kind in ("text", "end") else None
+    return {"role": "assistant", "content": content,
+            "refusal": "" if kind == "refusal" else None}
+
+
+def custom_tools(request):
+    return [tool["custom"]["name"] for tool in request["tools"]
+            if tool["type"] == "custom"]
+
+
+def call_deltas(request, call, index):
+    """A tool call opens with its id, its name and no input; its input follows in
+    fragments that repeat only the index.
+
+    Example:
+        >>> request = {"tools": [], "functions": []}
+        >>> for delta in call_deltas(request, Call("now", "call_1", ["{}"]), 0):
+        ...     print(delta["tool_calls"])
+        [{'index': 0, 'id': 'call_1', 'type': 'function', 'function': {'name': 'now', 'arguments': ''}}]
+        [{'index': 0, 'function': {'arguments': '{}'}}]
+    """
+    kind = "custom" if call.name in custom_tools(request) else "function"
+    field = CALL_INPUT[kind]
+    # Clients parse the arguments of a function as JSON, which "" is not.
+    tokens = call.tokens or ["{}"] * (kind == "function")
+    if is_legacy(request):
+        yield {"function_call": {"name": call.name, "arguments": ""}}
+        for token in tokens:
+            yield {"function_call": {"arguments": token}}
+        return
+    yield {"tool_calls": [{"index": index, "id": call.id, "type": kind,
+                           kind: {"name": call.name, field: ""}}]}
+    for token in tokens:
+        yield {"tool_calls": [{"index": index, kind: {field: token}}]}
+
+
+def chat_choice(index, delta, logprobs=None, finish_reason=None):
+    return {"index": index, "delta": delta, "logprobs": logprobs,
+            "finish_reason": finish_reason}
+
+
+def chat_choices(request, index, pieces, usage):
+    """The choice object of each chunk of one sequence; the first one says who speaks.
+
+    The first piece is taken before that, so that a backend that fails at once gets an
+    HTTP status.  The price: a slow model's client sees nothing before the first piece.
+    """
+    top = (request["top_logprobs"] or 0) if request["logprobs"] else None
+    calls = 0
+    for number, (kind, said) in enumerate(pieces):
+        if number == 0:
+            yield chat_choice(index, opening_delta(kind), chat_logprobs([], top))
+        if kind == "end":
+            legacy = said == "tool_calls" and is_legacy(request)
+            yield chat_choice(index, {}, None, "function_call" if legacy else said)
+        elif kind == "call":
+            usage.completion_tokens += len(said.tokens)
+            for delta in call_deltas(request, said, calls):
+                yield chat_choice(index, delta)
+            calls += 1
+        else:
+            usage.completion_tokens += len(said)
+            field = "content" if kind == "text" else kind
+            logprobs = None if top is None else chat_logprobs(said, top, field)
+            yield chat_choice(index, {field: "".join(said)}, logprobs)
+
+
+def chat_chunks(request, sequences, usage):
+    """The sequences of a chat's choices -> its chat.completion.chunk objects.
+
+    Example:
+        >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+        >>> request = {**parse_chat({**body, "stream": True}), "id": "chatcmpl-1"}
+        >>> pieces = [("text", ["Hello"]), ("text", ["!"]), ("end", "stop")]
+        >>> for chunk in chat_chunks(request, [pieces], Usage()):
+        ...     print(chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"])
+        {'role': 'assistant', 'content': '', 'refusal': None} None
+        {'content': 'Hello'} None
+        {'content': '!'} None
+        {} stop
+
+    The last chunk, where the usage is wanted, has it and no choices.
+    """
+    common = envelope(request, "chat.completion.chunk")
+    for choice in in_turn([chat_choices(request, index, pieces, usage)
+                           for index, pieces in enumerate(sequences)]):
+        yield {**common, "choices": [choice]}
+    if wants_usage(request):
+        yield {**common, "choices": [], "usage": usage.details()}
+
+
+def text_choice(index, text, logprobs, finish_reason=None):
+    return {"text": text, "index": index, "logprobs": logprobs,
+            "finish_reason": finish_reason}
+
+
+def text_choices(request, index, prompt, pieces, usage):
+    """The choice object of each chunk of one sequence of a text completion."""
+    offset, top = len(prompt.text), request["logprobs"]
+    for number, (kind, said) in enumerate(pieces):
+        if number == 0 and request["echo"]:
+            tokens = prompt.tokens()
+            yield text_choice(index, prompt.text,
+                              text_logprobs(tokens, top, 0, is_prompt=True))
+        if kind == "end":
+            yield text_choice(index, "", text_logprobs([], top, offset), said)
+        elif kind == "text":
+            usage.completion_tokens += len(said)
+            text = "".join(said)
+            yield text_choice(index, text, text_logprobs(said, top, offset))
+            offset += len(text)
+        else:
+            raise BackendFault("a text completion cannot hold a tool call or a refusal")
+
+
+def completion_chunks(request, sequences, usage):
+    """The sequences of a completion's choices -> its text_completion objects.
+
+    Each prompt has `best_of` sequences, of which the first `n` are shown.
+
+    Example:
+        >>> body = {"model": "m", "prompt": "One,", "stream": True}
+        >>> request = {**parse_completion(body), "id": "cmpl-1"}
+        >>> usage = Usage(prompts_of(request, tokenize))
+        >>> for chunk in completion_chunks(request, [[("text", [" two"]), ("end", "stop")]], usage):
+        ...     print(chunk["choices"])
+        [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
+        [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
+    """
+    common = envelope(request, "text_completion")
+    best_of, n, running = request["best_of"], request["n"], []
+    for i, pieces in enumerate(sequences):
+        number, rank = divmod(i, best_of)
+        index = number * n + rank if rank < n else None
+        running.append(text_choices(request, index, usage.prompts[number], pieces, usage))
+    for choice in in_turn(running):
+        if choice["index"] is not None:
+            yield {**common, "choices": [choice]}
+    if wants_usage(request):
+        yield {**common, "choices": [], "usage": usage.counters()}
+
+
+def joined(texts):
+    """The texts as one; None if there is none.
+
+    Example:
+        >>> joined([None, "Hel", "lo"]), joined([None])
+        ('Hello', None)
+    """
+    texts = [text for text in texts if text is not None]
+    return "".join(texts) if texts else None
+
+
+def joined_logprobs(logprobs):
+    """The arrays of each field, one after the other; None if there are none."""
+    logprobs = [each for each in logprobs if each is not None]
+    if not logprobs:
+        return None
+    whole = {field: [entry for each in logprobs for entry in each[field] or ()]
+             for field in logprobs[0]}
+    if whole.get("refusal") == []:      # a text completion has no such field
+        whole["refusal"] = None
+    return whole
+
+
+def joined_calls(fragments):
+    """An opening for each call and fragments after it -> the calls, without indices."""
+    calls = {}
+    for fragment in itertools.chain.from_iterable(fragments):
+        kind = "custom" if "custom" in fragment else "function"
+        field = CALL_INPUT[kind]
+        call = calls.setdefault(fragment["index"], {**fragment, kind: {
+            **fragment[kind], field: []}})
+        call[kind][field].append(fragment[kind][field])
+    for index in sorted(calls):
+        call = {name: value for name, value in calls[index].items() if name != "index"}
+        kind, field = call["type"], CALL_INPUT[call["type"]]
+        yield {**call, kind: {**call[kind], field: "".join(call[kind][field])}}
+
+
+def folded_choice(index, said):
+    """One choice of a completion, from {field: what each chunk said under it}."""
+    ends = {"logprobs": joined_logprobs(said.pop("logprobs")),
+            "finish_reason": said.pop("finish_reason")[-1]}
+    if "text" in said:
+        return {"index": index, "text": joined(said["text"]), **ends}
+    message = {"role": "assistant", "content": joined(said.get("content", ())),
+               "refusal": joined(said.get("refusal", ()))}
+    if "tool_calls" in said:
+        message["tool_calls"] = list(joined_calls(said["tool_calls"]))
+    if "function_call" in said:
+        arguments = joined(call["arguments"] for call in said["function_call"])
+        message["function_call"] = {**said["function_call"][0], "arguments": arguments}
+    return {"index": index, "message": message, **ends}
+
+
+def fold(chunks):
+    """The chunks of one stream -> the completion that they spell.
+
+    Example:
+        >>> choice = {"index": 0, "logprobs": None, "finish_reason": None}
+        >>> completion = fold([
+        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "Hel"}}]},
+        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "lo"}}]}])
+        >>> completion["object"], completion["choices"][0]["message"]["content"]
+        ('chat.completion', 'Hello')
+
+    Raises ValueError without any chunk.
+    """
+    chunk, choices = None, {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            said = choices.setdefault(choice["index"], collections.defaultdict(list))
+            delta = choice["delta"] if "delta" in choice else {"text": choice["text"]}
+            for field, value in delta.items():
+                said[field].append(value)
+            said["logprobs"].append(choice["logprobs"])
+            said["finish_reason"].append(choice["finish_reason"])
+    if chunk is None:
+        raise ValueError("a completion needs at least one chunk")
+    whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
+             "choices": [folded_choice(*each) for each in sorted(choices.items())]}
+    if "usage" in chunk:
+        whole["usage"] = whole.pop("usage")     # the last field, as the API has it
+    return whole
+
+
+# ----------------------------------------------------------------------------------
+# Events.  A streamed response is a series of server-sent events (WHATWG HTML, 9.2).
+
+DONE = b"data: [DONE]\n\n"
+JSON = {"content-type": "application/json"}
+EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache, no-transform",
+                "x-accel-buffering": "no"}      # otherwise nginx collects a full buffer
+
+
+def event(value):
+    """One event: a line of JSON, which contains no line end, and a blank line.
+
+    Example:
+        >>> event({"n": 1})
+        b'data: {"n":1}\\n\\n'
+    """
+    return b"data: %b\n\n" % to_json(value)
+
+
+def events(chunks):
+    """Chunks -> their events, then [DONE]: the one proof that a stream is complete.
+
+    Example:
+        >>> list(events([{"n": 1}, {"n": 2}]))
+        [b'data: {"n":1}\\n\\n', b'data: {"n":2}\\n\\n', b'data: [DONE]\\n\\n']
+    """
+    for chunk in chunks:
+        yield event(chunk)
+    yield DONE
+
+
+class Response:
+    """What goes out in reply to one request.
+
+    status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
+    writes: bytes that go out at once, each in one send.  ready: no write has to be
+    waited for, so several may share a send.
+    """
+
+    def __init__(self, status, headers, body=b"", ready=False):
+        self.status, self.headers, self.body = status, headers, body
+        self.ready = ready
+
+
+def json_response(value, headers=(), status=200):
+    return Response(status, {**JSON, **dict(headers)}, to_json(value))
+
+
+def error_response(error):
+    return json_response(error.body(), error.headers, error.status)
+
+
+# ==================================================================================
+# PART 2  BACKENDS
+#
+# What answers a request, and deliberate faults.  A backend is a function of the request
+# alone.  Whatever waits here (for time, for a program, for an upstream) is interrupted
+# as soon as the client leaves.
+# ==================================================================================
+
+# ----------------------------------------------------------------------------------
+# Waiting.  Each connection has a thread of its own.  `Connection` reads and writes its
+# socket, which never blocks; all waiting goes through a selector, together with the
+# client's socket, so that a client that leaves is noticed at once.
+
+class EndReply(BaseException):
+    """Ends a reply on purpose.  It is no Exception, so that no backend catches it."""
+
+
+class ClientLeft(EndReply):
+    """The client has closed its side of the connection."""
+
+
+LONGEST_SELECT = 3600.0         # seconds; the selectors take no arbitrarily long time
+MOST_READ_AHEAD = 2**20         # bytes that are kept while nobody reads them
+NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError,
+           ssl.SSLWantWriteError)
+# A selector that takes descriptors above 1,023, where the platform has one.
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+class Connection:
+    """The socket of one client, the bytes that came from it, and whether it has left.
+
+    seconds: how long the client may take to read what was sent.  deadline: when the
+    request that is being read must be complete, on the clock time.monotonic.
+    """
+
+    def __init__(self, sock, seconds):
+        sock.setblocking(False)
+        self.sock, self.seconds, self.deadline = sock, seconds, math.inf
+        self.buffer = bytearray()       # what has arrived and was not taken yet
+        self.ended = False              # the client has closed, or half-closed
+        self.stopping = False           # the server is about to close the connection
+        self.selector, self.watched = Selector(), True
+        self.selector.register(sock, selectors.EVENT_READ)
+
+    def receive(self):
+        """Read once what has arrived, without waiting -> whether there was anything."""
+        try:
+            block = self.sock.recv(65536)
+        except NOT_NOW:
+            return False
+        except OSError:
+            block = b""
+        self.ended |= not block
+        self.buffer += block
+        return True
+
+    def read_more(self):
+        """Wait for more bytes of a request, until its deadline."""
+        if not self.watched:
+            self.selector.register(self.sock, selectors.EVENT_READ)
+            self.watched = True
+        while True:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise APIError(408, "The request took too long to arrive.")
+            # TLS may hold bytes that it has read already: no selector sees those.
+            held = getattr(self.sock, "pending", int)()
+            if (held or self.select(left)) and self.receive():
+                break
+        if self.ended:
+            raise ClientLeft
+
+    def select(self, seconds):
+        """The files that are ready, or [] when the time is over."""
+        ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
+        return [key.fileobj for key, _ in ready]
+
+    def read_ahead(self):
+        """Read what the client sends early: the end of it may be that it left."""
+        while not self.ended and self.receive():
+            if len(self.buffer) > MOST_READ_AHEAD:      # its end is noticed later then
+                self.selector.unregister(self.sock)
+                self.watched = False
+                return
+        if self.ended:
+            raise self.left()
+
+    def left(self):
+        """What ends a wait: the client has left, or the server is shutting down."""
+        if self.stopping:
+            return APIError(503, "The server is shutting down.",
+                            headers={"retry-after": "1"})
+        return ClientLeft()
+
+    def wait(self, seconds, source=None):
+        """Wait so long, or until the file `source` can be read; ClientLeft if the client
+        leaves first."""
+        if self.ended:
+            raise self.left()
+        if source is not None:
+            self.selector.register(source, selectors.EVENT_READ)
+        try:
+            end = time.monotonic() + seconds
+            while True:
+                ready = self.select(seconds)
+                if self.sock in ready:
+                    self.read_ahead()
+                seconds = end - time.monotonic()
+                if source in ready or seconds <= 0:
+                    return
+        finally:
+            if source is not None:
+                self.selector.unregister(source)
+
+    def send(self, block):
+        """Send all of it; ClientLeft if the client closes or does not read in time."""
+        view = memoryview(block)
+        while view:
+            try:
+                view = view[self.sock.send(view):]
+            except NOT_NOW:
+                self.wait_to_send()
+            except OSError:
+                raise ClientLeft from None
+
+    def wait_to_send(self):
+        with Selector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            if not selector.select(min(self.seconds, LONGEST_SELECT)):
+                raise ClientLeft
+
+    def shut(self, how):
+        """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
+        also try to talk to the client."""
+        with suppress(OSError):
+            socket.socket.shutdown(self.sock, how)
+
+    def close(self):
+        self.selector.close()
+        self.sock.close()
+
+
+# Who waits for whom.  A backend is a function of the request alone, so a connection
+# cannot be passed to it: the thread that calls it knows its connection.
+this_thread = threading.local()         # .connection
+
+
+def pause(seconds):
+    """Sleep; ClientLeft as soon as the client leaves.  pause(0) only looks."""
+    connection = getattr(this_thread, "connection", None)
+    if connection is None:              # a backend that is called without a server
+        time.sleep(seconds)
+    else:
+        connection.wait(seconds)
+
+
+def wait_for(source):
+    """Wait until the file `source` can be read; ClientLeft if the client leaves first."""
+    connection = getattr(this_thread, "connection", None)
+    if connection is not None:
+        connection.wait(math.inf, source)
+
+
+# ----------------------------------------------------------------------------------
+# Quirks.  Deliberate faults, for tests of a client.  A quirk is a generator over the
+# writes of a response, where one yield is one send; one that changes what is said is a
+# generator over the chunks.  k: how many events come first, where a place matters.
+
+class Cut(EndReply):
+    """Ends the connection: Cut("fin"), Cut("reset"), or Cut("stall") for silence."""
+
+
+class Instead(EndReply):
+    """Ends a reply in favour of another response: Instead(response)."""
+
+
+def each_choice(doc, change):
+    """A quirk that changes each choice object of each chunk in place."""
+    def quirk(chunks, k):
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                change(choice)
+            yield chunk
+    quirk.__doc__ = doc
+    return quirk
+
+
+def each_write(doc, change):
+    """A quirk that changes every write: change(its number from 0, the write, k)."""
+    def quirk(writes, k):
+        for i, write in enumerate(writes):
+            yield change(i, write, k)
+    quirk.__doc__ = doc
+    return quirk
+
+
+def cut_after(doc, how):
+    """A quirk that lets k events pass and then ends the connection."""
+    def quirk(writes, k):
+        yield from itertools.islice(writes, k)
+        raise Cut(how)
+    quirk.__doc__ = doc
+    return quirk
+
+
+def calls_in(choice):
+    return choice.get("delta", {}).get("tool_calls", ())
+
+
+def usage_always(chunks, k):
+    """A usage in every chunk and in a chunk of its own, although nobody asked for it."""
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    for chunk in chunks:
+        usage = chunk.get("usage") or usage
+        yield {**chunk, "usage": usage}
+    if chunk["choices"]:
+        yield {**chunk, "choices": [], "usage": usage}
+
+
+def duplicate_tool_id(chunks, k):
+    """Each fragment of a tool call repeats the call's id and name."""
+    opened = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            for call in calls_in(choice):
+                kind = "custom" if "custom" in call else "function"
+                first = opened.setdefault((choice["index"], call["index"]), call)
+                call.update(id=first["id"], type=kind)
+                call[kind]["name"] = first[kind]["name"]
+        yield chunk
+
+
+CHUNK_QUIRKS = {
+    "no_role": each_choice(
+        "The first delta does not say who speaks.",
+        lambda choice: choice.get("delta", {}).pop("role", None)),
+    "role_every": each_choice(
+        "Every delta says who speaks.",
+        lambda choice: "delta" in choice and choice.update(
+            delta={"role": "assistant", **choice["delta"]})),
+    "usage_always": usage_always,
+    "no_finish": each_choice(
+        "Neither a finish_reason nor [DONE]: the stream just ends.",
+        lambda choice: choice.update(finish_reason=None)),
+    "missing_tool_index": each_choice(
+        "Fragments of tool calls do not say which call they belong to.",
+        lambda choice: [call.pop("index") for call in calls_in(choice)]),
+    "duplicate_tool_id": duplicate_tool_id,
+}
+
+
+def split_bytes(writes, k):
+    """One byte a send."""
+    for write in writes:
+        for i in range(len(write)):
+            yield write[i:i + 1]
+
+
+def one_write(writes, k):
+    """All in one send."""
+    yield b"".join(writes)
+
+
+def no_done(writes, k):
+    """All but [DONE]."""
+    yield from (write for write in writes if write != DONE)
+
+
+def no_terminator(writes, k):
+    """Closed without the last transfer chunk."""
+    yield from writes
+    raise Cut("fin")
+
+
+def error_event(writes, k):
+    """An error event in place of the rest."""
+    yield from itertools.islice(writes, k)
+    yield event(server_error().body())
+
+
+def truncate(writes, k):
+    """Closed cleanly after k events, as if complete."""
+    yield from itertools.islice(writes, k)
+
+
+def html_502(writes, k):
+    """An HTML page with status 502, as a proxy would send it."""
+    raise Instead(Response(502, {"content-type": "text/html"},
+                           b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
+    yield
+
+
+WRITE_QUIRKS = {
+    "comment": each_write("A comment block before each event.",
+                          lambda i, write, k: b": comment\n\n" + write),
+    "crlf": each_write("Lines that end with CR LF.",
+                       lambda i, write, k: write.replace(b"\n", b"\r\n")),
+    "no_space": each_write("No space after the colon.",
+                           lambda i, write, k: write.replace(b"data: ", b"data:", 1)),
+    "bom": each_write("A byte order mark at the start.",
+                      lambda i, write, k: write if i else codecs.BOM_UTF8 + write),
+    "id_field": each_write(
+        "An id in each event, then comment blocks: old SDKs parse those as events.",
+        lambda i, write, k: b"id: %d\n%b: comment\n\n" % (i, write)),
+    "retry_block": each_write("Blocks with a retry field and no data.",
+                              lambda i, write, k: b"retry: 1000\n\n" + write),
+    "empty_data": each_write("Events whose data is empty.",
+                             lambda i, write, k: b"data:\n\n" + write),
+    "split_bytes": split_bytes,
+    "one_write": one_write,
+    "no_done": no_done,
+    "no_finish": no_done,               # the other half of it is a chunk quirk
+    "no_terminator": no_terminator,
+    "bad_json": each_write(
+        "One event that is cut short inside its JSON.",
+        lambda i, write, k: write[:len(write) // 2] + b"\n\n" if i == k else write),
+    "error_event": error_event,
+    "truncate": truncate,
+    "stall": cut_after("Silence until the client leaves.", "stall"),
+    "reset": cut_after("A TCP reset.", "reset"),
+    "html_502": html_502,
+}
+QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
+# These also happen to a reply that is not streamed, before its first byte.
+WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
+
+
+def parse_quirk(text):
+    """The name of a quirk and its place, which is 2 unless it is given.
+
+    Example:
+        >>> parse_quirk("stall@3"), parse_quirk("reset"), parse_quirk(None)
+        (('stall', 3), ('reset', 2), (None, 0))
+
+    Raises ValueError for an unknown quirk.
+    """
+    if text is None:
+        return None, 0
+    name, at, place = str(text).partition("@")
+    if name not in QUIRKS or at and not re.fullmatch("[0-9]{1,9}", place):
+        raise ValueError(f"there is no quirk {text!r}; the quirks are: "
+                         f"{', '.join(QUIRKS)}")
+    return name, int(place) if at else 2
 
 
 # ----------------------------------------------------------------------------------
@@ -1032,151 +2075,162 @@ def sample(schema):
 
 
 # ----------------------------------------------------------------------------------
-# Waiting.  A connection has a thread of its own, and the thread knows its client: so
-# whatever waits in it, for time or for a source, ends at once when the client leaves.
-
-class ClientLeft(BaseException):
-    """The client has closed its side.  No error: no `except Exception` sees it."""
-
-
-here = threading.local()        # this thread's client, as `watch` has set it
-# A selector with no limit at descriptor 1,024, where the platform has one.
-Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
-def watch(client, ending=ClientLeft):
-    """Make `client` the one for whom this thread works; `ending()` ends a wait."""
-    here.client, here.ending, here.selector = client, ending, Selector()
-    here.selector.register(client, selectors.EVENT_READ)
-
-
-def has_left(client):
-    """Has the client closed, or half-closed?  Under TLS only a bare close is seen."""
-    try:
-        return socket.socket.recv(client, 1, socket.MSG_PEEK) == b""
-    except (BlockingIOError, InterruptedError, socket.timeout):
-        return False
-    except OSError:
-        return True
-
-
-def woken(seconds):
-    """The client has woken us: it has left, or asks for more, which has to wait."""
-    if has_left(here.client):
-        raise here.ending()
-    time.sleep(min(seconds, 0.02))      # a next request is not to be read yet
-
-
-def pause(seconds):
-    """Sleep; ClientLeft as soon as the client goes.  pause(0) only looks."""
-    selector = getattr(here, "selector", None)
-    if selector is None:        # a backend that somebody calls without a server
-        return time.sleep(seconds)
-    end = time.monotonic() + seconds
-    while seconds >= 0 and selector.select(None if seconds == math.inf else seconds):
-        woken(seconds)
-        seconds = end - time.monotonic()
-
-
-def wait_for(source):
-    """Until `source` can be read; ClientLeft if the client goes before."""
-    selector = getattr(here, "selector", None)
-    if selector is None:
-        return
-    selector.register(source, selectors.EVENT_READ)
-    try:
-        while all(key.fileobj is not source for key, _ in selector.select()):
-            woken(0.02)
-    finally:
-        selector.unregister(source)
-
-
-# ----------------------------------------------------------------------------------
-# Backends.  Any function of the request; it returns a str, a Reply, or an iterable of
-# pieces (str or ToolCall).  It is called once per choice, and may raise APIError.
+# Backends.  A backend is called once per choice.  It returns a str, a Reply, a
+# ToolCall, or an iterable of pieces (str or ToolCall); it may raise APIError.
 
 class ToolCall:
     """A piece that calls a tool: ToolCall("get_weather", {"city": "Bern"}).
 
-    `arguments`: a dict, or the JSON text of one as it is to go out.  An id is made up
-    where none is given.  For a custom tool the arguments are its input, a str.
+    arguments: a dict, or JSON text that goes out as it is; for a custom tool its input,
+    a str.  id: made up unless it is given.
     """
 
     def __init__(self, name, arguments=None, id=None):
-        self.name, self.id = name, id
+        if not isinstance(name, str) or not isinstance(id, (str, type(None))):
+            raise TypeError("the name and the id of a tool call must be strings")
         if not isinstance(arguments, str):
             arguments = to_json({} if arguments is None else arguments).decode()
-        self.arguments = arguments
+        self.name, self.arguments, self.id = name, arguments, id
 
     def __repr__(self):
         return f"ToolCall({self.name!r}, {self.arguments!r})"
 
 
-class Reply:
-    """What a backend says, with all that can be said about it.
+def is_number(value):
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
-    delay: seconds between pieces, or (first, between).  quirk: a name of QUIRKS.
-    usage: fields that replace the counted ones.  headers: go out with the reply.
-    expect: for a Script, a subset of the body to be asked, or a function of it.
+
+def is_delay(value):
+    """A number of seconds, or two of them: before the first piece, and between pieces."""
+    if isinstance(value, (list, tuple)):
+        return len(value) == 2 and all(map(is_number, value))
+    return is_number(value)
+
+
+REPLY_FIELDS = {  # what must be true of a value that is not None, and how to say it
+    "text": (lambda value: isinstance(value, (str, list, tuple)),
+             "a str, or a list of the pieces to send"),
+    "tool_calls": (lambda value: all(isinstance(call, ToolCall) for call in value),
+                   "a ToolCall or a list of them"),
+    "refusal": (lambda value: isinstance(value, str), "a str"),
+    "finish_reason": (lambda value: isinstance(value, str), "a str"),
+    "usage": (lambda value: isinstance(value, dict), "a dict"),
+    "delay": (is_delay, "a number of seconds, or two of them"),
+    "quirk": (lambda value: isinstance(value, str), "the name of a quirk"),
+    "headers": (lambda value: isinstance(value, dict), "a dict"),
+    "error": (lambda value: isinstance(value, APIError), "an APIError"),
+    "expect": (lambda value: isinstance(value, dict) or callable(value),
+               "a dict or a function"),
+}
+
+
+class Reply:
+    """What a backend says, with everything that can be said about it.
+
+    text: a str, or a list of the pieces to send.  usage: fields that replace the counted
+    ones.  delay: seconds between pieces, or (first, between).  quirk: a name of QUIRKS.
+    headers: go out with the response.  error: an APIError to answer with, after the
+    delay and the text.  expect: see Script.
+
+    Raises TypeError or ValueError for a value that cannot be used.
     """
 
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
-                 usage=None, delay=0, quirk=None, headers=None, expect=None):
-        calls = [tool_calls] if isinstance(tool_calls, ToolCall) else list(tool_calls)
-        for call in calls:
-            if not isinstance(call, ToolCall):
-                raise TypeError(f"a tool call is a ToolCall, not {call!r}")
-        parse_quirk(quirk)      # of a later section, but a wrong name shall fail here
-        self.text, self.tool_calls, self.refusal = text, calls, refusal
+                 usage=None, delay=0, quirk=None, headers=None, error=None, expect=None):
+        if isinstance(tool_calls, ToolCall):
+            tool_calls = [tool_calls]
+        given = dict(locals())
+        for name, (is_right, what) in REPLY_FIELDS.items():
+            if given[name] is not None and not is_right(given[name]):
+                raise TypeError(f"the {name} of a Reply must be {what}, "
+                                f"not {given[name]!r}")
+        parse_quirk(quirk)
+        self.text, self.tool_calls, self.refusal = text, list(tool_calls or ()), refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage or {}, delay
-        self.quirk, self.headers, self.expect = quirk, header_fields(headers), expect
-        self.pieces = None      # in the place of text, as they come
+        self.quirk, self.headers = quirk, header_fields(headers)
+        self.error, self.expect = error, expect
 
     def __repr__(self):
         said = (f"{name}={value!r}" for name, value in vars(self).items() if value)
         return f"Reply({', '.join(said)})"
 
-    def is_at_hand(self):
-        """Is all of it there already, so that several pieces may share a send?"""
-        at_hand = self.pieces is None or type(self.pieces) in (list, tuple)
-        return at_hand and not self.delay
-
-
-def backend_fault(message):
-    """A 500 that tells the author of a backend what is wrong with it."""
-    return APIError(500, f"The backend is at fault: {message}.")
+    def is_ready(self):
+        """Is everything at hand, so that several pieces may share a send?"""
+        return not self.delay and isinstance(self.text, (str, list, tuple, type(None)))
 
 
 def as_reply(result):
-    """Whatever a backend returned, as a Reply."""
+    """What a backend returned, as a Reply; its `text` may be any iterable of pieces."""
+    if isinstance(result, (str, list, tuple)):
+        return Reply(result)
     if isinstance(result, Reply):
         return result
-    if isinstance(result, str):
-        return Reply(result)
     if isinstance(result, ToolCall):
         return Reply(tool_calls=[result])
     if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
-        raise backend_fault("a backend returns a str, a Reply or an iterable of "
-                            f"pieces, not {type(result).__name__}")
+        raise BackendFault("a backend must return a str, a Reply or an iterable of "
+                           f"pieces, not {type(result).__name__}")
     reply = Reply()
-    reply.pieces = result
+    reply.text = result
     return reply
+
+
+def each_piece(text):
+    """The pieces of a list or of an iterable, as long as the client is there."""
+    for piece in text or ():
+        if not isinstance(text, (list, tuple)):
+            pause(0)
+        if not isinstance(piece, (str, ToolCall)):
+            raise BackendFault("a piece must be a str or a ToolCall, "
+                               f"not {type(piece).__name__}")
+        yield piece
+
+
+def pieces_of(reply, tokenize, make_id, one_by_one):
+    """What a reply says, as pairs of kind and tokens; see the section on pieces."""
+    reason, text = "stop", reply.text
+    for tokens in split(reply.refusal or "", tokenize, one_by_one):
+        yield "refusal", tokens
+    if isinstance(text, str):
+        for tokens in split(text, tokenize, one_by_one):
+            yield "text", tokens
+        text = ()
+    for piece in itertools.chain(each_piece(text), reply.tool_calls):
+        if isinstance(piece, ToolCall):
+            reason = "tool_calls"
+            yield "call", Call(piece.name, piece.id or make_id(), tokenize(piece.arguments))
+        elif piece:
+            yield "text", tokenize(piece)
+    yield ("error", reply.error) if reply.error else ("end", reply.finish_reason or reason)
+
+
+def paced(pieces, delay):
+    """Each piece so many seconds after the one before; delay: a number, or (first,
+    between)."""
+    seconds, between = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    for kind, said in pieces:
+        if kind != "end":
+            pause(seconds)
+        yield kind, said
+        seconds = between
+
+
+def raising(pieces):
+    """Raise the error that a Reply ends with."""
+    for kind, said in pieces:
+        if kind == "error":
+            raise said
+        yield kind, said
 
 
 def forced_tool(request):
     """The name of the tool that the request insists on, or None."""
-    wish, call = request.get("tool_choice"), request.get("function_call")
-    if wish == "required":
-        first = request["tools"][0]
-        return first[first["type"]]["name"]
-    if type(wish) is dict and wish.get("allowed_tools", {}).get("mode") != "auto":
-        return next(iter(chosen_tools(wish)), None)
+    choice, call = request["tool_choice"], request["function_call"]
+    if choice == "required":
+        return tool_names(request["tools"])[0]
+    if type(choice) is dict and choice.get("allowed_tools", {}).get("mode") != "auto":
+        return next(iter(tool_names(chosen_tools(choice))), None)
     return call["name"] if type(call) is dict else None
-
-
-def custom_tools(request):
-    tools = request["tools"]
-    return [tool["custom"]["name"] for tool in tools if tool["type"] == "custom"]
 
 
 def sample_input(request, name):
@@ -1185,17 +2239,22 @@ def sample_input(request, name):
         return request["text"]
     functions = [tool["function"] for tool in request["tools"]
                  if tool["type"] == "function"] + list(request["functions"])
-    parameters = next(function.get("parameters") for function in functions
-                      if function["name"] == name)
-    return sample(parameters or {})
+    schemas = (function.get("parameters") for function in functions
+               if function["name"] == name)
+    return sample(next(schemas) or {"type": "object"})
 
 
 def echo(request):
-    """The default backend: what was asked.  It obeys a forced tool, and a schema."""
+    """The default backend: says what is being asked.
+
+    When a chat forces a tool, it calls the tool; for a "response_format" it makes JSON.
+    """
+    if request["endpoint"] == "completion":
+        return request["text"]
     name = forced_tool(request)
     if name is not None:
         return ToolCall(name, sample_input(request, name))
-    form = request.get("response_format") or {"type": "text"}
+    form = request["response_format"] or {"type": "text"}
     if form["type"] == "json_object":
         return to_json({"text": request["text"]}).decode()
     if form["type"] == "json_schema":
@@ -1203,141 +2262,278 @@ def echo(request):
     return request["text"]
 
 
-def say(*pieces):
-    """A backend that always says these pieces."""
+def constant(reply):
+    """A backend that always gives the same reply."""
     def backend(request):
-        return list(pieces)
+        return reply
     backend.model = "say"
     return backend
 
 
-ABSENT = type("Absent", (), {"__repr__": lambda self: "absent"})()
+def say(*pieces):
+    """A backend that always says these pieces."""
+    return constant(Reply(list(pieces)))
 
 
-def brief(value):
+COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE, inspect.CO_ASYNC_GENERATOR
+
+
+def as_backend(value):
+    """A backend from one, or from a constant; TypeError for anything else."""
+    if isinstance(value, APIError):
+        return constant(Reply(error=value))
+    if isinstance(value, (str, Reply, ToolCall)):
+        return constant(as_reply(value))
+    code = getattr(value, "__code__", None)
+    is_async = bool(getattr(code, "co_flags", 0) & COROUTINE)
+    if isinstance(value, PassingOn) or callable(value) and not is_async:
+        return value
+    what = "a coroutine function" if is_async else repr(value)
+    raise TypeError("a backend must be a function of the request, a str, a Reply, a "
+                    f"ToolCall or an APIError, not {what[:200]}; say(...) says pieces, "
+                    "Script(...) takes a step per request")
+
+
+def model_name(backend):
+    """The name that /v1/models lists for a backend."""
+    names = (getattr(backend, "model", None), getattr(backend, "__name__", None))
+    return next((name for name in names if isinstance(name, str) and name),
+                type(backend).__name__)
+
+
+# ------ Script: a step per request, and what each request must be
+
+def brief(value, around=0):
+    """A value in few words; of a long text, what stands around a position.
+
+    Example:
+        >>> brief("x" * 200 + "here" + "y" * 200, around=200)
+        "...'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxhereyyyyyyyyyyyyyyyyyyyyyyyyyy...'..."
+    """
+    if value is ABSENT:
+        return "absent"
+    if isinstance(value, str):
+        start, end = max(around - 40, 0), around + 80
+        before, after = "..." * (start > 0), "..." * (end < len(value))
+        return f"{before}{value[start:end]!r}{after}"
     text = repr(value)
     return text if len(text) <= 300 else text[:290] + "..."
 
 
-def first_difference(subset, whole, path=""):
-    """(path, wanted, got) of the first field of `subset` that `whole` has not, or None.
+ABSENT = object()
 
-    Objects are compared field by field, lists whole.
+
+def both(got, expected):
+    """Two values that differ, in words; of texts, what stands around the difference.
+
+    Example:
+        >>> both("Hello", "Help")
+        "'Hello', expected 'Help'"
     """
-    if type(subset) is dict and type(whole) is dict:
-        found = (first_difference(subset[name], whole.get(name, ABSENT),
-                                  f"{path}.{name}".strip(".")) for name in subset)
-        return next(filter(None, found), None)
-    return None if subset == whole else (path, subset, whole)
+    place = 0
+    if isinstance(got, str) and isinstance(expected, str):
+        place = len(os.path.commonprefix([got, expected]))
+    return f"{brief(got, place)}, expected {brief(expected, place)}"
 
 
-def unexpected(expect, body):
-    """How a body differs from what a step expects, in words; None if it does not."""
-    if callable(expect):
-        return None if expect(body) else f"{expect!r} says no to {brief(body)}"
-    difference = first_difference(expect or {}, body)
-    if difference is None:
-        return None
-    path, wanted, got = difference
-    return f"{path} is {brief(got)}, expected {brief(wanted)}"
-
-
-def step_from_json(i, step):
-    if type(step) is str:
-        return step
-    if type(step) is not dict:
-        raise ValueError(f"step {i} of the script is neither a string nor an object")
+def refused_by(function, value):
+    """Why a function in an `expect` says no to a value; None if it says yes."""
+    name = getattr(function, "__name__", repr(function))
     try:
-        if "error" in step:
-            return APIError(**step["error"])
-        calls = [ToolCall(**call) for call in step.get("tool_calls", ())]
-        return Reply(**{**step, "tool_calls": calls})
+        result = function(None if value is ABSENT else value)
+    except AssertionError as error:
+        return f"{brief(value)}, and {name} says: {str(error) or 'assertion failed'}"
+    if result:
+        return None
+    hint = " (it returned None; it must return True)" if result is None else ""
+    return f"{brief(value)}, to which {name} says no{hint}"
+
+
+def difference(expected, value, path="the body"):
+    """The path of the first difference and what it is, or None.
+
+    Example:
+        >>> difference({"messages": [{"content": "Hi"}]},
+        ...            {"messages": [{"role": "user", "content": "Ho"}], "n": 1})
+        "messages[0].content is 'Ho', expected 'Hi'"
+    """
+    if callable(expected):
+        fault = refused_by(expected, value)
+        return fault and f"{path} is {fault}"
+    if isinstance(expected, dict) and isinstance(value, dict):
+        prefix = "" if path == "the body" else f"{path}."
+        pairs = [(each, value.get(name, ABSENT), f"{prefix}{name}")
+                 for name, each in expected.items()]
+    elif isinstance(expected, list) and isinstance(value, list):
+        if len(expected) != len(value):
+            return f"{path} has {len(value)} items, expected {len(expected)}"
+        pairs = [(each, value[i], f"{path}[{i}]") for i, each in enumerate(expected)]
+    elif expected == value or expected is None and value is ABSENT:
+        return None
+    else:
+        return f"{path} is {both(value, expected)}"
+    return next(filter(None, (difference(*pair) for pair in pairs)), None)
+
+
+def reply_from_json(step):
+    """A step of a script as a JSON document has it -> a Reply.
+
+    Example:
+        >>> reply_from_json({"tool_calls": [{"name": "now", "arguments": {}}]})
+        Reply(tool_calls=[ToolCall('now', '{}')])
+    """
+    fields = dict(step)
+    if "error" in fields:
+        fields["error"] = APIError(**fields["error"])
+    if "tool_calls" in fields:
+        fields["tool_calls"] = [ToolCall(**call) for call in fields["tool_calls"]]
+    return Reply(**fields)
+
+
+def as_step(number, step):
+    """A step as a backend with its `expect`; what cannot be a step is refused."""
+    try:
+        if isinstance(step, dict):
+            step = reply_from_json(step)
+        if isinstance(step, (list, tuple)):
+            step = Reply(tool_calls=step)
+        return getattr(step, "expect", None), as_backend(step)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"step {i} of the script: {error}") from None
+        raise type(error)(f"step {number} of the script: {error}") from None
 
 
 class Script:
     """A backend that takes one step per request, in order, and is strict about it.
 
-    A step: a str, a ToolCall or a list of them, a Reply, an APIError to be raised, or a
-    function of the request.  A request past the end, or unlike its step's `expect`,
-    gets a 500 that says so, and fails `check`; so does a step left over.
+    A step is a str, a ToolCall or a list of them, a Reply, an APIError, a dict as in a
+    JSON script, or a function of the request.  All choices of a request say the same.
+    any_order: a request takes the first step whose `expect` it meets, and a step without
+    `expect` only if there is none.  otherwise: a backend for requests that no step is
+    for.
+
+    `Reply(expect=...)` is compared with the body as it was sent.  A dict names the
+    fields that matter; a list must have as many items as the body's; a function tests
+    the value in its place; anything else must be equal.
+
+    A request that no step is for gets a 400, uses up no step, and makes `check` fail.
+    So do steps that remain.
     """
 
     model = "script"
 
-    def __init__(self, *steps):
-        self.steps = [
-            Reply(tool_calls=step) if isinstance(step, (list, tuple)) else step
-            for step in steps]
-        self.taken, self.faults = 0, []
-        self._lock, self._thread = threading.Lock(), threading.local()
+    def __init__(self, *steps, any_order=False, otherwise=None):
+        self.steps = [(number, *as_step(number, step), step)
+                      for number, step in enumerate(steps, 1)]     # those not yet taken
+        self.count, self.any_order = len(steps), any_order
+        self.otherwise = None if otherwise is None else as_backend(otherwise)
+        if isinstance(self.otherwise, PassingOn):
+            raise TypeError("`otherwise` cannot be a relay or a replay")
+        self.faults, self.last_unmatched = [], None
+        self.lock, self.current = threading.Lock(), threading.local()
 
     @classmethod
     def from_file(cls, path):
-        """A JSON list of steps: a str, or an object with Reply's fields, or `error`."""
+        """A script from a JSON list of steps: a str, or an object with Reply's fields."""
         with open(path, encoding="utf-8") as file:
             steps = json.load(file)
         if type(steps) is not list:
-            raise ValueError(f"{path}: a script is a JSON list of steps")
-        return cls(*(step_from_json(i, step) for i, step in enumerate(steps, 1)))
+            raise ValueError(f"{path}: a script must be a JSON list of steps")
+        for number, step in enumerate(steps, 1):
+            if type(step) not in (str, dict):
+                raise ValueError(f"step {number} of the script must be a string or an "
+                                 "object")
+        return cls(*steps)
 
     def __call__(self, request):
-        if request["index"] == 0:                   # all the choices say the same
-            self._thread.step = self._take(request["body"])
-        step = self._thread.step
-        if isinstance(step, APIError):
-            raise step
-        return step(request) if callable(step) else step
+        # The choices of a request are asked for one after the other in one thread.
+        if request["index"] == 0:
+            self.current.step = self.take(request["body"])
+        return self.current.step(request)
 
-    def _take(self, body):
-        with self._lock:
-            if self.taken == len(self.steps):
-                self._fail(f"step {self.taken + 1} was asked for, but the script has "
-                           f"{len(self.steps)}: {brief(body)}")
-            step = self.steps[self.taken]
-            fault = unexpected(getattr(step, "expect", None), body)
-            if fault:
-                self._fail(f"step {self.taken + 1} was not as expected: {fault}")
-            self.taken += 1
-            return step
-
-    def _fail(self, fault):
-        self.faults.append(fault)
-        raise APIError(500, f"Script: {fault}", code="script_not_followed",
+    def take(self, body):
+        """The step for a request; it is used up."""
+        with self.lock:
+            place, fault = self.match(body)
+            if fault is None:
+                return self.steps.pop(place)[2]
+            if self.otherwise is not None:
+                self.last_unmatched = fault
+                return self.otherwise
+            self.faults.append(fault)
+        raise APIError(400, f"Script: {fault}", code="script_not_followed",
                        headers={"x-should-retry": "false"})
 
-    def check(self):
-        """Raise AssertionError unless every step was taken, and each as expected."""
+    def match(self, body):
+        """(the place of the step for a request, None), or (None, why there is none)."""
+        if not self.steps:
+            return None, (f"step {self.count + 1} was asked for, but the script has "
+                          f"{self.count}; the request: {brief(body)}")
+        if not self.any_order:
+            number, expect, *_ = self.steps[0]
+            fault = expect and difference(expect, body)
+            return 0, fault and f"step {number} was not as expected: {fault}"
+        faults, free = [], None
+        for place, (number, expect, *_) in enumerate(self.steps):
+            if expect is None:
+                free = place if free is None else free
+                continue
+            fault = difference(expect, body)
+            if fault is None:
+                return place, None
+            faults.append(f"step {number}: {fault}")
+        return free, None if free is not None else (
+            f"no step is for this request: {'; '.join(faults)}")
+
+    def check(self, error=None):
+        """Raise AssertionError unless every request followed the script.
+
+        Remaining steps count only if there was no other error.
+        """
         if self.faults:
             raise AssertionError("Script: " + "; ".join(self.faults))
-        left = self.steps[self.taken:]
-        if left:
+        if self.steps and error is None:
+            number, *_, step = self.steps[0]
+            why = self.last_unmatched
             raise AssertionError(
-                f"Script: {len(left)} of {len(self.steps)} steps left over, "
-                f"from step {self.taken + 1} on: {brief(left[0])}")
-
-    def close(self, error=None):
-        """The end of the server: `check`; after an error, steps may be left over."""
-        if self.faults or error is None:
-            self.check()
+                f"Script: {len(self.steps)} of {self.count} steps remain, from step "
+                f"{number} on: {brief(step)}" + (f"; the last request that no step was "
+                                                 f"for: {why}" if why else ""))
 
 
-def started_program(program, prompt, stdin, stderr):
+# ------ command: a program per choice
+
+NEW_GROUP = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
+
+
+def start_program(program, request, files):
     """The process; it leads a group of its own, so that its children end with it."""
-    import subprocess           # only by those who run programs, here and below
-    own_group = ({"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-                 if os.name == "nt" else {"start_new_session": True})
+    import subprocess           # only for those who run programs, here and below
+    texts = {"{prompt}": request["text"], "{transcript}": transcript(request)}
+    arguments = [re.sub(r"\{prompt\}|\{transcript\}", lambda match: texts[match[0]], each)
+                 for each in program]
     try:
-        arguments = [part.replace("{prompt}", prompt) for part in program]
-        "".join(arguments).encode()     # a lone surrogate is no argument
-        return subprocess.Popen(arguments, stdin=stdin, stdout=subprocess.PIPE,
-                                stderr=stderr, **own_group)
+        "".join(arguments).encode()     # a lone surrogate cannot be an argument
+        return subprocess.Popen(arguments, stdin=files[0], stdout=subprocess.PIPE,
+                                stderr=files[1], **NEW_GROUP)
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or error.errno == errno.E2BIG:
             raise invalid("The prompt cannot be an argument of a program: it is too "
                           "long, or has a NUL or a lone surrogate.", None) from None
-        raise backend_fault(f"{program[0]} cannot be run ({error.strerror})") from None
+        raise BackendFault(f"{program[0]} cannot be run ({error.strerror})") from None
+
+
+def transcript(request):
+    """The whole conversation as text, a line `role: text` for each message.
+
+    Example:
+        >>> transcript({"endpoint": "chat", "messages": [
+        ...     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]})
+        'system: Be brief.\\nuser: Hi'
+    """
+    if request["endpoint"] == "completion":
+        return request["text"]
+    return "\n".join(f"{message['role']}: {text_of(message.get('content'))}"
+                     for message in request["messages"])
 
 
 def end_program(process):
@@ -1349,7 +2545,7 @@ def end_program(process):
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     else:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):     # macOS: of a zombie
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
@@ -1358,35 +2554,29 @@ def end_program(process):
     process.stdout.close()
 
 
-def selectable(pipe):
-    """What can be waited for: the pipe; on Windows a socket, which a thread feeds."""
-    if os.name != "nt":
-        return pipe
-    near, far = socket.socketpair()
-
-    def copy():
-        with far, suppress(OSError):
-            for block in iter(lambda: os.read(pipe.fileno(), 65536), b""):
-                far.sendall(block)
-    threading.Thread(target=copy, daemon=True).start()
-    return near
-
-
 def decoded(pipe):
-    """The text that comes through a pipe, no character split; closes it at its end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    source, block = selectable(pipe), None
+    """The text that comes through a pipe, no character split; closes it at its end.
+
+    On Windows no selector takes a pipe: a client that leaves is noticed at the next text.
+    """
+    decoder, block = codecs.getincrementaldecoder("utf-8")("replace"), None
     while block != b"":
-        wait_for(source)
-        block = os.read(pipe.fileno(), 65536) if source is pipe else source.recv(65536)
+        if os.name != "nt":
+            wait_for(pipe)
+        block = os.read(pipe.fileno(), 65536)
         text = decoder.decode(block, final=not block)
         if text:
             yield text
-    source.close()
     pipe.close()
 
 
-def run(program, request, places):
+def last_line(file):
+    file.seek(0)
+    lines = file.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else "it does not say why"
+
+
+def run_program(program, request, places):
     """What a program writes, as it writes it."""
     import tempfile
     while not places.acquire(timeout=0.05):
@@ -1394,742 +2584,68 @@ def run(program, request, places):
     with contextlib.ExitStack() as stack:
         stack.callback(places.release)
         # Files, not pipes: a program that reads nothing, or complains a lot, goes on.
-        said, complaints = (stack.enter_context(tempfile.TemporaryFile())
-                            for _ in range(2))
-        said.write(to_json({key: request[key] for key in request if key != "body"}))
-        said.seek(0)
-        process = started_program(program, request["text"], said, complaints)
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(2)]
+        files[0].write(to_json({name: request[name] for name in request
+                                if name != "body"}))
+        files[0].seek(0)
+        process = start_program(program, request, files)
         stack.callback(end_program, process)
         yield from decoded(process.stdout)
         while process.poll() is None:   # it has closed its output, and goes on
-            pause(0.01)
+            pause(0.02)
         if process.returncode:
-            complaints.seek(0)
-            text = complaints.read()[-2000:].decode("utf-8", "replace").strip()
-            why = text.splitlines()[-1] if text else "it does not say why"
-            raise backend_fault(
-                f"{program[0]} ended with status {process.returncode}: {why}")
+            raise APIError(500, f"{program[0]} ended with status {process.returncode}: "
+                                f"{last_line(files[1])}")
 
 
 def command(program, at_once=1):
-    """A backend, a program per choice: command(["llama-cli", "-p", "{prompt}"]).
+    """A backend that runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
 
-    No shell.  {prompt} in an argument becomes request["text"]; standard input gets the
-    request as one JSON document; what it writes to standard output is the reply.
-    Of more than `at_once` programs the rest wait.  It ends when the client leaves.
+    There is no shell.  In an argument {prompt} becomes request["text"], {transcript} the
+    whole conversation.  Standard input gets the request as one JSON document; what the
+    program writes to standard output is the reply.  At most `at_once` programs run at a
+    time; the others wait.  The program ends when the client leaves.
+
+    Raises ValueError for a program that is not there.
     """
     if isinstance(program, str):
         import shlex
         program = shlex.split(program, posix=os.name != "nt")
-    if at_once < 1 or not program:
-        raise ValueError("--command wants a program, and --at-once at least 1")
+    if not program or at_once < 1:
+        raise ValueError("a command needs a program, and at least 1 at once")
+    if shutil.which(program[0]) is None:
+        raise ValueError(f"there is no program {program[0]!r}")
     places = threading.BoundedSemaphore(at_once)
 
     def backend(request):
-        pieces = run(program, request, places)
-        prompts, n = request.get("prompts", [0]), request.get("best_of") or request["n"]
-        choices = n * len(prompts)
-        # Choices take turns, and a turn would wait for the place that another holds.
-        return list(pieces) if choices > 1 else pieces
+        pieces = run_program(program, request, places)
+        # Several choices take turns: one would wait for the place that another holds.
+        return list(pieces) if count_choices(request) > 1 else pieces
     backend.model = os.path.basename(program[0])
     return backend
 
 
 # ----------------------------------------------------------------------------------
-# Choices.  One stream of pieces per choice, cut to what the request allows.  From here
-# on a piece is the list of its tokens: count it with len, read it with "".join.
+# Relay and replay.  Backends that give whole responses in place of pieces.  A relay
+# passes on what another server says, as it says it, and can record it on a tape, one
+# exchange a line.  A replay answers from such a tape.
 
-def random_name(length):
-    return "%0*x" % (length, random.getrandbits(4 * length))
+class PassingOn:
+    """The base of Relay and Replay: `respond(incoming)` returns a Response."""
 
 
-class Refusal(list):
-    """A piece in which the model refuses."""
+REQUEST_HEADERS = re.compile("authorization|accept|content-type|user-agent"
+                             "|idempotency-key|openai-.*|x-stainless-.*")
+RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
+                              "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
+                              "|openai-.*")
+BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
+DONE_EVENT = re.compile(rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+# An id that could lead a server to another path than /models/ID, however it decodes it.
+CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
 
-class Call(list):
-    """A piece that calls a tool: the tokens of its arguments, its name and id."""
-
-    def __init__(self, call, tokenize):
-        super().__init__(tokenize(call.arguments))
-        self.name, self.id = call.name, call.id or "call_" + random_name(24)
-
-
-class Finish(str):
-    """The last thing of a choice: why it ended, a finish_reason."""
-
-
-def pieces_in(text, tokenize, one_by_one):
-    """A text in pieces of one token each, or in as few as can be."""
-    pieces = filter(None, map(tokenize, slices(text))) if text else ()
-    if one_by_one:
-        return map(list, zip(itertools.chain.from_iterable(pieces)))
-    return pieces
-
-
-def yielded(reply, tokenize):
-    """A backend's own pieces, as long as the client is there, and Finish."""
-    at_hand, reason = isinstance(reply.pieces, (list, tuple)), "stop"
-    for piece in itertools.chain(reply.pieces, reply.tool_calls):
-        if not at_hand:
-            pause(0)
-        if isinstance(piece, ToolCall):
-            reason = "tool_calls"
-            yield Call(piece, tokenize)
-        elif not isinstance(piece, str):
-            raise backend_fault("a piece is a str or a ToolCall, "
-                                f"not {type(piece).__name__}")
-        elif piece:
-            yield tokenize(piece)
-    yield Finish(reply.finish_reason or reason)
-
-
-def spoken(reply, tokenize, one_by_one=True):
-    """The pieces of a reply, each as the list of its tokens, and Finish."""
-    if reply.pieces is not None:
-        return yielded(reply, tokenize)
-    refusal = map(Refusal, pieces_in(reply.refusal, tokenize, one_by_one))
-    text = pieces_in(reply.text, tokenize, one_by_one)
-    calls = [Call(call, tokenize) for call in reply.tool_calls]
-    reason = reply.finish_reason or ("tool_calls" if calls else "stop")
-    return itertools.chain(refusal, text, calls, [Finish(reason)])
-
-
-def paced(pieces, delay):
-    """Each piece so many seconds after the last: a number, or (first, between)."""
-    first, between = delay if type(delay) in (tuple, list) else (delay, delay)
-    seconds = first
-    for piece in pieces:
-        if type(piece) is not Finish:
-            pause(seconds)
-        yield piece
-        seconds = between
-
-
-def is_legacy(request):
-    """Only functions, as before there were tools?  Then a call is alone."""
-    return bool(request.get("functions")) and not request["tools"]
-
-
-def one_call(pieces):
-    """Only the first call, for those who want no more."""
-    called = False
-    for piece in pieces:
-        if not (called and isinstance(piece, Call)):
-            yield piece
-        called |= isinstance(piece, Call)
-
-
-def up_to(pieces, limit):
-    """At most `limit` tokens.  Arguments of a call count, but are never cut.
-
-    Example: [["Hel", "lo"], Finish("stop")], 1 -> [["Hel"], Finish("length")]
-    """
-    left = limit
-    for piece in pieces:
-        if isinstance(piece, (Call, Finish)):
-            left -= len(piece) if isinstance(piece, Call) else 0
-        elif len(piece) > max(left, 0):
-            if left > 0:
-                yield type(piece)(piece[:left])
-            yield Finish("length")
-            return
-        else:
-            left -= len(piece)
-        yield piece
-
-
-def first_stop(text, stops):
-    """Where the stop that is complete first begins; None without one."""
-    found = [(text.find(stop) + len(stop), text.find(stop))
-             for stop in stops if stop in text]
-    return min(found)[1] if found else None
-
-
-def longest_start(text, stops):
-    """The length of the longest tail of `text` with which a stop could begin."""
-    return max((length for stop in stops
-                for length in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:length])), default=0)
-
-
-def split_tokens(tokens, length, whole=False):
-    """The tokens of the first `length` characters, and the rest.
-
-    A token that lies across is cut in two, or with `whole` goes to the rest.
-    """
-    for i, token in enumerate(tokens):
-        if len(token) > length:
-            if whole or not length:
-                return tokens[:i], tokens[i:]
-            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
-        length -= len(token)
-    return tokens, []
-
-
-def until_stop(pieces, stops):
-    """Text up to the first stop, which may span pieces; what may become one waits."""
-    held = []                                   # tokens that are not yet passed on
-    for piece in pieces:
-        if type(piece) is not list:             # a stop is a matter of text alone
-            if held:
-                yield held
-            held = []
-            yield piece
-            continue
-        held += piece
-        text = "".join(held)
-        cut = first_stop(text, stops)
-        if cut is not None:
-            yield from filter(None, [split_tokens(held, cut)[0]])
-            yield Finish("stop")
-            return
-        sure = len(text) - longest_start(text, stops)
-        passed, held = split_tokens(held, sure, whole=True)
-        if passed:
-            yield passed
-
-
-def choice(reply, request, tokenize, delay):
-    """One choice: the pieces of a reply that the request has room for, and Finish."""
-    one_by_one = request["stream"] or delay     # else nobody sees them come
-    pieces = spoken(reply, tokenize, one_by_one)
-    if delay:
-        pieces = paced(pieces, delay)
-    if request.get("parallel_tool_calls") is False or is_legacy(request):
-        pieces = one_call(pieces)
-    limits = request.get("max_tokens"), request.get("max_completion_tokens")
-    if limits != (None, None):
-        pieces = up_to(pieces, min(limit for limit in limits if limit is not None))
-    if request["stop"]:
-        pieces = until_stop(pieces, request["stop"])
-    return pieces
-
-
-USAGE_DETAILS = {
-    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0,
-                                  "accepted_prediction_tokens": 0,
-                                  "rejected_prediction_tokens": 0},
-}
-
-
-class Usage:
-    """The bill of a reply: its prompts, each once, and the tokens of its choices.
-
-    The prompts are counted when it is asked for: few streams want it.
-    """
-
-    def __init__(self, request, tokenize, corrections=()):
-        self.prompts, self.tokenize = prompts_of(request), tokenize
-        self.completion_tokens, self.corrections = 0, dict(corrections)
-
-    def prompt_tokens(self):
-        return sum(count_tokens(prompt, self.tokenize) for prompt in self.prompts)
-
-    def counters(self):
-        prompt = self.corrections.get("prompt_tokens")
-        prompt = self.prompt_tokens() if prompt is None else prompt
-        completion = self.corrections.get("completion_tokens", self.completion_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": completion,
-                "total_tokens": prompt + completion, **self.corrections}
-
-    def details(self):
-        """The counters of a chat reply, with the details that clients look into."""
-        return {**self.counters(), **USAGE_DETAILS, **self.corrections}
-
-
-# ----------------------------------------------------------------------------------
-# Chunks.  One dict per piece, as it stands on the wire.  What a request without
-# "stream" gets is `fold` of the very same chunks, so the two forms cannot disagree.
-
-def wants_usage(request):
-    options = request["stream_options"] or {}
-    return not request["stream"] or bool(options.get("include_usage"))
-
-
-SERVED_TIERS = {"auto": "default", "fast": "priority"}   # where not as asked
-
-
-def envelope(request, object):
-    """What all the chunks of a reply have in common; here alone the clock is asked."""
-    whole = {"id": request["id"], "object": object, "created": int(time.time()),
-             "model": request["model"], "system_fingerprint": "fp_openai_compat"}
-    if request["endpoint"] == "chat":
-        tier = request["service_tier"]
-        whole["service_tier"] = SERVED_TIERS.get(tier, tier)
-    if wants_usage(request):
-        whole["usage"] = None           # the API says so in every chunk but the last
-    return whole
-
-
-def by_turns(choices):
-    running = list(choices)
-    while running:
-        for items in list(running):
-            item = next(items, None)
-            if item is None:
-                running.remove(items)
-            else:
-                yield item
-
-
-def in_turn(choices):
-    """The items of each choice in turn, one of each, until all have ended.
-
-    A choice that is slow holds up its neighbours; the API runs them side by side.
-    """
-    return by_turns(choices) if len(choices) > 1 else choices[0]
-
-
-# Log probabilities are made up: no model, so each candidate is half as likely as the
-# one before, and the token that was taken is the first.
-OTHER_TOKENS = [" the", ",", ".", " and", " of", " to", " a", " in", " is", " it",
-                " that", " for", " was", " on", " with", " as", " be", " at", " by",
-                " this", " we"]
-
-
-def candidates(token, count):
-    """(token, logprob) of the token itself and the next likely, `count` in all."""
-    others = [other for other in OTHER_TOKENS if other != token]
-    return [(each, round(-math.log(2) * place, 6))
-            for place, each in enumerate([token, *others][:max(count, 1)], 1)]
-
-
-def chat_logprob(token, top):
-    entries = [{"token": each, "logprob": logprob,
-                "bytes": list(each.encode("utf-8", "surrogatepass"))}
-               for each, logprob in candidates(token, top)]
-    return {**entries[0], "top_logprobs": entries if top else []}
-
-
-def chat_logprobs(tokens, top, field="content"):
-    """An object for each token, if wanted, under the field that they belong to."""
-    if top is None:
-        return None
-    return {"content": [], "refusal": None,
-            field: [chat_logprob(token, top) for token in tokens]}
-
-
-def text_logprobs(tokens, top, offset, first=False):
-    """Four parallel arrays, if wanted; a prompt's first token has no probability."""
-    if top is None:
-        return None
-    likely = [dict(candidates(token, top)) for token in tokens]
-    taken = [entry[token] for token, entry in zip(tokens, likely)]
-    if first and tokens:
-        taken[0] = likely[0] = None
-    offsets = itertools.accumulate(map(len, tokens[:-1]), initial=offset)
-    return {"tokens": tokens, "token_logprobs": taken, "top_logprobs": likely,
-            "text_offset": list(offsets)[:len(tokens)]}
-
-
-def opening(piece):
-    if isinstance(piece, Refusal):
-        return {"role": "assistant", "content": None, "refusal": ""}
-    return {"role": "assistant", "content": None if isinstance(piece, Call) else "",
-            "refusal": None}
-
-
-def call_deltas(request, call, index):
-    """A call opens with its id and name and no input; fragments of its input follow."""
-    if is_legacy(request):
-        yield {"function_call": {"name": call.name, "arguments": ""}}
-        for token in call:
-            yield {"function_call": {"arguments": token}}
-        return
-    kind = "custom" if call.name in custom_tools(request) else "function"
-    field = CALL_INPUT[kind]
-    yield {"tool_calls": [{"index": index, "id": call.id, "type": kind,
-                           kind: {"name": call.name, field: ""}}]}
-    for token in call or ["{}"] * (kind == "function"):     # "" is no JSON to clients
-        yield {"tool_calls": [{"index": index, kind: {field: token}}]}
-
-
-def chat_part(index, delta, logprobs=None, finish_reason=None):
-    return {"index": index, "delta": delta, "logprobs": logprobs,
-            "finish_reason": finish_reason}
-
-
-def chat_parts(request, index, pieces, usage):
-    """What each chunk says of one choice; first comes the role.
-
-    The first piece is taken before the role goes out: what fails there gets a status.
-    The price: while a slow model thinks, the client sees nothing, not even a head.
-    """
-    top = (request["top_logprobs"] or 0) if request["logprobs"] else None
-    calls = 0
-    for i, piece in enumerate(pieces):
-        if i == 0:
-            yield chat_part(index, opening(piece), chat_logprobs([], top))
-        if type(piece) is Finish:
-            legacy = piece == "tool_calls" and is_legacy(request)
-            yield chat_part(index, {}, None, "function_call" if legacy else str(piece))
-            return
-        usage.completion_tokens += len(piece)
-        if type(piece) is Call:
-            for delta in call_deltas(request, piece, calls):
-                yield chat_part(index, delta)
-            calls += 1
-            continue
-        field = "refusal" if type(piece) is Refusal else "content"
-        logprobs = chat_logprobs(piece, top, field)
-        yield chat_part(index, {field: "".join(piece)}, logprobs)
-
-
-def chat_chunks(request, choices, usage):
-    """Choices -> chat.completion.chunk dicts, then one with the usage if wanted."""
-    common = envelope(request, "chat.completion.chunk")
-    for part in in_turn([chat_parts(request, index, pieces, usage)
-                         for index, pieces in enumerate(choices)]):
-        yield {**common, "choices": [part]}
-    if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.details()}
-
-
-def text_part(index, text, logprobs, finish_reason=None):
-    return {"text": text, "index": index, "logprobs": logprobs,
-            "finish_reason": finish_reason}
-
-
-def text_parts(request, index, prompt, pieces, usage):
-    """What each chunk says of one choice; `prompt`: its tokens."""
-    offset, top = len("".join(prompt)), request["logprobs"]
-    for i, piece in enumerate(pieces):
-        if i == 0 and request["echo"]:
-            yield text_part(index, "".join(prompt),
-                            text_logprobs(prompt, top, 0, first=True))
-        if isinstance(piece, Finish):
-            yield text_part(index, "", text_logprobs([], top, offset), str(piece))
-            return
-        if type(piece) is not list:
-            raise backend_fault("a tool call or a refusal has no place in a text "
-                                "completion: this backend is for chat")
-        usage.completion_tokens += len(piece)
-        text = "".join(piece)
-        yield text_part(index, text, text_logprobs(piece, top, offset))
-        offset += len(text)
-
-
-def completion_chunks(request, choices, usage):
-    """Choices -> text_completion dicts.  Of best_of choices per prompt, n are shown."""
-    common = envelope(request, "text_completion")
-    best_of, n = request["best_of"], request["n"]
-    parts = []
-    for i, pieces in enumerate(choices):
-        prompt, rank = divmod(i, best_of)
-        index = prompt * n + rank if rank < n else None
-        parts.append(text_parts(request, index, request["prompts"][prompt], pieces,
-                                usage))
-    for part in in_turn(parts):
-        if part["index"] is not None:
-            yield {**common, "choices": [part]}
-    if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.counters()}
-
-
-def joined(texts):
-    """The texts as one; None if none of them is a text."""
-    texts = [text for text in texts if text is not None]
-    return "".join(texts) if texts else None
-
-
-def joined_logprobs(parts):
-    """The arrays of each field, one after another; None without any."""
-    if not parts:
-        return None
-    whole = {field: [entry for part in parts for entry in part[field] or ()]
-             for field in parts[0]}
-    if whole.get("refusal") == []:      # of a text completion there is none
-        whole["refusal"] = None
-    return whole
-
-
-def joined_call(first, *fragments):
-    kind, field = first["type"], CALL_INPUT[first["type"]]
-    text = joined(fragment[kind][field] for fragment in fragments)
-    return {"id": first["id"], "type": kind, kind: {**first[kind], field: text or ""}}
-
-
-def joined_calls(deltas):
-    """An opening per call and fragments after it -> the calls, without their index."""
-    calls = collections.defaultdict(list)
-    for delta in deltas:
-        calls[delta["index"]].append(delta)
-    return [joined_call(*calls[index]) for index in sorted(calls)]
-
-
-def fold_choice(index, said):
-    ends = {"logprobs": joined_logprobs(said["logprobs"]), "finish_reason": said["end"]}
-    if "text" in said:
-        return {"index": index, "text": joined(said["text"]), **ends}
-    message = {"role": "assistant", "content": joined(said.get("content", ())),
-               "refusal": joined(said.get("refusal", ()))}
-    if "tool_calls" in said:
-        message["tool_calls"] = joined_calls(delta for deltas in said["tool_calls"]
-                                             for delta in deltas)
-    if "function_call" in said:
-        first, *rest = said["function_call"]
-        message["function_call"] = {
-            **first, "arguments": joined(delta["arguments"] for delta in rest)}
-    return {"index": index, "message": message, **ends}
-
-
-def fold(chunks):
-    """The chunks of one stream -> the completion that they spell."""
-    choices = {}                        # index: {field: all that was said of it}
-    for chunk in chunks:
-        for part in chunk["choices"]:
-            said = choices.setdefault(part["index"], {"logprobs": []})
-            delta = part["delta"] if "delta" in part else {"text": part["text"]}
-            for field, value in delta.items():
-                if field not in said:
-                    said[field] = []
-                said[field].append(value)
-            if part["logprobs"] is not None:
-                said["logprobs"].append(part["logprobs"])
-            said["end"] = part["finish_reason"]
-    usage = chunk.pop("usage")
-    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
-            "choices": [fold_choice(*each) for each in sorted(choices.items())],
-            "usage": usage}
-
-
-# ----------------------------------------------------------------------------------
-# Events.  An answer is what goes onto the wire: status, headers, and the writes of its
-# body.  A streamed reply's writes are server-sent events (WHATWG HTML, section 9.2).
-
-class Answer:
-    """What goes onto the wire in reply to one request.
-
-    status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
-    writes, bytes each, that go out at once, one send each.  at_hand: no write has to be
-    waited for, so several may share a send.
-    """
-
-    def __init__(self, status, headers, body=b"", at_hand=False):
-        self.status, self.headers, self.body = status, headers, body
-        self.at_hand = at_hand or isinstance(body, bytes)
-
-
-JSON = {"content-type": "application/json"}
-EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8",
-                "cache-control": "no-cache, no-transform",
-                "x-accel-buffering": "no"}      # else nginx waits for a full buffer
-DONE = b"data: [DONE]\n\n"
-
-
-def json_answer(value, headers=(), status=200):
-    return Answer(status, {**JSON, **dict(headers)}, to_json(value))
-
-
-def error_answer(error):
-    return json_answer(error.body(), error.headers, error.status)
-
-
-def event(value):
-    """One event: a line of JSON, which has no line end inside, and a blank line."""
-    return b"data: %s\n\n" % to_json(value)
-
-
-def events(chunks):
-    """Chunks -> the bytes of their events, then [DONE], the one proof of an end.
-
-    The chunks of a reply differ in their last field: the others are encoded once.
-    """
-    common, start = None, b""
-    for chunk in chunks:
-        field, value = chunk.popitem()
-        if chunk != common:
-            common, start = chunk, to_json(chunk)[:-1] + b"," * bool(chunk)
-        yield b"data: %b%b\n\n" % (start, to_json({field: value})[1:])
-    yield DONE
-
-
-# ----------------------------------------------------------------------------------
-# Quirks.  Faults on purpose, for the tests of somebody's client.  One that is about
-# what is said wraps the chunks; one that is about the wire wraps the writes, where one
-# yield is one send.  `k` is how many events come first where a place matters.
-
-class Cut(BaseException):
-    """Ends a reply on the wire: Cut("fin" | "reset" | "stall").  No error either."""
-
-
-class Instead(BaseException):
-    """Another answer in the place of this one: Instead(answer)."""
-
-
-def each_part(doc, change):
-    """A quirk that changes the parts of all chunks, one for each choice, in place."""
-    def quirk(chunks, k):
-        for chunk in chunks:
-            for part in chunk["choices"]:
-                change(part)
-            yield chunk
-    quirk.__doc__ = doc
-    return quirk
-
-
-def each_write(doc, change):
-    """A quirk that changes every write: change(its number from 0, the write, k)."""
-    def quirk(writes, k):
-        for i, write in enumerate(writes):
-            yield change(i, write, k)
-    quirk.__doc__ = doc
-    return quirk
-
-
-def after(doc, end=None):
-    """A quirk that lets k writes pass and then raises `end()`, or just ends."""
-    def quirk(writes, k):
-        yield from itertools.islice(writes, k)
-        if end:
-            raise end()
-    quirk.__doc__ = doc
-    return quirk
-
-
-def calls_in(part):
-    return part.get("delta", {}).get("tool_calls", ())
-
-
-def usage_always(chunks, k):
-    """A usage on every chunk and in a chunk of its own, though nobody asked."""
-    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    for chunk in chunks:
-        usage = chunk.get("usage") or usage
-        yield {**chunk, "usage": usage}
-    if chunk["choices"]:
-        yield {**chunk, "choices": [], "usage": usage}
-
-
-def duplicate_tool_id(chunks, k):
-    """Each fragment of a tool call repeats the call's id and name."""
-    opened = {}
-    for chunk in chunks:
-        for part in chunk["choices"]:
-            for call in calls_in(part):
-                kind = "custom" if "custom" in call else "function"
-                first = opened.setdefault((part["index"], call["index"]), call)
-                call.update(id=first["id"], type=kind)
-                call[kind]["name"] = first[kind]["name"]
-        yield chunk
-
-
-CHUNK_QUIRKS = {
-    "no_role": each_part(
-        "The first delta of a choice does not say who speaks.",
-        lambda part: part.get("delta", {}).pop("role", None)),
-    "role_every": each_part(
-        "Every delta says who speaks.",
-        lambda part: "delta" in part and part.update(
-            delta={"role": "assistant", **part["delta"]})),
-    "usage_always": usage_always,
-    "no_finish": each_part(
-        "Neither a finish_reason nor, see below, [DONE]: the stream just ends.",
-        lambda part: part.update(finish_reason=None)),
-    "missing_tool_index": each_part(
-        "Fragments of tool calls do not say to which call they belong.",
-        lambda part: [call.pop("index") for call in calls_in(part)]),
-    "duplicate_tool_id": duplicate_tool_id,
-}
-
-
-def split_bytes(writes, k):
-    """One byte a send."""
-    for write in writes:
-        for i in range(len(write)):
-            yield write[i:i + 1]
-
-
-def one_write(writes, k):
-    """All in one send."""
-    yield b"".join(writes)
-
-
-def no_done(writes, k):
-    """All but [DONE]."""
-    yield from (write for write in writes if write != DONE)
-
-
-def no_terminator(writes, k):
-    """Closed without the last transfer chunk."""
-    yield from writes
-    raise Cut("fin")
-
-
-def html_502(writes, k):
-    """Not the reply, but an HTML page with status 502, as a proxy would send."""
-    raise Instead(Answer(502, {"content-type": "text/html"},
-                         b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
-    yield
-
-
-WRITE_QUIRKS = {
-    "comment": each_write("A comment block before each event.",
-                          lambda i, write, k: b": comment\n\n" + write),
-    "crlf": each_write("Lines that end with CR LF.",
-                       lambda i, write, k: write.replace(b"\n", b"\r\n")),
-    "no_space": each_write("No space after the colon.",
-                           lambda i, write, k: write.replace(b"data: ", b"data:", 1)),
-    "bom": each_write("A byte order mark at the start.",
-                      lambda i, write, k: write if i else codecs.BOM_UTF8 + write),
-    "id_field": each_write(
-        "An id in each event, and comment blocks, on which old SDKs dispatch nothing.",
-        lambda i, write, k: b"id: %d\n%s: comment\n\n" % (i, write)),
-    "retry_block": each_write("Blocks with a retry field and no data.",
-                              lambda i, write, k: b"retry: 1000\n\n" + write),
-    "empty_data": each_write("Events whose data is empty.",
-                             lambda i, write, k: b"data:\n\n" + write),
-    "split_bytes": split_bytes,
-    "one_write": one_write,
-    "no_done": no_done,
-    "no_terminator": no_terminator,
-    "bad_json": each_write(
-        "One event cut short in its JSON.",
-        lambda i, write, k: write[:len(write) // 2] + b"\n\n" if i == k else write),
-    "error_event": after("An error in the place of the rest.", server_error),
-    "truncate": after("Closed cleanly, as if complete."),
-    "stall": after("Silence until the client leaves.", lambda: Cut("stall")),
-    "reset": after("A TCP reset.", lambda: Cut("reset")),
-    "html_502": html_502,
-    "no_finish": no_done,               # its other half
-}
-QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
-# What is not about events happens to a whole reply too, before its first byte.
-WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
-
-
-def parse_quirk(text):
-    """"stall@3" -> ("stall", 3), two events where no number is given; None -> none."""
-    if text is None:
-        return None, 0
-    name, at, place = str(text).partition("@")
-    if name not in QUIRKS or at and not (place.isascii() and place.isdigit()):
-        raise ValueError(f"no quirk {text!r}; there are: {', '.join(QUIRKS)}")
-    return name, int(place) if at else 2
-
-
-# ----------------------------------------------------------------------------------
-# Relay and replay.  Backends that give whole answers: they have `answer` in the place
-# of pieces.  A relay passes on what another server says, as it says it, and can keep a
-# tape of it, one exchange a line; a replay answers from such a tape.
-
-PASSED_ON = re.compile("authorization|accept|user-agent|idempotency-key"
-                       "|openai-.*|x-stainless-.*")
-RETURNED = re.compile("content-type|x-request-id|retry-after(-ms)?|x-should-retry"
-                      "|x-ratelimit-.*|openai-.*")
-
-
-def write_some(file, block):
-    """How much of it could be written."""
-    try:
-        return file.write(block)
-    except OSError:
-        return 0
-
-
-class Watched(io.RawIOBase):
+class Upstream(io.RawIOBase):
     """A socket for http.client to read from; a read ends when our client leaves."""
 
     def __init__(self, sock):
@@ -2143,7 +2659,8 @@ class Watched(io.RawIOBase):
         return True
 
     def close(self):
-        """http.client closes before it has read; the exchange does it when it ends."""
+        """http.client closes it before it has read the body; the exchange closes the
+        socket when it ends."""
 
     def readinto(self, buffer):
         while True:
@@ -2151,12 +2668,12 @@ class Watched(io.RawIOBase):
                 count = self.sock.recv_into(buffer)
                 self.ended = count == 0
                 return count
-            except (BlockingIOError, ssl.SSLWantReadError):
+            except NOT_NOW:
                 wait_for(self.sock)
 
 
-def blocks(response):
-    """The body of a response as it arrives; an upstream that was cut cuts us too."""
+def blocks_of(response):
+    """The body of an upstream's response as it arrives; if it is cut, so are we."""
     while True:
         pause(0)
         try:
@@ -2166,13 +2683,33 @@ def blocks(response):
         if not block:
             break
         yield block
-    if response.length:                 # that many bytes were promised, and not sent
+    if response.length:                 # that many bytes were promised and did not come
         raise Cut("fin")
 
 
-def asked_for(exchange):
-    """What tells one request from another on a tape."""
-    return {"method": exchange.method, "path": exchange.route, "body": exchange.body}
+def until_done(blocks):
+    """Blocks as they come; [DONE] waits for its blank line, and ends them, whether or
+    not the upstream lingers.
+
+    Example:
+        >>> list(until_done([b"data: 1\n", b"\ndata: [DO", b"NE]\n\n", b"more"]))
+        [b'data: 1\n', b'\n', b'data: [DONE]\n\n']
+    """
+    held = b""
+    for block in blocks:
+        held += block
+        done = DONE_EVENT.search(held)
+        if done:
+            yield held[:done.end()]
+            return
+        lines = held.rstrip(b"\r\n")
+        start = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1       # of the last one
+        last = re.sub(rb"\r\n?", b"\n", held[start:].replace(b" ", b""))
+        if not b"data:[DONE]\n\n".startswith(last):
+            start = len(held)
+        yield held[:start]
+        held = held[start:]
+    yield held
 
 
 def as_text(write):
@@ -2187,21 +2724,26 @@ def as_bytes(text):
     return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
 
 
-class Relay:
-    """Passes requests on to another such server: Relay("http://gpu:8000/v1").
+class Relay(PassingOn):
+    """Passes requests on to another server: Relay("http://gpu:8000/v1").
 
-    api_key: for that server; without one the client's own is passed on, unless it was
-    meant for us.  record: the path of a tape, to which complete exchanges are appended.
+    api_key: for that server; without one the client's own key is passed on, unless it is
+    one of ours.  record: the path of a tape, to which complete exchanges are appended.
+    paths: further endpoints that are passed on, such as "/embeddings".
+
+    The upstream's path is built from the route, never taken from the client.
     """
 
     model = "relay"
 
-    def __init__(self, base_url, api_key=None, record=None):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{base_url!r} is not the URL of a server")
+    def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
-        self._upstream, self._lock = urlsplit(self.base_url), threading.Lock()
+        self.upstream = urlsplit(self.base_url)
+        if self.upstream.scheme not in ("http", "https") or not self.upstream.hostname:
+            raise ValueError(f"{base_url!r} is not the URL of a server")
+        self.upstream.port              # a ValueError if that is not a number
+        self.paths = [paths] if isinstance(paths, str) else list(paths)
+        self.lock, self.on_record = threading.Lock(), None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
 
@@ -2209,144 +2751,210 @@ class Relay:
         return APIError(502, f"The upstream at {self.base_url} cannot be reached: "
                              f"{error}.", code="upstream_unreachable")
 
-    def connect(self):
-        kind = (http.client.HTTPSConnection if self._upstream.scheme == "https"
+    def connect(self, incoming):
+        kind = (http.client.HTTPSConnection if self.upstream.scheme == "https"
                 else http.client.HTTPConnection)
-        connection = kind(self._upstream.hostname, self._upstream.port, timeout=10)
+        connection = kind(self.upstream.hostname, self.upstream.port, timeout=10)
         try:
             connection.connect()
         except OSError as error:
             raise self.unreachable(error) from None
+        incoming.cleanup.callback(connection.sock.close)
+        connection.sock.settimeout(600)
         return connection
 
-    def headers(self, exchange):
-        given = {**exchange.headers, **exchange.secrets}
-        passed = {name: given[name] for name in given if PASSED_ON.fullmatch(name)}
-        if exchange.keyed:      # with a key of ours, which is nobody else's business
-            passed.pop("authorization", None)
+    def headers(self, incoming):
+        fields = {name: value for name, value in incoming.fields.items()
+                  if REQUEST_HEADERS.fullmatch(name)}
+        if incoming.has_our_key:        # a key for us is nobody else's business
+            fields.pop("authorization", None)
         if self.api_key:
-            passed["authorization"] = f"Bearer {self.api_key}"
-        return {**passed, **JSON, "accept-encoding": "identity"}
+            fields["authorization"] = f"Bearer {self.api_key}"
+        return {**JSON, **fields, "accept-encoding": "identity"}
+
+    def target(self, incoming):
+        """The path for the upstream, with the client's query.
+
+        Example: /v1/models/org%2Fm?limit=1 -> /v1/models/org%2Fm?limit=1
+        """
+        path = incoming.path
+        if incoming.model is not None and path == "/models/":
+            if CLIMBING_ID.search(incoming.model):
+                raise model_not_found(incoming.model)
+            path += quote(incoming.model, safe="")
+        _, mark, query = incoming.target.partition("?")
+        return f"{self.upstream.path}{path}{mark}{query}"
+
+    def ask(self, connection, incoming):
+        """Send the request -> the head of the upstream's response."""
+        try:
+            connection.request(incoming.method, self.target(incoming),
+                               incoming.content or None, self.headers(incoming))
+            connection.sock = upstream = Upstream(connection.sock)
+            response = connection.getresponse()
+            if upstream.ended:          # http.client takes half a head for a whole one
+                raise OSError("the connection was cut")
+            return response
+        except (OSError, http.client.HTTPException) as error:
+            raise self.unreachable(error) from None
+
+    def respond(self, incoming):
+        response = self.ask(self.connect(incoming), incoming)
+        headers = {name.lower(): value for name, value in response.getheaders()
+                   if RESPONSE_HEADERS.fullmatch(name.lower())}
+        writes = blocks_of(response)
+        is_stream = headers.get("content-type", "").startswith("text/event-stream")
+        if is_stream:
+            headers = {**EVENT_STREAM, **headers}
+        if is_stream and "content-encoding" not in headers:
+            writes = until_done(writes)
+        if self.tape:
+            writes = self.recorded(writes, incoming, response.status, headers)
+            incoming.cleanup.callback(writes.close)
+        return Response(response.status, headers, incoming.counted(writes))
+
+    def recorded(self, writes, incoming, status, headers):
+        """The same writes.  The exchange is on the tape before the last one goes out."""
+        kept, last, end = [], time.monotonic(), b""
+        try:
+            for write in writes:
+                kept.append([round(time.monotonic() - last, 4), as_text(write)])
+                if DONE_EVENT.search(write):
+                    end = write
+                    break
+                yield write
+                last = time.monotonic()
+        except (Cut, ClientLeft, GeneratorExit) as error:
+            who = "the upstream was cut" if isinstance(error, Cut) else "the client left"
+            log.warning("An exchange was not recorded on %s: %s", self.tape, who)
+            raise
+        self.append({"request": incoming.asked(), "status": status, "headers": headers,
+                     "writes": kept})
+        yield end
 
     def append(self, recording):
-        """A whole line or nothing: a disk that is full leaves no half of one."""
         line = to_json(recording) + b"\n"
         try:
-            with self._lock, open(self.tape, "ab", buffering=0) as tape:
-                size = tape.seek(0, os.SEEK_END)
-                if write_some(tape, line) < len(line):
-                    tape.truncate(size)
+            with self.lock, open(self.tape, "ab", buffering=0) as tape:
+                if tape.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             log.error("An exchange was not recorded on %s: %s", self.tape, error)
+        if self.on_record:
+            self.on_record(recording)
 
-    def recorded(self, writes, exchange, status, headers):
-        """The same writes; when all have passed, the exchange goes onto the tape."""
-        kept, last = [], time.monotonic()
-        for write in writes:
-            now = time.monotonic()
-            kept.append([round(now - last, 4), as_text(write)])
-            yield write
-            last = time.monotonic()
-        self.append({"request": asked_for(exchange), "status": status,
-                     "headers": headers, "writes": kept})
 
-    def answer(self, exchange):
-        connection = self.connect()
-        exchange.sources.append(connection.sock)    # closed when the exchange ends
-        try:
-            connection.request(exchange.method, self._upstream.path + exchange.route,
-                               exchange.content or None, self.headers(exchange))
-            connection.sock = watched = Watched(connection.sock)
-            response = connection.getresponse()
-            if watched.ended:           # http.client takes half a head for a whole one
-                raise OSError("it was cut off")
-        except (OSError, http.client.HTTPException) as error:
-            raise self.unreachable(error) from None
-        headers = {name.lower(): value for name, value in response.getheaders()
-                   if RETURNED.fullmatch(name.lower())}
-        if headers.get("content-type", "").startswith("text/event-stream"):
-            headers = {**EVENT_STREAM, **headers}
-        writes = map(exchange.counted, blocks(response))
-        if self.tape:
-            writes = self.recorded(writes, exchange, response.status, headers)
-        return Answer(response.status, headers, writes)
+def match_key(method, path, body):
+    """What tells one request from another on a tape: in it 0 and 0.0 are equal.
+
+    Example:
+        >>> match_key("POST", "/completions", {"temperature": 0.0})
+        ('POST', '/completions', '{"temperature": 0}')
+    """
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+    body = json.loads(to_json(body), parse_float=number)
+    return method, path, json.dumps(body, sort_keys=True)
 
 
 def likeness(a, b):
-    """How many fields two requests have in common."""
+    """How many fields of the body two requests have in common."""
     fields, others = a["body"], b["body"]
     if a["path"] != b["path"] or not type(fields) is type(others) is dict:
         return 0
     return 1 + sum(others.get(name, ABSENT) == fields[name] for name in fields)
 
 
-class Replay:
+class Replay(PassingOn):
     """Answers from a tape that a Relay recorded: same path and body, same bytes.
 
     A request that was recorded several times gets its recordings in order; the last one
     stays.  speed: 0 for no pauses, 1 for those of the recording, 2 for half of them.
+    relay: a Relay for requests that are not on the tape, which records them there.
+
+    An unknown request without a relay gets a 404, and makes `check` fail.
     """
 
     model = "replay"
 
-    def __init__(self, tape, speed=0):
-        self.speed, self._lock = speed, threading.Lock()
-        self.recordings = collections.defaultdict(collections.deque)
-        with open(tape, "rb") as lines:
+    def __init__(self, tape, speed=0, relay=None):
+        if not is_number(speed) or not isinstance(relay, (Relay, type(None))):
+            raise TypeError("the speed of a Replay must be a number, its relay a Relay")
+        self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
+        self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
+        if relay is not None:
+            relay.tape = relay.tape or tape
+            relay.on_record = self.add
+        if relay is None or os.path.exists(tape):
+            self.load()
+
+    def load(self):
+        with open(self.tape, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     recording = json.loads(line)
-                    key = self.key(**recording["request"])
                     recording["headers"] = header_fields({**recording["headers"]})
                     recording["status"] + sum(wait for wait, _ in recording["writes"])
-                    self.recordings[key].append((number, recording))
+                    self.add(recording)
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(
-                        f"line {number} of {tape} is no whole recording") from None
+                    raise ValueError(f"line {number} of {self.tape} is not a whole "
+                                     "recording") from None
 
-    @staticmethod
-    def key(method, path, body):
-        return method, path, json.dumps(body, sort_keys=True)
+    def add(self, recording):
+        self.recordings[match_key(**recording["request"])].append(recording)
 
-    def unknown(self, wanted):
+    def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
-        rows = [(number, recording["request"]) for queue in self.recordings.values()
-                for number, recording in queue]
-        if not rows:
+        recorded = [recording["request"] for queue in self.recordings.values()
+                    for recording in queue]
+        if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
-        number, nearest = max(rows, key=lambda row: likeness(row[1], wanted))
-        path, recorded, got = first_difference(nearest, wanted) or first_difference(
-            wanted, nearest) or ("", nearest, wanted)
-        return APIError(404, "No recording of this request; the nearest is line "
-                        f"{number} of the tape, where {path} is {brief(recorded)}, not "
-                        f"{brief(got)}.", code="not_recorded")
+        nearest = max(recorded, key=lambda request: likeness(request, asked))
+        fault = difference(nearest, asked) or f"on the tape {difference(asked, nearest)}"
+        return APIError(404, "There is no recording of this request.  The difference to "
+                             f"the nearest one: {fault}.", code="not_recorded")
 
-    def played(self, writes):
-        for seconds, text in writes:
+    def writes(self, recording):
+        for seconds, text in recording["writes"]:
             pause(seconds / self.speed if self.speed else 0)
             yield as_bytes(text)
 
-    def answer(self, exchange):
-        with self._lock:
-            wanted = asked_for(exchange)
-            queue = self.recordings.get(self.key(**wanted))
-            if not queue:
-                raise self.unknown(wanted)
-            _, recording = queue.popleft() if len(queue) > 1 else queue[0]
-        writes = map(exchange.counted, self.played(recording["writes"]))
-        return Answer(recording["status"], recording["headers"], writes)
+    def respond(self, incoming):
+        asked = incoming.asked()
+        with self.lock:
+            queue = self.recordings.get(match_key(**asked), ())
+            recording = queue.pop(0) if len(queue) > 1 else next(iter(queue), None)
+        if recording is None and self.relay is not None:
+            return self.relay.respond(incoming)
+        if recording is None:
+            error = self.unknown(asked)
+            self.faults.append(f"{asked['method']} {asked['path']}: {error}")
+            raise error
+        return Response(recording["status"], recording["headers"],
+                        incoming.counted(self.writes(recording)))
 
+    def check(self, error=None):
+        """Raise AssertionError if a request was not on the tape."""
+        if self.faults:
+            raise AssertionError("Replay: " + "; ".join(self.faults))
+
+
+# ==================================================================================
+# PART 3  OVER HTTP
+#
+# The server, its threads and the class of its handler are the standard library's.  A
+# thread for each connection reads requests, finds the response to each, and sends it.
+# ==================================================================================
 
 # ----------------------------------------------------------------------------------
-# HTTP.  The server, the threads and the handler class are the standard library's; the
-# reading of a request is ours, for its parser hides what RFC 9112 has us refuse (folded
-# lines, bare line ends, two lengths) and knows no time limit for a request as a whole.
+# Reading a request (RFC 9112).  We read the head ourselves: http.server's parser hides
+# what must be refused (folded lines, bare line ends, two lengths), and it has no time
+# limit for a request as a whole.
 
 FIELD_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % FIELD_NAME)
 FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % FIELD_NAME)
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
 ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
 MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
@@ -2354,89 +2962,200 @@ MOST_HEAD, MOST_TARGET = 65536, 8192    # bytes: of a request line with its head
 MOST_HEADERS = 100
 ONCE = {"host", "content-length", "transfer-encoding", "content-type", "authorization"}
 
+Head = collections.namedtuple("Head", "method target version fields")
 
-def bad_request(message, status=400):
-    return APIError(status, message)
+
+def refused(message, status=400, code=None):
+    """The error for what HTTP itself does not allow."""
+    return APIError(status, message, code=code)
 
 
 def parse_fields(lines):
-    """Header or trailer lines -> {lower-case name: value}."""
+    """Header or trailer lines -> {lower-case name: value}.
+
+    Example:
+        >>> parse_fields([b"Accept: text/html", b"accept: */*"])
+        {'accept': 'text/html, */*'}
+    """
     if len(lines) > MOST_HEADERS:
-        raise bad_request(f"More than {MOST_HEADERS} headers.", 431)
+        raise refused(f"There are more than {MOST_HEADERS} headers.", 431)
     fields = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
-            raise bad_request("A header line is malformed.")
+            raise refused("A header line is malformed.")
         name = match[1].decode().lower()
         value = match[2].strip(b" \t").decode("latin-1")
         if name in fields:
             if name in ONCE:
-                raise bad_request(f"More than one {name} header.")
+                raise refused(f"There is more than one {name} header.")
             value = f"{fields[name]}, {value}"
         fields[name] = value
     return fields
 
 
-def addressed(method, target, version, fields):
-    """The same, with a target in one of its other forms put right (RFC 9112, 3.2)."""
+def origin_form(method, target, version, fields):
+    """The head with its target as a path, whatever form it had (RFC 9112, 3.2)."""
     if not HOST.fullmatch(fields.get("host", "" if version < (1, 1) else " ")):
-        raise bad_request("An HTTP/1.1 request has to have one valid Host header.")
+        raise refused("An HTTP/1.1 request must have one valid Host header.")
     absolute = ABSOLUTE.fullmatch(target)       # the form that is meant for proxies
     if absolute and HOST.fullmatch(absolute[1]):
         fields["host"], target = absolute[1], "/" + absolute[2]
     if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
-        raise bad_request("The target of the request is malformed.")
-    return method, target, version, fields
+        raise refused("The target of the request is malformed.")
+    return Head(method, target, version, fields)
 
 
-@functools.lru_cache(maxsize=32)        # a client's heads are the same to the letter
 def parse_head(head):
-    """The lines of a request before its blank line, understood (RFC 9112, 2 to 5).
+    """The lines of a request before its blank line (RFC 9112, 2 to 5).
 
-    Example: b"GET /v1 HTTP/1.1\r\nHost: x" -> ("GET", "/v1", (1, 1), {"host": "x"})
+    Example:
+        >>> parse_head(b"GET /v1 HTTP/1.1\\r\\nHost: x")
+        Head(method='GET', target='/v1', version=(1, 1), fields={'host': 'x'})
     """
     first, *lines = head.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
     if not match:
-        raise bad_request("The request line is malformed.")
+        raise refused("The request line is malformed.")
     method, target, *version = match.groups()
     if len(target) > MOST_TARGET:
-        raise bad_request("The target of the request is too long.", 414)
+        raise refused("The target of the request is too long.", 414)
     if version[0] != b"1":
-        raise bad_request("Only HTTP/1.0 and HTTP/1.1 are spoken here.", 505)
+        raise refused("This server speaks only HTTP/1.0 and HTTP/1.1.", 505)
     version = 1, int(version[1])
-    return addressed(method.decode(), target.decode(), version, parse_fields(lines))
+    return origin_form(method.decode(), target.decode(), version, parse_fields(lines))
+
+
+def has_content(head):
+    return ("transfer-encoding" in head.fields
+            or head.fields.get("content-length", "0") != "0")
 
 
 def too_large(most):
-    return APIError(413, f"The body is larger than {most} bytes.",
-                    code="request_too_large")
+    return refused(f"The body is larger than {most} bytes.", 413, "request_too_large")
 
 
-def content_length(exchange, most):
-    """Of the body: bytes, or None for transfer chunks (RFC 9112, section 6)."""
-    coding = exchange.headers.get("transfer-encoding")
-    length = exchange.headers.get("content-length", "0")
+def content_length(head, most):
+    """The length of the body in bytes; None for transfer chunks (RFC 9112, 6)."""
+    coding = head.fields.get("transfer-encoding")
+    length = head.fields.get("content-length", "0")
     if coding is not None:
-        if "content-length" in exchange.headers or exchange.version < (1, 1):
-            raise bad_request(
-                "Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
+        if "content-length" in head.fields or head.version < (1, 1):
+            raise refused("Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
         if coding.lower() != "chunked":
-            raise bad_request("The only Transfer-Encoding understood is chunked.", 501)
+            raise refused("The only Transfer-Encoding that is read is chunked.", 501)
         return None
     if not (length.isascii() and length.isdigit()):
-        raise bad_request("Content-Length is not a number.")
+        raise refused("Content-Length is not a number.")
     if len(length) > 18 or int(length) > most:
         raise too_large(most)
     return int(length)
 
 
-@functools.lru_cache(maxsize=256)
-def normal_path(target):
-    """(path, model) that a target means: single slashes, no /v1, no query, no engine.
+class RequestReader(Connection):
+    """Reads the requests that come through a connection.
 
-    Example: "//v1/engines/gpt/completions/?x=1" -> ("/completions", "gpt")
+    unread: a request has begun and its body was not read to the end.  number: of the
+    connection, for the trace.  trace: None, or a function of "<" or ">" and the bytes.
+    """
+
+    unread, number, trace = False, 0, None
+
+    def handshake(self, seconds):
+        """Agree on TLS; a client that is silent holds up only its own thread."""
+        self.deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except ssl.SSLWantReadError:
+                if not self.select(self.deadline - time.monotonic()):
+                    raise ClientLeft from None
+
+    def wait_for_request(self, seconds):
+        """Wait until a request begins; a connection is not idle for ever."""
+        self.deadline = time.monotonic() + seconds
+        try:
+            while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
+                if self.buffer[:2] == b"\r\n":      # RFC 9112, 2.2: skip an empty line
+                    del self.buffer[:2]
+                else:
+                    self.read_more()
+        except APIError:                            # too late, but nothing was asked
+            raise ClientLeft from None
+        self.deadline = time.monotonic() + seconds
+
+    def take(self, length):
+        while len(self.buffer) < length:
+            self.read_more()
+        taken = bytes(self.buffer[:length])
+        del self.buffer[:length]
+        if self.trace:
+            self.trace(">", taken)
+        return taken
+
+    def take_until(self, mark, too_long, no_line=None):
+        """What stands before the mark, without the mark.
+
+        too_long: the status if it is too far away.  no_line: if not even one line ends.
+        """
+        seen, end = 0, self.buffer.find(mark)
+        while end < 0 and len(self.buffer) <= MOST_HEAD:
+            if MALFORMED.search(self.buffer, seen):
+                raise refused("A line of the request is malformed.")
+            seen = max(len(self.buffer) - len(mark), 0)
+            self.read_more()
+            end = self.buffer.find(mark, seen)
+        if not 0 <= end <= MOST_HEAD:
+            is_one_line = b"\r\n" not in self.buffer[:MOST_HEAD]
+            raise refused("The request has a line or a head that is too long.",
+                          no_line if no_line and is_one_line else too_long)
+        return self.take(end + len(mark))[:end]
+
+    def take_transfer_chunks(self, most):
+        """The body from its transfer chunks (RFC 9112, 7.1); trailers are dropped."""
+        content, size = bytearray(), None
+        while size != 0:
+            match = SIZE_LINE.fullmatch(self.take_until(b"\r\n", 400))
+            if not match:
+                raise refused("The size of a transfer chunk is malformed.")
+            size = int(match[1], 16)
+            if len(content) + size > most:
+                raise too_large(most)
+            content += self.take(size)
+            if size and self.take(2) != b"\r\n":
+                raise refused("A transfer chunk is longer than its size says.")
+        lines = iter(functools.partial(self.take_until, b"\r\n", 431), b"")
+        parse_fields(list(itertools.islice(lines, MOST_HEADERS + 1)))
+        return bytes(content)
+
+    def read_head(self):
+        self.unread = True                      # until we know better
+        head = parse_head(self.take_until(b"\r\n\r\n", 431, 414))
+        self.unread = has_content(head)
+        return head
+
+    def read_content(self, head, most):
+        """The body of a request, `most` bytes long at most."""
+        length = content_length(head, most)
+        expect = head.fields.get("expect", "").lower()
+        if expect not in ("", "100-continue"):
+            raise refused("The only expectation that is met is 100-continue.", 417)
+        if head.fields.get("content-encoding", "identity").lower() != "identity":
+            raise refused("The body has a Content-Encoding; send it without one.")
+        if expect and head.version >= (1, 1) and not self.buffer:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        content = self.take_transfer_chunks(most) if length is None else self.take(length)
+        self.unread = False
+        return content
+
+
+def normal_path(target):
+    """The path of a route and the model in it, from the target of a request: single
+    slashes, no /v1, no query.
+
+    Example:
+        >>> normal_path("//v1/models/org%2Fm/?x=1"), normal_path("/engines/m/completions")
+        (('/models/', 'org/m'), ('/completions', 'm'))
     """
     parts = [part for part in target.partition("?")[0].split("/") if part]
     for _ in range(2):
@@ -2445,442 +3164,980 @@ def normal_path(target):
     engine = re.fullmatch("/engines/(.+?)((?:/chat)?/completions)", path)
     if engine:
         return engine[2], engine[1]
-    if path == "/sse":
-        return "/chat/completions", None
-    return path, path[len("/models/"):] if path.startswith("/models/") else None
+    if path.startswith("/models/"):
+        return "/models/", path[len("/models/"):]
+    return "/chat/completions" if path == "/sse" else path, None
+
+
+# ----------------------------------------------------------------------------------
+# Exchange and handler.  An Exchange is an entry of the journal.  What an exchange needs
+# only while it runs (its secrets, what must be closed) is in an Incoming.
+
+SECRET_FIELDS = {"authorization", "proxy-authorization", "api-key", "x-api-key",
+                 "x-goog-api-key", "cookie"}
+SECRET_QUERY = re.compile(r"([?&](?:api[-_]?key|key|token|access_token)=)[^&\s]*", re.I)
+
+
+def masked(line):
+    """A header line, or a request line, without its secrets.
+
+    Example:
+        >>> masked("Authorization: Bearer sk-1"), masked("GET /?api-key=sk-1 HTTP/1.1")
+        ('Authorization: ***', 'GET /?api-key=*** HTTP/1.1')
+    """
+    name, colon, _ = line.partition(":")
+    if colon and name.lower() in SECRET_FIELDS:
+        return f"{name}: ***"
+    return SECRET_QUERY.sub(r"\1***", line)
 
 
 def printable(text):
-    """Without control characters: a log line is one line, whatever a client sends."""
+    """Without control characters: a log line is one line, whatever a client sends.
+
+    Example:
+        >>> printable("a\\nb")
+        'a\\\\nb'
+    """
     return "".join(each if each.isprintable() else repr(each)[1:-1]
                    for each in str(text))
-
-
-SECRET = {"authorization", "api-key", "proxy-authorization", "cookie"}
 
 
 class Exchange:
     """One request and what became of it: an entry of the journal.
 
-    method, path: as sent.  headers: lower-case names, keys masked.  body: dict or None.
-    status, events: what went out, how many.  outcome: "complete", "client left",
-    "error", "quirk", or None while it runs.  started: seconds since 1970.  seconds: how
-    long it took.
+    method, path: as sent; secrets in a query are masked.  headers: lower-case names,
+    secrets masked.  body: a dict or None; each access gives a new one.  status.  events:
+    how many were sent.  outcome: "complete", "client left", "error", "quirk", or None
+    while it runs.  started: seconds since 1970.  seconds: how long it took.
     """
 
-    JOURNAL = "method path headers body status events outcome started seconds".split()
-    body = status = outcome = seconds = None
-    events = 0
-    # For the server's own use, beside `version`, `route` and `model`:
-    content = b""               # the body as it came
-    quirk = None                # the name of the one that was chosen
-    failed = False              # after the status was sent
-    keyed = False               # came with one of the server's keys
+    FIELDS = "method path headers body status events outcome started seconds".split()
 
-    def __init__(self, method="", path="/", version=(1, 1), headers=()):
-        self.method, self.path, self.version = method, path, version
-        self.headers, self.secrets = dict(headers), {}  # secrets are kept until it ends
-        for name in SECRET.intersection(self.headers):
-            self.secrets[name], self.headers[name] = self.headers[name], "***"
-        self.route, self.model = normal_path(path)
-        self.sources = []       # what its reply is made from: generators, sockets
-        self.started, self._clock = time.time(), time.perf_counter()
+    def __init__(self, head):
+        self.method, self.path = head.method, masked(head.target)
+        self.headers = {name: masked(f"{name}: {value}")[len(name) + 2:]
+                        for name, value in head.fields.items()}
+        self.content = b""              # the body as it came: the one copy that is kept
+        self.status = self.outcome = self.seconds = None
+        self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
 
-    def has_content(self):
-        return ("transfer-encoding" in self.headers
-                or self.headers.get("content-length", "0") != "0")
-
-    def keeps_alive(self):
-        wish = self.headers.get("connection", "").lower()
-        return "close" not in wish and (self.version >= (1, 1) or "keep-alive" in wish)
-
-    def counted(self, write):
-        """The write; its events are counted."""
-        self.events += write.count(b"\n\n")
-        return write
+    @property
+    def body(self):
+        with suppress(APIError):
+            return parse_json(self.content)
 
     def elapsed(self):
-        return time.perf_counter() - self._clock
+        return time.perf_counter() - self.clock
 
-    def end(self, outcome=None):
-        failed = self.failed or (self.status or 0) >= 400
-        usual = "quirk" if self.quirk else "error" if failed else "complete"
-        self.outcome = outcome or usual
-        self.seconds = self.elapsed()
-
-    def close_sources(self):
-        """Nobody reads on: what a reply was made from is closed, where it can be."""
-        self.secrets = {}
-        while self.sources:
-            try:
-                getattr(self.sources.pop(), "close", int)()
-            except Exception:
-                log.exception("The backend failed in its end, in %r", self)
+    def end(self, outcome):
+        self.outcome, self.seconds = outcome, self.elapsed()
 
     def as_dict(self):
-        return {name: getattr(self, name) for name in self.JOURNAL}
+        return {name: getattr(self, name) for name in self.FIELDS}
 
     def __repr__(self):
         return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
 
 
-@functools.lru_cache(maxsize=4)
+class Journal(list):
+    """The last exchanges, oldest first: a list that forgets its beginning."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def append(self, exchange):
+        super().append(exchange)
+        del self[:max(len(self) - self.size, 0)]
+
+
+class Incoming:
+    """A request as HTTP delivered it, while it is being answered.
+
+    path, model: of its route.  fields: its headers, secrets and all.  content: its body.
+    quirk: the one that bends its response.  failed: after the status went out.
+    delivered: the end of the response was sent.  cleanup: what is closed at its end.
+    """
+
+    def __init__(self, head=Head("", "/", (1, 1), {})):
+        self.head, self.exchange = head, Exchange(head)
+        self.method, self.target, self.version, self.fields = head
+        self.path, self.model = normal_path(head.target)
+        self.content, self.quirk = b"", None
+        self.has_our_key = self.failed = self.delivered = False
+        self.cleanup = contextlib.ExitStack()
+
+    def keeps_alive(self):
+        options = self.fields.get("connection", "").lower()
+        return "close" not in options and (
+            self.version >= (1, 1) or "keep-alive" in options)
+
+    def asked(self):
+        """What tells one request from another on a tape."""
+        try:
+            body = parse_json(self.content) if self.content else None
+        except APIError:
+            body = as_text(self.content)
+        model = self.model if self.path == "/models/" else ""
+        return {"method": self.method, "path": self.path + model, "body": body}
+
+    def end(self):
+        """Its end in the journal, which must be there before the last byte goes out."""
+        failed = self.failed or (self.exchange.status or 0) >= 400
+        self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
+
+    def noted(self, events):
+        """The events of our own stream, counted; [DONE] is the end of the exchange."""
+        for each in events:
+            self.exchange.events += 1
+            if each == DONE:
+                self.end()
+            yield each
+
+    def counted(self, writes):
+        """The same for the writes of somebody else, which may hold several events."""
+        rest = b""
+        for write in writes:
+            *blank_lines, rest = BLANK_LINE.split(rest + write)
+            self.exchange.events += len(blank_lines)
+            rest = rest[-3:]            # a blank line may be split over two writes
+            if DONE_EVENT.search(write):
+                self.end()
+            yield write
+
+    def bent(self, chunks, quirk, k):
+        """The writes of a stream with a quirk; `quirk` is reset if it changes nothing."""
+        plain, sent, self.quirk = [], [], quirk     # hashes of the writes
+
+        def remembered(chunks):
+            for chunk in chunks:
+                plain.append(hash(event(chunk)))
+                yield chunk
+            plain.append(hash(DONE))
+        chunks = CHUNK_QUIRKS.get(quirk, lambda chunks, k: chunks)(remembered(chunks), k)
+        writes = self.noted(events(chunks))
+        try:
+            for write in WRITE_QUIRKS.get(quirk, lambda writes, k: writes)(writes, k):
+                sent.append(hash(write))
+                if write == DONE and sent == plain:
+                    self.quirk = None
+                yield write
+        except Cut:
+            self.quirk = quirk
+            raise
+
+
 def http_date(second):
     return formatdate(second, usegmt=True)
 
 
-SECRET_LINE = re.compile(rf"(?i)^((?:{'|'.join(SECRET)}):\s*(?:bearer )?).*")
-
-
 def trace_lines(block):
-    """The lines of what crosses the wire; the two units of a stream are marked."""
+    """The lines of what crosses the wire; both units of a stream are marked.
+
+    Example:
+        >>> list(trace_lines(b"9\\r\\ndata: {}\\n\\n\\r\\n"))
+        ['[transfer chunk] 9\\\\r\\\\n', '[event] data: {}']
+    """
     for line in block.split(b"\r\n"):
-        if CHUNK_LINE.fullmatch(line):
-            yield f"[transfer chunk: {int(line.partition(b';')[0], 16)} bytes]"
+        text = line.decode("utf-8", "replace")
+        if SIZE_LINE.fullmatch(line):
+            yield f"[transfer chunk] {printable(text)}\\r\\n"
             continue
-        *parts, rest = line.split(b"\n\n")
-        for part in parts:
-            yield f"[event] {printable(part.decode('utf-8', 'replace'))}"
+        *events, rest = text.split("\n\n")
+        yield from (f"[event] {printable(each)}" for each in events)
         if rest:
-            yield SECRET_LINE.sub(r"\1***", printable(rest.decode("utf-8", "replace")))
+            yield printable(masked(rest))
 
 
-def first_taken(answer):
-    """The same answer, its first write taken: a failure up to there gets a status."""
-    if not isinstance(answer.body, bytes):
-        writes = iter(answer.body)
-        answer.body = itertools.chain([next(writes, b"")], writes)
-    return answer
+def first_taken(response):
+    """The response, its first write taken: what fails before it gets an HTTP status."""
+    if not isinstance(response.body, bytes):
+        writes = iter(response.body)
+        response.body = itertools.chain([next(writes, b"")], writes)
+    return response
 
 
-def as_transfer_chunk(write):
+def transfer_chunk(write):
+    """A part of the body in HTTP's own unit (RFC 9112, 7.1).
+
+    Example:
+        >>> transfer_chunk(b"data: 1\\n\\n")
+        b'9\\r\\ndata: 1\\n\\n\\r\\n'
+    """
     return b"%x\r\n%b\r\n" % (len(write), write)
 
 
+def writes_per_send(response):
+    """How many writes may share a send."""
+    return 1
+
+
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
-AT_ONCE = 256                   # writes at hand that may share a send
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection in its thread: reads requests and sends an answer to each.
+    """One connection, in a thread of its own: reads requests and answers each.
 
-    A thread each is plain, and enough for some hundreds of clients; a server for
-    thousands has one loop for them all.
+    A thread each is simple, and enough for some hundreds of clients; a server for many
+    thousands would have one event loop for all of them.
     """
 
-    # ------ the connection
-
     def setup(self):
-        self.connection, self.buffer = self.request, bytearray()    # what came early
-        self.open, self.unread = True, False    # may a request follow; does a body?
-        self.exchange, self.pending = Exchange(), []    # pending: what is to be sent
-        self.limited = 0                                # see `limit`
-        self.limit(self.server.request_timeout)
-        if self.server.tls:     # here: a silent client holds up its own thread only
-            self.connection = self.server.tls.wrap_socket(
-                self.request, server_side=True, do_handshake_on_connect=False)
-            self.server.connections[threading.current_thread()] = self.connection
-            self.connection.do_handshake()
-        # Without this the body of a small reply waits 44 ms for the client's ACK.
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.number = next(self.server.numbers)
-        watch(self.connection, self.ending)
-
-    def ending(self):
-        """What ends a wait: the client is gone, or the server is about to be."""
-        if self.server.hanging_up:
-            return APIError(503, "The server is shutting down.",
-                            headers={"retry-after": "1"})
-        return ClientLeft()
+        self.reader = self.request      # Server.get_request makes it
+        self.open, self.pending = True, []      # may a request follow; what to send next
+        this_thread.connection = self.reader
 
     def handle(self):
-        with suppress(ClientLeft):
+        reader, seconds = self.reader, self.server.request_timeout
+        with suppress(EndReply, OSError):
+            if self.server.tls:
+                reader.handshake(seconds)
             if len(self.server.connections) > self.server.max_connections:
-                self.open, self.unread = False, True
-                self.send(error_answer(APIError(
-                    503, "The engine is currently overloaded, please try again later",
-                    headers={"retry-after": "1"})))
+                self.refuse_connection()
             while self.open and not self.server.closing:
-                self.await_request()
-                self.serve_one()
+                self.server.idle.add(reader)
+                try:
+                    reader.wait_for_request(seconds)
+                finally:
+                    self.server.idle.discard(reader)
+                self.serve(*self.next_request())
+
+    def refuse_connection(self):
+        self.open, self.reader.unread = False, True
+        self.send(Incoming(), error_response(APIError(
+            503, "The engine is currently overloaded, please try again later",
+            headers={"retry-after": "1"})))
 
     def finish(self):
-        """Close so that the client can read what was sent (RFC 9112, section 9.6)."""
-        with closing(self.connection), suppress(OSError, ClientLeft, APIError):
-            socket.socket.shutdown(self.connection, socket.SHUT_WR)
-            self.deadline = time.monotonic() + 1
-            while self.unread:      # closed with bytes unread, it would be reset
-                self.buffer.clear()
-                self.receive()
-
-    def limit(self, seconds):
-        """Let recv and send give up after about so many seconds."""
-        if abs(self.limited - seconds) <= 0.05 * seconds:
-            return
-        self.limited = seconds
-        if os.name == "nt" or self.server.tls:
-            return self.connection.settimeout(seconds)
-        # The kernel's own limit spares two polls an exchange, and with them handing the
-        # interpreter to another thread: a sixth of the time with many connections.
-        self.connection.settimeout(None)
-        span = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self.connection.setsockopt(socket.SOL_SOCKET, option, span)
-
-    # ------ reading
-
-    def next_to_come(self):
-        """What a client that is alone here sends within an instant, else b"".
-
-        To be woken takes longer than to reply: who asks again at once is met awake.
-        """
-        if len(self.server.connections) > 1 or self.server.tls:
-            return b""
-        end = time.perf_counter() + self.server.awake
-        while time.perf_counter() < end:
-            try:
-                return self.connection.recv(65536, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                os.sched_yield()
-        return b""
-
-    def receive(self):
-        """More bytes into the buffer, before the deadline of the request."""
-        left = self.deadline - time.monotonic()
-        try:
-            if left <= 0:       # asked first: a fast sender never has to be waited for
-                raise socket.timeout
-            self.limit(left)
-            block = self.next_to_come() or self.connection.recv(65536)
-        except (socket.timeout, BlockingIOError):
-            raise bad_request("The request took too long to arrive.", 408) from None
-        except OSError:
-            raise ClientLeft from None
-        if not block:
-            raise ClientLeft
-        self.buffer += block
-
-    def await_request(self):
-        """A connection may be idle between requests, but not for ever."""
-        self.deadline = time.monotonic() + self.server.request_timeout
-        self.server.idle.add(self.connection)
-        try:
-            while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
-                if self.buffer[:2] == b"\r\n":      # an empty line too many is skipped
-                    del self.buffer[:2]
-                else:
-                    self.receive()
-        except APIError:                            # too late, but nothing was asked
-            raise ClientLeft from None
-        finally:
-            self.server.idle.discard(self.connection)
-
-    def take(self, length):
-        while len(self.buffer) < length:
-            self.receive()
-        taken = bytes(self.buffer[:length])
-        del self.buffer[:length]
-        if self.server.trace:
-            self.trace(">", taken)
-        return taken
-
-    def take_until(self, mark, too_long, no_line=None):
-        """What stands before the mark, without it.
-
-        too_long: the status if it is too far away; no_line: if even a line end is.
-        """
-        seen, end = 0, self.buffer.find(mark)
-        while end < 0 and len(self.buffer) <= MOST_HEAD:
-            if MALFORMED.search(self.buffer, seen):
-                raise bad_request("A line of the request is malformed.")
-            seen = max(len(self.buffer) - len(mark), 0)
-            self.receive()
-            end = self.buffer.find(mark, seen)
-        if not 0 <= end <= MOST_HEAD:
-            one_line = b"\r\n" not in self.buffer[:MOST_HEAD]
-            raise bad_request("A part of the request is too long.",
-                              no_line if no_line and one_line else too_long)
-        return self.take(end + len(mark))[:end]
-
-    def take_transfer_chunks(self):
-        """The body from its transfer chunks (RFC 9112, 7.1); trailers are dropped."""
-        content, size = bytearray(), None
-        while size != 0:
-            match = CHUNK_LINE.fullmatch(self.take_until(b"\r\n", 400))
-            if not match:
-                raise bad_request("The size of a transfer chunk is malformed.")
-            size = int(match[1], 16)
-            if len(content) + size > self.server.max_body:
-                raise too_large(self.server.max_body)
-            content += self.take(size)
-            if size and self.take(2) != b"\r\n":
-                raise bad_request("A transfer chunk is longer than its size says.")
-        lines = iter(functools.partial(self.take_until, b"\r\n", 431), b"")
-        parse_fields(list(itertools.islice(lines, MOST_HEADERS + 1)))
-        return bytes(content)
-
-    def read_content(self, exchange):
-        length = content_length(exchange, self.server.max_body)
-        expect = exchange.headers.get("expect", "").lower()
-        if expect not in ("", "100-continue"):
-            raise bad_request("The only expectation understood is 100-continue.", 417)
-        if exchange.headers.get("content-encoding", "identity").lower() != "identity":
-            raise bad_request("The body has a Content-Encoding; send it as it is.")
-        if expect and exchange.version >= (1, 1) and not self.buffer:
-            self.pending.append(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.flush()
-        content = self.take_transfer_chunks() if length is None else self.take(length)
-        self.unread = False
-        return content
-
-    def read_request(self):
-        """The next request, admitted and with its body, as self.exchange."""
-        self.deadline = time.monotonic() + self.server.request_timeout
-        self.open, self.unread = False, True            # until we know better
-        try:
-            head = parse_head(self.take_until(b"\r\n\r\n", 431, 414))
-        except BaseException:
-            self.exchange = Exchange()                  # one that asked nothing clear
-            raise
-        self.exchange = exchange = Exchange(*head)
-        self.open, self.unread = exchange.keeps_alive(), exchange.has_content()
-        try:
-            self.server.admit(exchange)
-            if self.unread:
-                exchange.content = self.read_content(exchange)
-        finally:
-            self.server.entries.append(exchange)
-        return exchange
+        """Close so that the client can read what was sent (RFC 9112, 9.6)."""
+        reader = self.reader
+        with contextlib.closing(reader), suppress(OSError, ClientLeft, APIError):
+            reader.shut(socket.SHUT_WR)
+            reader.deadline = time.monotonic() + 1
+            while reader.unread:        # if bytes remain unread, the close is a reset
+                reader.buffer.clear()
+                reader.read_more()
 
     # ------ sending
 
-    def flush(self):
-        """Send what is pending in one piece, as long as the client keeps reading."""
+    def flush(self, incoming):
+        """Send what is pending, in one piece."""
         block, self.pending = b"".join(self.pending), []
-        if self.server.trace:
-            self.trace("<", block)
+        if self.reader.trace:
+            self.reader.trace("<", block)
         try:
-            sent = self.connection.send(block) if block else 0
-            while sent < len(block):
-                sent += self.connection.send(memoryview(block)[sent:])
-        except OSError:
-            raise ClientLeft from None
+            self.reader.send(block)
+        except ClientLeft:
+            if not incoming.delivered:
+                incoming.exchange.end("client left")
+            raise
+        incoming.delivered = incoming.exchange.outcome is not None
 
-    def head(self, answer, whole, chunked):
-        """Status line and headers, and the blank line."""
+    def head(self, incoming, response, length):
+        """Status line, headers and blank line; length: None for transfer chunks."""
         fields = {"date": http_date(int(time.time())),
-                  "x-request-id": "req_" + random_name(32),
+                  "x-request-id": f"req_{os.urandom(16).hex()}",
                   "openai-version": "2020-10-01",
-                  "openai-processing-ms": int(self.exchange.elapsed() * 1000),
-                  **self.server.cors_headers(self.exchange), **answer.headers}
-        if chunked:
-            fields["transfer-encoding"] = "chunked"
-        elif whole and answer.status != 204:
-            fields["content-length"] = len(answer.body)
-        if not self.open or self.exchange.version < (1, 1):
+                  "openai-processing-ms": int(incoming.exchange.elapsed() * 1000),
+                  **self.server.cors_headers(incoming), **response.headers, **length}
+        if not self.open or incoming.version < (1, 1):
             fields["connection"] = "keep-alive" if self.open else "close"
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
         return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
-            answer.status, REASONS.get(answer.status, b""),
+            response.status, REASONS.get(response.status, b""),
             lines.encode("latin-1", "replace"))
 
-    def refusal(self, error):
-        """What the client is told of an error; what nobody meant to raise is logged."""
-        if isinstance(error, APIError):
-            return error
-        log.exception("The backend failed in %r", self.exchange)
-        return server_error()
+    def send(self, incoming, response):
+        """Send a response.  The journal knows its end before the last byte goes out."""
+        body, length = response.body, {}
+        incoming.exchange.status = response.status
+        has_body = incoming.method != "HEAD" and response.status not in (204, 304)
+        is_whole = isinstance(body, bytes)
+        is_chunked = not is_whole and incoming.version >= (1, 1)
+        if is_whole and response.status != 204:
+            length = {"content-length": len(body)}
+        elif is_chunked and has_body:
+            length = {"transfer-encoding": "chunked"}
+        ends_itself = is_whole or is_chunked or not has_body
+        self.open = self.open and ends_itself and not self.reader.unread
+        self.pending = [self.head(incoming, response, length)]
+        if has_body and is_whole:
+            self.pending.append(body)
+        elif has_body:
+            frame = transfer_chunk if is_chunked else bytes
+            self.send_writes(incoming, body, frame, writes_per_send(response))
+            self.pending.append(b"0\r\n\r\n" * is_chunked)
+        incoming.end()
+        self.flush(incoming)
 
-    def send(self, answer):
-        """Put an answer on the wire; the journal knows its end before the last byte."""
-        exchange, body = self.exchange, answer.body
-        exchange.status = answer.status
-        whole = isinstance(body, bytes)
-        chunked = not whole and exchange.version >= (1, 1)
-        self.open &= not self.unread and (whole or chunked)
-        self.limit(self.server.request_timeout)         # of a reader that stops reading
-        self.pending = [self.head(answer, whole, chunked)]
-        if whole:
-            self.pending.append(b"" if exchange.method == "HEAD" else body)
-        else:
-            self.send_writes(body, chunked, AT_ONCE if answer.at_hand else 1)
-        exchange.end()
-        self.flush()
+    def send_writes(self, incoming, writes, frame, most):
+        """A body that comes piece by piece; what fails in it becomes an error event.
 
-    def send_writes(self, writes, chunked, at_once):
-        """The body that comes piece by piece; what fails in it becomes an error event."""
-        frame = as_transfer_chunk if chunked else bytes
+        [DONE] waits for the last transfer chunk, which goes out in the same send.
+        """
         try:
             for write in filter(None, writes):      # an empty one would spell the end
                 self.pending.append(frame(write))
-                if len(self.pending) >= at_once:
-                    self.flush()
-        except (Exception, SystemExit) as error:
-            self.exchange.failed = True
-            self.pending.append(frame(event(self.refusal(error).body())))
-        if chunked:
-            self.pending.append(b"0\r\n\r\n")
+                if len(self.pending) >= most and not write.endswith(DONE):
+                    self.flush(incoming)
+        except EndReply:
+            raise
+        except BaseException as error:
+            incoming.failed = True
+            refusal = self.server.refusal(error, incoming)
+            self.pending.append(frame(event(refusal.body())))
 
-    def cut(self, how):
-        """End a reply as a quirk, or an upstream that was cut, wants it."""
+    def cut(self, incoming, how):
+        """End a reply as a quirk wants it, or as an upstream that was cut."""
         self.open = False
         if how == "stall":
-            self.flush()
-            pause(math.inf)
-        self.exchange.end("quirk" if self.exchange.quirk else "error")
-        self.flush()
+            self.flush(incoming)
+            with suppress(APIError):                # the server is shutting down
+                self.reader.wait(math.inf)
+        incoming.failed = True
+        incoming.end()
+        self.flush(incoming)
         if how == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(
-                "hh" if os.name == "nt" else "ii", 1, 0))
-            self.connection.close()
+            pair = "hh" if os.name == "nt" else "ii"
+            self.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                        struct.pack(pair, 1, 0))
+            self.reader.close()
 
-    # ------ one request, one answer
+    # ------ one request, one response
 
-    def find_answer(self):
-        """The answer, its first write taken.  Whatever fails up to there ends here."""
+    def next_request(self):
+        """(what has come, None), or (an empty one, the error) if it cannot be read."""
+        self.open = False
         try:
-            return first_taken(self.server.answer(self.read_request()))
+            incoming = Incoming(self.reader.read_head())
+        except APIError as error:
+            return Incoming(), error
+        self.open = incoming.keeps_alive()
+        return incoming, None
+
+    def read_content(self, incoming):
+        """Check who sends a request, then read its body; enter it into the journal."""
+        try:
+            self.server.admit(incoming)
+            if self.reader.unread:
+                incoming.content = self.reader.read_content(incoming.head,
+                                                            self.server.max_body)
+        finally:
+            incoming.exchange.content = incoming.content
+            self.server.journal.append(incoming.exchange)
+
+    def find_response(self, incoming, error):
+        """The response, its first write taken.  Whatever fails before ends here."""
+        try:
+            if error is not None:
+                raise error
+            self.read_content(incoming)
+            return first_taken(self.server.respond(incoming))
         except Instead as instead:
             return instead.args[0]
-        except (Exception, SystemExit) as error:
-            return error_answer(self.refusal(error))
+        except EndReply:
+            raise
+        except BaseException as error:
+            return error_response(self.server.refusal(error, incoming))
 
-    def send_or_cut(self):
-        self.pending = []                       # what an earlier one left behind
+    def send_or_cut(self, incoming, error):
+        self.pending = []
         try:
-            self.send(self.find_answer())
+            self.send(incoming, self.find_response(incoming, error))
         except Cut as cut:
-            self.cut(*cut.args)
+            self.cut(incoming, *cut.args)
 
-    def serve_one(self):
-        """One request and its answer; the client may leave at any time."""
+    def serve(self, incoming, error):
+        """One request and its response; the client may leave at any time."""
         try:
-            self.send_or_cut()
+            self.send_or_cut(incoming, error)
         except ClientLeft:
-            self.exchange.end("client left")
+            if incoming.exchange.outcome is None:
+                incoming.exchange.end("client left")
             raise
         finally:
-            self.exchange.close_sources()
-            self.log_exchange()
+            self.clean_up(incoming)
 
-    # ------ what can be watched
-
-    def log_exchange(self):
-        exchange = self.exchange
+    def clean_up(self, incoming):
+        """Close what a response was made from, and log the exchange."""
+        exchange = incoming.exchange
+        try:
+            incoming.cleanup.close()
+        except BaseException as error:
+            self.server.refusal(error, incoming)
         if exchange.status and log.isEnabledFor(logging.INFO):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
                      exchange.method, printable(exchange.path), exchange.status,
                      exchange.outcome, exchange.events, exchange.seconds or 0)
 
-    def trace(self, direction, block):
-        start = f"#{self.number} {direction} "
-        lines = (f"{start}{line}\n" for line in trace_lines(block))
-        print("".join(lines), end="", file=sys.stderr, flush=True)      # together
+
+# ----------------------------------------------------------------------------------
+# Server.  The routes, who may use them, and the one place where all stages meet.
+
+BEARER = {"www-authenticate": "Bearer"}
+LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|\[::1\]")
+LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]*|.*\.(localhost|local|internal)")
+
+
+def host_of(authority):
+    """The host of an origin or of a Host header.
+
+    Example:
+        >>> host_of("http://Box.local:8000"), host_of("[::1]:8000")
+        ('box.local', '[::1]')
+    """
+    return re.sub(r"^\w+://|:\d*$", "", authority).lower()
+
+
+def is_local(host):
+    """Can this Host header only mean a machine near by?"""
+    host = host_of(host)
+    return bool(LOCAL_HOST.fullmatch(host)) or host == socket.gethostname().lower()
+
+
+def as_names(value):
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def tls_context(tls):
+    """An ssl.SSLContext, from one or from the files of a certificate and its key."""
+    if tls is None or isinstance(tls, ssl.SSLContext):
+        return tls
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(*tls)
+    return context
+
+
+def key_spellings(keys):
+    """The bytes that a key may be in a header: clients disagree on the encoding."""
+    for key in keys:
+        yield key.encode()
+        with suppress(UnicodeEncodeError):
+            yield key.encode("latin-1")
+
+
+def masked_key(key):
+    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
+
+
+def check_number(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+            least <= value <= 1e12):
+        raise ValueError(f"{name} must be a number from {least} up, not {value!r}")
+
+
+def allowed_methods(methods):
+    return ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
+
+
+def named_event(value):
+    """An event of another API, which names the type of its objects.
+
+    Example:
+        >>> named_event({"type": "ping"})
+        b'event: ping\\ndata: {"type":"ping"}\\n\\n'
+    """
+    name = value.get("type") if isinstance(value, dict) else None
+    is_name = isinstance(name, str) and name.isprintable()
+    return (f"event: {name}\n".encode() if is_name else b"") + event(value)
+
+
+def named_events(objects):
+    """The events of an endpoint of the user's, as long as the client is there."""
+    for value in objects:
+        pause(0)
+        yield named_event(value)
+
+
+class Server(ThreadingHTTPServer):
+    """An OpenAI-compatible server on a port of its own; see the top of this file.
+
+    backend          a function of the request, a constant (str, Reply, ToolCall,
+                     APIError), echo, say(), Script(), command(), Relay(), Replay()
+    host, port       where it listens; port 0 is a free one
+    models           the names to accept; None accepts all
+    api_keys         those that may use it; none needed if empty
+    tokenize         text -> list of its tokens
+    strict           check that tool calls and their answers belong together
+    quirk            a name of QUIRKS, for every reply
+    quirk_header     let the header X-Quirk choose one
+    tls              an ssl.SSLContext, or (certificate file, key file)
+    cors             origins of web pages that may use it; "*" is all
+    max_body         bytes
+    max_connections  more get a 503
+    request_timeout  seconds for a whole request to arrive, and for a client to read;
+                     None is no limit
+    journal          how many exchanges it keeps
+    routes           further endpoints: {"/embeddings": function, "GET /files": ...}
+    """
+
+    daemon_threads = True
+    allow_reuse_address = os.name != "nt"       # on Windows two servers would share it
+    allow_reuse_port = False
+    request_queue_size = 1024   # with 5, most of 32 clients at once wait for a second
+    delay = 0                   # seconds between pieces, unless a reply says otherwise
+    trace = None                # or a function that prints a line
+    closing = False             # no more connections, no more requests
+
+    def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
+                 api_keys=(), tokenize=tokenize, strict=True, quirk=None,
+                 quirk_header=False, tls=None, cors=(), max_body=32 * 2**20,
+                 max_connections=512, request_timeout=30, journal=1000, routes=None):
+        parse_quirk(quirk)
+        for name, value, least in (("max_body", max_body, 0), ("journal", journal, 0),
+                                   ("max_connections", max_connections, 1)):
+            check_number(name, value, least)
+        if request_timeout is not None:
+            check_number("request_timeout", request_timeout, 1e-3)
+        self.quirk, self.quirk_header = quirk, quirk_header
+        self.backend, self.tokenize, self.strict = backend, tokenize, strict
+        self.models = None if models is None else as_names(models)
+        self.api_keys = as_names(api_keys)
+        self.known_keys = list(key_spellings(self.api_keys))
+        self.tls = tls_context(tls)
+        self.cors = {origin.lower().rstrip("/") for origin in as_names(cors)}
+        self.max_body, self.max_connections = max_body, max_connections
+        self.request_timeout = math.inf if request_timeout is None else request_timeout
+        self.routes = {path: dict(methods) for path, methods in self.ROUTES.items()}
+        for route, function in dict(routes or {}).items():
+            self.add_route(route, function)
+        self.random, self.journal, self.failure = random.Random(), Journal(journal), None
+        self.connections, self.idle = {}, set()     # thread: its reader; who waits
+        self.numbers, self.acceptors = itertools.count(1), []
+        self.started = int(time.time())
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    @property
+    def backend(self):
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend):
+        backend = as_backend(backend)
+        if isinstance(backend, PassingOn) and (self.quirk or self.quirk_header):
+            raise ValueError("a quirk cannot bend what a relay or a replay passes on")
+        self._backend = backend
+
+    def add_route(self, route, function):
+        """Add a row of `routes`, such as "GET /files" or "/embeddings"."""
+        method, _, path = route.rpartition(" ")
+        path, model = normal_path(path)
+        if path in self.ROUTES or model is not None or "/" not in route:
+            raise ValueError(f"{route!r} is the path of a built-in endpoint, or no path")
+        if not callable(function):
+            raise TypeError(f"the route {route!r} needs a function, not {function!r}")
+        self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
+            Server.custom, function=function)
+
+    # ------ start and stop
+
+    def server_bind(self):
+        """As HTTPServer's, but without asking for our name: a resolver may be silent."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def base_url(self):
+        """Where a client finds the server; ends in /v1."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name,
+                                                         self.server_name)
+        host = f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
+
+    def start(self, acceptors=1):
+        """Serve in threads of its own; returns the server."""
+        if self.closing:
+            raise RuntimeError("this server is closed; make another one")
+        self.acceptors = [threading.Thread(target=self.serve_forever, daemon=True)
+                          for _ in range(acceptors)]
+        for thread in self.acceptors:
+            thread.start()
+        return self
+
+    def serve_forever(self, poll_interval=0.5):
+        """Accept connections until `shutdown`."""
+        self.socket.settimeout(poll_interval)
+        while not self.closing:
+            with suppress(OSError):
+                connection, address = self.get_request()
+                try:
+                    self.process_request(connection, address)
+                except Exception:               # no more threads can be started
+                    self.handle_error(connection, address)
+                    connection.close()
+
+    def get_request(self):
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)        # out of descriptors: do not spin
+            raise
+        # Without this the body of a small response waits 44 ms for the client's ACK.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if self.tls:
+            sock = self.tls.wrap_socket(sock, server_side=True,
+                                        do_handshake_on_connect=False)
+        reader = RequestReader(sock, self.request_timeout)
+        if self.trace:
+            reader.trace = functools.partial(self.print_block, next(self.numbers))
+        return reader, address
+
+    def process_request(self, reader, address):
+        """Start the thread of a connection.  Beyond max_connections it says 503; far
+        beyond, the connection is closed without a word."""
+        if self.closing or len(self.connections) > 2 * self.max_connections + 16:
+            return reader.close()
+        thread = threading.Thread(target=self.process_request_thread,
+                                  args=(reader, address), daemon=True)
+        self.connections[thread] = reader
+        try:
+            thread.start()
+        except RuntimeError:
+            del self.connections[thread]
+            raise
+
+    def process_request_thread(self, reader, address):
+        try:
+            self.finish_request(reader, address)
+        except Exception:
+            self.handle_error(reader, address)
+        finally:
+            reader.close()
+            self.connections.pop(threading.current_thread(), None)
+
+    def handle_error(self, reader, address):
+        log.debug("A connection from %s failed", address[0], exc_info=True)
+
+    def shutdown(self):
+        """Take no more connections."""
+        self.closing = True
+        host = urlsplit(self.base_url).hostname
+        for _ in self.acceptors or [None]:      # wake each one that waits in accept
+            with suppress(OSError):
+                socket.create_connection((host, self.server_port), timeout=1).close()
+        for thread in self.acceptors:
+            thread.join()
+        with suppress(OSError):         # a forked child may still hold the socket
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.server_close()
+
+    def join_connections(self, seconds):
+        end = time.monotonic() + seconds
+        for thread in set(self.connections) - {threading.current_thread()}:
+            thread.join(max(end - time.monotonic(), 0))
+
+    def cut_connections(self):
+        """End what waits: first nothing more can come, then nothing more can go."""
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            for reader in list(self.connections.values()):
+                reader.stopping = True
+                reader.shut(how)
+            self.join_connections(0.25)
+
+    def close(self, grace=0, error=None):
+        """Stop, close every connection, and raise what failed: see `check`.
+
+        Running replies get `grace` seconds; then what waits ends with an error.  A
+        thread that is blocked in a user's backend is left behind.  error: what ended
+        the `with` block.
+        """
+        if self.closing:
+            return
+        self.shutdown()
+        for reader in list(self.idle):
+            reader.shut(socket.SHUT_RD)
+        self.join_connections(grace)
+        self.cut_connections()
+        if set(self.connections) - {threading.current_thread()}:
+            log.warning("%d threads are still busy in the backend and are left behind",
+                        len(self.connections))
+        self.check(error)
+
+    def check(self, error=None):
+        """Raise what failed: a script or replay that was not followed, or the backend's
+        own first exception.  error: what the `with` block ended with."""
+        if error is not None and not isinstance(error, Exception):
+            return
+        if isinstance(self.backend, (Script, Replay)):
+            self.backend.check(error)
+        if self.failure is not None and error is None:
+            failure, traceback = self.failure
+            if hasattr(failure, "add_note"):
+                failure.add_note("It came from the server's backend.  Raise APIError "
+                                 "there where the failure is meant for the client.")
+            raise failure.with_traceback(traceback)
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, kind, error, traceback):
+        self.close(error=error)
+
+    # ------ failures
+
+    def refusal(self, error, incoming):
+        """The APIError that a client gets for an exception.
+
+        An exception that nobody meant for a client is logged, and the first one is kept
+        for `check`.  The traceback is dropped, since it would keep the request alive for
+        as long as somebody keeps the exception.
+        """
+        traceback, refusal = error.__traceback__, error
+        if not isinstance(error, APIError):
+            refusal = server_error()
+            log.error("The backend failed in %r; raise APIError where it is meant",
+                      incoming.exchange, exc_info=(type(error), error, traceback))
+        if self.failure is None and (refusal is not error
+                                     or isinstance(error, BackendFault)):
+            self.failure = error, traceback
+        elif self.failure is None or self.failure[0] is not error:
+            error.__context__ = None
+        error.__traceback__ = None
+        return refusal
+
+    # ------ who may use it
+
+    def on_loopback(self):
+        return self.server_name.startswith("127.") or self.server_name == "::1"
+
+    def check_key(self, incoming):
+        scheme, _, key = incoming.fields.get("authorization", "").partition(" ")
+        key = key if scheme.lower() == "bearer" else incoming.fields.get("api-key", "")
+        key = key.strip()
+        if not key:
+            raise APIError(401, "You didn't provide an API key. You need to provide "
+                           "your API key in an Authorization header using Bearer auth "
+                           "(i.e. Authorization: Bearer YOUR_KEY).", headers=BEARER)
+        from hmac import compare_digest         # not needed by those without keys
+        # All are compared, in constant time: how long it takes tells nothing.
+        known = [compare_digest(key.encode("latin-1"), each) for each in self.known_keys]
+        if not any(known):
+            raise APIError(401, f"Incorrect API key provided: {masked_key(key)}.",
+                           code="invalid_api_key", headers=BEARER)
+
+    def allows(self, origin, fields):
+        """May a web page of that origin read what we answer?"""
+        if self.cors & {"*", origin.lower()} or self.api_keys:
+            return True
+        _, _, authority = origin.partition("://")
+        return (authority == fields.get("host")
+                or bool(LOOPBACK.fullmatch(host_of(authority))))
+
+    def check_browser(self, fields):
+        """Refuse a page from elsewhere, in somebody's browser: it is a stranger here."""
+        host = fields.get("host", "")
+        if not (is_local(host) or host_of(host) in map(host_of, self.cors)):
+            raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
+                           "machine; to allow a page of that host, name its origin "
+                           "with --cors.", code="foreign_host")
+        origin = fields.get("origin")
+        if origin is not None and not self.allows(origin, fields):
+            raise APIError(403, f"The Origin {printable(origin[:100])!r} is not "
+                           "allowed; name it with --cors.", code="foreign_origin")
+
+    def admit(self, incoming):
+        """Refuse those who may not use the server, before their body is read."""
+        if incoming.method == "OPTIONS":
+            return
+        if self.api_keys:
+            if incoming.path not in ("/", "/health"):
+                self.check_key(incoming)
+                incoming.has_our_key = True
+        elif self.on_loopback():
+            self.check_browser(incoming.fields)
+
+    def cors_headers(self, incoming):
+        origin = incoming.fields.get("origin")
+        if origin is None:
+            return {}
+        if not self.allows(origin, incoming.fields):
+            return {"vary": "origin"}
+        return {"vary": "origin", "access-control-allow-origin": origin,
+                "access-control-expose-headers": "x-request-id"}
+
+    # ------ completions
+
+    def random_name(self, length):
+        return f"{self.random.getrandbits(4 * length):0{length}x}"
+
+    def check_model(self, model):
+        if self.models is not None and model not in self.models:
+            raise model_not_found(model)
+
+    def quirk_asked(self, fields):
+        """What X-Quirk asks for, where it may; a wrong name is the client's fault."""
+        quirk = fields.get("x-quirk") if self.quirk_header else None
+        try:
+            parse_quirk(quirk)
+        except ValueError as error:
+            raise APIError(400, str(error), "X-Quirk") from None
+        return quirk
+
+    def replies(self, request, prompts, incoming):
+        """Call the backend once per choice; each call gets its own copy of the request."""
+        is_chat, backend = request["endpoint"] == "chat", self.backend
+        for index in range(count_choices(request)):
+            text = request["text"] if is_chat else prompts[index // request["best_of"]].text
+            reply = as_reply(backend({**copied(request), "index": index, "prompt": text,
+                                      "text": text}))
+            if callable(getattr(reply.text, "close", None)):
+                incoming.cleanup.callback(reply.text.close)
+            yield reply
+
+    def sequence_of(self, reply, request):
+        """What a reply says, at its pace and cut to the limits of the request."""
+        delay = reply.delay or self.delay
+        pieces = pieces_of(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
+                           one_by_one=request["stream"] or bool(delay))
+        if delay:
+            pieces = paced(pieces, delay)
+        if reply.error:
+            pieces = raising(pieces)
+        return sequence(pieces, request)
+
+    def complete(self, request, incoming):
+        """The diagram at the top of this file, as code."""
+        is_chat = request["endpoint"] == "chat"
+        prefix, make_chunks = (("chatcmpl-", chat_chunks) if is_chat
+                               else ("cmpl-", completion_chunks))
+        request = {**request, "id": prefix + self.random_name(29)}
+        quirk = self.quirk_asked(incoming.fields)
+        prompts = prompts_of(request, self.tokenize)
+        replies = list(self.replies(request, prompts, incoming))
+        quirk, k = parse_quirk(replies[0].quirk or self.quirk or quirk)
+        headers = replies[0].headers
+        sequences = [self.sequence_of(reply, request) for reply in replies]
+        chunks = make_chunks(request, sequences, Usage(prompts, replies[0].usage))
+        if not request["stream"]:
+            return self.whole(json_response(fold(chunks), headers), quirk, incoming)
+        ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
+        writes = (incoming.bent(chunks, quirk, k) if quirk
+                  else incoming.noted(events(chunks)))
+        return Response(200, {**EVENT_STREAM, **headers}, writes, ready)
+
+    def whole(self, response, quirk, incoming):
+        """A reply that is not streamed; most quirks are about events and leave it alone."""
+        if quirk in WHOLE_QUIRKS:
+            incoming.quirk = quirk
+            response.body = WRITE_QUIRKS[quirk](iter([response.body]), 0)
+        return response
+
+    # ------ the endpoints: what has come -> a response
+
+    def completion(self, incoming):
+        """A chat or a text completion, or what a relay passes on."""
+        body = parse_json(incoming.content)
+        if incoming.model is not None and body.get("model") is None:
+            body = {**body, "model": incoming.model}
+            incoming.content = to_json(body)
+        if isinstance(self.backend, PassingOn):
+            if self.models is not None:
+                self.check_model(body.get("model"))
+            return self.backend.respond(incoming)
+        is_chat = incoming.path == "/chat/completions"
+        request = (parse_chat if is_chat else parse_completion)(body, self.strict)
+        self.check_model(request["model"])
+        return self.complete(request, incoming)
+
+    def show_models(self, incoming):
+        """All models, or the one that the path names."""
+        if incoming.model is not None:
+            self.check_model(incoming.model)
+        if isinstance(self.backend, PassingOn) and self.models is None:
+            return self.backend.respond(incoming)
+        names = [model_name(self.backend)] if self.models is None else self.models
+        models = [{"id": name, "object": "model", "created": self.started,
+                   "owned_by": "openai_compat"}
+                  for name in (names if incoming.model is None else [incoming.model])]
+        return json_response({"object": "list", "data": models}
+                             if incoming.model is None else models[0])
+
+    def pass_on(self, incoming):
+        return self.backend.respond(incoming)
+
+    def custom(self, incoming, function):
+        """An endpoint of the user's: a function of the body, or a generator of events."""
+        body = parse_json(incoming.content) if incoming.method == "POST" else None
+        result = function(body)
+        if not hasattr(result, "__next__"):
+            return json_response(result)
+        if callable(getattr(result, "close", None)):
+            incoming.cleanup.callback(result.close)
+        return Response(200, EVENT_STREAM,
+                        incoming.noted(named_events(result)))
+
+    def health(self, incoming):
+        return json_response({"status": "ok"})
+
+    def show_journal(self, incoming):
+        if not self.journal.size:
+            raise APIError(404, "No journal is kept; start with --journal.",
+                           code="unknown_url")
+        return json_response([exchange.as_dict() for exchange in list(self.journal)])
+
+    def page(self, incoming):
+        return Response(200, page_headers(), PAGE.encode())
+
+    ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
+        "/chat/completions": {"POST": completion},
+        "/completions":      {"POST": completion},
+        "/models":           {"GET": show_models},
+        "/models/":          {"GET": show_models},      # and an id after it
+        "/health":           {"GET": health},
+        "/journal":          {"GET": show_journal},
+        "/":                 {"GET": page},
+    }
+
+    def methods_of(self, path):
+        """{method: endpoint} of a path; {} if there is no such path."""
+        passed = getattr(self.backend, "paths", ()) if isinstance(
+            self.backend, PassingOn) else ()
+        if path in self.routes:
+            return self.routes[path]
+        if path in [normal_path(each)[0] for each in passed]:
+            return dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
+        return {}
+
+    def options(self, incoming, methods):
+        allowed = allowed_methods(methods or ("GET", "POST"))
+        headers = {"allow": allowed}
+        if "access-control-allow-origin" in self.cors_headers(incoming):
+            wanted = incoming.fields.get("access-control-request-headers", "*")
+            headers.update({"access-control-allow-methods": allowed,
+                            "access-control-allow-headers": wanted,
+                            "access-control-max-age": "86400"})
+        return Response(204, headers)
+
+    def respond(self, incoming):
+        """The response to one request."""
+        methods = self.methods_of(incoming.path)
+        if incoming.method == "OPTIONS":
+            return self.options(incoming, methods)
+        if not methods:
+            paths = ", ".join(f"/v1{path}" for path in list(self.routes)[:3])
+            raise APIError(404, f"Unknown request URL: {incoming.method} "
+                           f"{printable(incoming.exchange.path[:200])}. This server has: "
+                           f"{paths}.", code="unknown_url")
+        method = "GET" if incoming.method == "HEAD" else incoming.method
+        if method not in methods:
+            raise APIError(405, f"Not allowed to {incoming.method} on {incoming.path}. "
+                           f"(HINT: use {' or '.join(methods)} instead.)",
+                           headers={"allow": allowed_methods(methods)})
+        return methods[method](self, incoming)
+
+    def print_block(self, number, direction, block):
+        """Trace what crosses the wire, a line at a time, with the time of day."""
+        now = time.time()
+        clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
+        for line in trace_lines(block):
+            self.trace(f"{clock} #{number} {direction} {line}")
 
 
 # ----------------------------------------------------------------------------------
-# Page.  For a look with a browser: talk, and see the events beside it as they arrive.
-# It asks nobody but this server, and inserts text as text.
+# Page.  For a look with a browser: talk, and see the wire beside it.
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
@@ -2989,504 +4246,108 @@ def page_headers():
 
 
 # ----------------------------------------------------------------------------------
-# Server.  The routes, who may use them, and the one place where all the stages meet.
-
-BEARER = {"www-authenticate": "Bearer"}
-LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|\[::1\]")
-LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]*|.*\.(localhost|local|internal)")
-
-
-def model_name(backend):
-    return getattr(backend, "model", None) or getattr(backend, "__name__", "model")
-
-
-def host_name(authority):
-    """Example: "http://Box.local:8000" and "box.local" -> "box.local"."""
-    return re.sub(r"^\w+://|:\d*$", "", authority).lower()
-
-
-@functools.lru_cache(maxsize=64)
-def is_local(host):
-    host = host_name(host)
-    return bool(LOCAL_HOST.fullmatch(host)) or host == socket.gethostname().lower()
-
-
-def one_or_many(value):
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def tls_context(tls):
-    """An ssl.SSLContext, from one or from the files of a certificate and its key."""
-    if tls is None or isinstance(tls, ssl.SSLContext):
-        return tls
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(*tls)
-    return context
-
-
-def hang_up(connection, how):
-    """Wake who waits on a connection; under TLS too, whose own shutdown would talk."""
-    with suppress(OSError):
-        socket.socket.shutdown(connection, how)
-
-
-def masked(key):
-    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
-
-
-def allowed_methods(methods):
-    return ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
-
-
-def views(request, prompts):
-    """The request as the backend sees it, once per choice; the reply gets its id."""
-    if request["endpoint"] == "chat":
-        prefix, texts = "chatcmpl-", [request["text"]] * request["n"]
-    else:
-        prefix, best_of = "cmpl-", request["best_of"]
-        texts = ["".join(tokens) for tokens in prompts for _ in range(best_of)]
-    request["id"] = prefix + random_name(29)
-    return [{**request, "index": index, "prompt": text, "text": text}
-            for index, text in enumerate(texts)]
-
-
-def unstreamed(answer, quirk):
-    """A reply that is not streamed; most quirks are about events and leave it alone."""
-    if quirk in WHOLE_QUIRKS:
-        answer.body = WRITE_QUIRKS[quirk](iter([answer.body]), 0)
-    return answer
-
-
-class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible server on a port of its own; see the top of this file.
-
-    backend: any function of the request, or echo, say(...), Script(...), command(...),
-    Relay(...), Replay(...).  port 0: a free one.  models: None for any name, or the
-    names to accept.  api_keys: those that may use it.  tokenize: text -> list of its
-    tokens.  strict: check the conversation.  quirk: a name of QUIRKS for every reply;
-    quirk_header: also take one from X-Quirk.  tls: an ssl.SSLContext, or (certificate
-    file, key file).  cors: origins of web pages that may use it.  max_body: bytes.
-    request_timeout: seconds for a whole request to arrive.  journal: entries kept.
-    """
-
-    daemon_threads = True
-    allow_reuse_address = os.name != "nt"       # there it would share the port
-    allow_reuse_port = False
-    request_queue_size = 1024   # of 32 clients at once, 5 make most wait for a second
-    delay = 0                   # seconds between pieces, unless a reply says otherwise
-    trace = False               # print what crosses the wire
-    awake = 0                   # seconds to look for a next request, before we sleep
-    closing = False             # no more connections, no more requests
-    hanging_up = False          # ... and what still waits is to end
-    acceptors = ()              # the threads that accept, where `start` made them
-
-    def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
-                 api_keys=(), tokenize=tokenize, strict=True, quirk=None,
-                 quirk_header=False, tls=None, cors=(), max_body=32 * 2**20,
-                 max_connections=512, request_timeout=30, journal=1000):
-        parse_quirk(quirk)                          # a wrong name shall fail here
-        self.backend, self.tokenize, self.strict = backend, tokenize, strict
-        self.models = None if models is None else one_or_many(models)
-        self.api_keys = [key.encode() for key in one_or_many(api_keys)]
-        self.quirk, self.quirk_header = quirk, quirk_header
-        self.tls, self.cors = tls_context(tls), set(one_or_many(cors))
-        self.max_body, self.max_connections = max_body, max_connections
-        self.request_timeout, self.started = request_timeout, int(time.time())
-        self.entries = collections.deque(maxlen=journal)
-        self.connections, self.idle = {}, set()     # thread: its socket; who waits
-        self.numbers = itertools.count(1)           # of connections, for the trace
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
-
-    # ------ life
-
-    def server_bind(self):
-        """As HTTPServer's, but no resolver is asked for our name: it may not answer."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    @property
-    def base_url(self):
-        """Where a client finds it; ends in /v1."""
-        anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-        host = anywhere.get(self.server_name, self.server_name)
-        host = f"[{host}]" if ":" in host else host
-        return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
-
-    @property
-    def journal(self):
-        """The last exchanges, oldest first."""
-        return list(self.entries)
-
-    def start(self, acceptors=1):
-        """Serve in threads of its own; returns the server.
-
-        Where hundreds of connections keep the interpreter busy, one that accepts gets
-        its turn too seldom: eight halve the wait of the next thousand.
-        """
-        self.acceptors = [threading.Thread(target=self.serve_forever, daemon=True)
-                          for _ in range(acceptors)]
-        for thread in self.acceptors:
-            thread.start()
-        return self
-
-    def serve_forever(self, poll_interval=0.5):
-        """Accept until `shutdown`, which knocks: the poll is for when it cannot."""
-        self.socket.settimeout(poll_interval)
-        while not self.closing:
-            with suppress(OSError):
-                connection, address = self.get_request()
-                try:
-                    self.process_request(connection, address)
-                except Exception:               # no more threads to be had
-                    self.handle_error(connection, address)
-                    connection.close()
-
-    def shutdown(self):
-        """Take no more connections."""
-        self.closing = True
-        host = urlsplit(self.base_url).hostname
-        for _ in self.acceptors or [None]:          # None: serve_forever by hand
-            with suppress(OSError):
-                socket.create_connection((host, self.server_port), timeout=1).close()
-        for thread in self.acceptors:
-            thread.join()
-        self.server_close()
-
-    def join_connections(self, seconds):
-        end = time.monotonic() + seconds
-        for thread in list(self.connections):
-            thread.join(max(end - time.monotonic(), 0))
-
-    def close(self, grace=0):
-        """Stop, and close every connection; running replies get `grace` seconds first.
-
-        What still waits then ends with an error; a thread that is blocked in a backend
-        of the user's is left behind.
-        """
-        self.shutdown()
-        for connection in list(self.idle):
-            hang_up(connection, socket.SHUT_RD)
-        self.join_connections(grace)
-        self.hanging_up = True
-        for how in (socket.SHUT_RD, socket.SHUT_RDWR):  # no more to come; nor to go
-            for connection in list(self.connections.values()):
-                hang_up(connection, how)
-            self.join_connections(0.25)
-        if self.connections:
-            log.warning("%d threads are still busy in the backend and are left behind",
-                        len(self.connections))
-
-    def __enter__(self):
-        return self.start()
-
-    def __exit__(self, kind, error, traceback):
-        self.close()
-        close = getattr(self.backend, "close", None)
-        if close and (error is None or isinstance(error, Exception)):
-            close(error)
-
-    # ------ connections, each in a thread
-
-    def process_request(self, connection, address):
-        """Beyond max_connections a thread still says 503; far beyond, not even that."""
-        if self.closing or len(self.connections) > 2 * self.max_connections + 16:
-            return connection.close()
-        thread = threading.Thread(target=self.process_request_thread,
-                                  args=(connection, address), daemon=True)
-        self.connections[thread] = connection
-        try:
-            thread.start()
-        except RuntimeError:
-            del self.connections[thread]
-            raise
-
-    def process_request_thread(self, connection, address):
-        try:
-            super().process_request_thread(connection, address)
-        finally:
-            self.connections.pop(threading.current_thread(), None)
-
-    def get_request(self):
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.05)        # out of descriptors: it is no use to spin
-            raise
-
-    def handle_error(self, connection, address):
-        log.debug("A connection from %s failed", address[0], exc_info=True)
-
-    # ------ who may use it
-
-    def on_loopback(self):
-        return self.server_name.startswith("127.") or self.server_name == "::1"
-
-    def check_key(self, secrets):
-        scheme, _, key = secrets.get("authorization", "").partition(" ")
-        key = key if scheme.lower() == "bearer" else secrets.get("api-key", "")
-        key = key.strip()
-        if not key:
-            raise APIError(401, "You didn't provide an API key. You need to provide "
-                           "your API key in an Authorization header using Bearer auth "
-                           "(i.e. Authorization: Bearer YOUR_KEY).", headers=BEARER)
-        from hmac import compare_digest         # not needed by those without keys
-        known = [compare_digest(key.encode(), each) for each in self.api_keys]
-        if not any(known):              # all were compared: time tells nothing
-            raise APIError(401, f"Incorrect API key provided: {masked(key)}.",
-                           code="invalid_api_key", headers=BEARER)
-
-    def allows(self, origin, fields):
-        """May a web page of that origin read what we answer?"""
-        if self.cors & {"*", origin} or self.api_keys:
-            return True
-        _, _, authority = origin.partition("://")
-        return (authority == fields.get("host")
-                or bool(LOOPBACK.fullmatch(host_name(authority))))
-
-    def check_browser(self, fields):
-        """A page from elsewhere, in somebody's browser, is a stranger here."""
-        host = fields.get("host", "")
-        if not (is_local(host) or host_name(host) in map(host_name, self.cors)):
-            raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
-                           "machine; to allow a page of that host, name its origin "
-                           "with --cors.", code="foreign_host")
-        origin = fields.get("origin")
-        if origin is not None and not self.allows(origin, fields):
-            raise APIError(403, f"The Origin {printable(origin[:100])!r} is not "
-                           "allowed; name it with --cors.", code="foreign_origin")
-
-    def admit(self, exchange):
-        """Refuse who may not use the server, before the body is read."""
-        if exchange.method == "OPTIONS":
-            return
-        if self.api_keys:
-            if exchange.route not in ("/", "/health"):
-                self.check_key(exchange.secrets)
-                exchange.keyed = True
-        elif self.on_loopback():
-            self.check_browser(exchange.headers)
-
-    def cors_headers(self, exchange):
-        origin = exchange.headers.get("origin")
-        if origin is None:
-            return {}
-        if not self.allows(origin, exchange.headers):
-            return {"vary": "origin"}
-        return {"vary": "origin", "access-control-allow-origin": origin,
-                "access-control-expose-headers": "x-request-id"}
-
-    # ------ the endpoints: an exchange -> its answer
-
-    def check_model(self, model):
-        if self.models is not None and model not in self.models:
-            raise APIError(404, f"The model `{model[:200]}` does not exist or you do "
-                           "not have access to it.", code="model_not_found")
-
-    def quirk_wanted(self, headers):
-        """What X-Quirk asks for, where it may; a wrong name is the client's fault."""
-        quirk = headers.get("x-quirk") if self.quirk_header else None
-        try:
-            parse_quirk(quirk)
-        except ValueError as error:
-            raise APIError(400, str(error), "X-Quirk") from None
-        return quirk
-
-    def complete(self, request, exchange):
-        """The diagram at the top of this file, as code."""
-        backend, tokenize = self.backend, self.tokenize
-        prompts = readings(request, tokenize)
-        wanted = self.quirk_wanted(exchange.headers)
-        replies = []
-        for view in views(request, prompts):
-            replies.append(as_reply(backend(view)))
-            exchange.sources.append(replies[-1].pieces)
-        first = replies[0]
-        quirk, k = parse_quirk(first.quirk or self.quirk or wanted)
-        exchange.quirk = quirk
-        usage = Usage(request, tokenize, first.usage)
-        choices = [choice(reply, request, tokenize, reply.delay or self.delay)
-                   for reply in replies]
-        if request["endpoint"] == "chat":
-            chunks = chat_chunks(request, choices, usage)
-        else:
-            chunks = completion_chunks({**request, "prompts": prompts}, choices, usage)
-        if not request["stream"]:
-            return unstreamed(json_answer(fold(chunks), first.headers), quirk)
-        if quirk in CHUNK_QUIRKS:
-            chunks = CHUNK_QUIRKS[quirk](chunks, k)
-        writes = map(exchange.counted, events(chunks))
-        if quirk in WRITE_QUIRKS:
-            writes = WRITE_QUIRKS[quirk](writes, k)
-        at_hand = not quirk and not self.delay and all(map(Reply.is_at_hand, replies))
-        return Answer(200, {**EVENT_STREAM, **first.headers}, writes, at_hand)
-
-    def completion(self, exchange):
-        """A chat or a text completion, of our backend's pieces or its whole answer."""
-        body = exchange.body = parse_json(exchange.content)
-        if exchange.model is not None and body.get("model") is None:
-            body = {**body, "model": exchange.model}
-            exchange.content = to_json(body)
-        if hasattr(self.backend, "answer"):
-            return self.backend.answer(exchange)
-        is_chat = exchange.route == "/chat/completions"
-        request = (parse_chat if is_chat else parse_completion)(body, self.strict)
-        self.check_model(request["model"])
-        return self.complete(request, exchange)
-
-    def show_models(self, exchange):
-        """One where the path names it, else all."""
-        if hasattr(self.backend, "answer"):
-            return self.backend.answer(exchange)
-        names = [model_name(self.backend)] if self.models is None else self.models
-        if exchange.model is not None:
-            self.check_model(exchange.model)
-            names = [exchange.model]
-        models = [{"id": name, "object": "model", "created": self.started,
-                   "owned_by": "openai_compat"} for name in names]
-        return json_answer({"object": "list", "data": models} if exchange.model is None
-                           else models[0])
-
-    def health(self, exchange):
-        return json_answer({"status": "ok"})
-
-    def show_journal(self, exchange):
-        if not self.entries.maxlen:
-            raise APIError(404, "No journal is kept; start with --journal.",
-                           code="unknown_url")
-        return json_answer([entry.as_dict() for entry in self.journal])
-
-    def page(self, exchange):
-        return Answer(200, page_headers(), PAGE.encode())
-
-    # ------ routes
-
-    ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
-        "/chat/completions": {"POST": completion},
-        "/completions":      {"POST": completion},
-        "/models":           {"GET": show_models},
-        "/models/":          {"GET": show_models},      # and a name after it
-        "/health":           {"GET": health},
-        "/journal":          {"GET": show_journal},
-        "/":                 {"GET": page},
-    }
-
-    def options(self, exchange, methods):
-        allowed = allowed_methods(methods or {"GET": None, "POST": None})
-        headers = {"allow": allowed}
-        if "access-control-allow-origin" in self.cors_headers(exchange):
-            wanted = exchange.headers.get("access-control-request-headers", "*")
-            headers.update({"access-control-allow-methods": allowed,
-                            "access-control-allow-headers": wanted,
-                            "access-control-max-age": "86400"})
-        return Answer(204, headers)
-
-    def answer(self, exchange):
-        """The answer to one request."""
-        path = "/models/" if exchange.route.startswith("/models/") else exchange.route
-        methods = self.ROUTES.get(path)
-        if exchange.method == "OPTIONS":
-            return self.options(exchange, methods or {})
-        if methods is None:
-            paths = ", ".join(f"/v1{path}" for path in list(self.ROUTES)[:3])
-            raise APIError(404, f"Unknown request URL: {exchange.method} "
-                           f"{printable(exchange.path[:200])}. This server has: "
-                           f"{paths}.", code="unknown_url")
-        method = "GET" if exchange.method == "HEAD" else exchange.method
-        if method not in methods:
-            raise APIError(405, f"Not allowed to {exchange.method} on "
-                           f"{exchange.route}. (HINT: use {' or '.join(methods)} "
-                           "instead.)", headers={"allow": allowed_methods(methods)})
-        return methods[method](self, exchange)
-
-
-# ----------------------------------------------------------------------------------
 # Command line.  A table of flags, the server that they ask for, and two ways to run it:
-# until a signal comes, or beside a command and as long as that runs.
+# until a signal comes, or as long as a command runs.
 
 PLACE = "MODULE:FUNCTION"
-OPTIONS = (  # False, a list or a number as the default says what kind of flag it is
+BACKENDS = (  # flags that choose the backend; without one of them it is echo
     # flag               default      metavar    help
-    ("--host",            "127.0.0.1", None,     "address to listen on"),
-    ("--port",            8000,        None,     "port; 0 for a free one"),
+    ("--say",             None,        "TEXT",   "always say this"),
+    ("--script",          None,        "FILE",   "reply with the steps of this JSON file"),
+    ("--command",         None,        "CMD",    "reply with what this program prints"),
+    ("--backend",         None,        PLACE,    "reply with what this yields"),
+    ("--upstream",        None,        "URL",    "pass requests on to another server"),
+    ("--replay",          None,        "TAPE",   "reply with what was recorded; with "
+                                                 "--upstream, record what is missing"),
+)
+OPTIONS = (  # False, a list or a number as the default says what kind of flag it is
+    ("--host",            "127.0.0.1", "HOST",   "address to listen on"),
+    ("--port",            None,        "PORT",   "port; 0 is a free one; else 8000"),
     ("--model",           [],          "NAME",   "accept this name only"),
     ("--api-key",         [],          "KEY",    "accept this key; also, separated by "
                                                  "commas, from OPENAI_COMPAT_API_KEYS"),
-    ("--at-once",         1,           "N",      "programs at a time"),
     ("--upstream-key",    None,        "KEY",    "the key for --upstream"),
-    ("--record",          None,        "TAPE",   "append what the upstream says "
-                                                 "to a tape"),
+    ("--record",          None,        "TAPE",   "append what the upstream says to a tape"),
+    ("--pass",            [],          "PATH",   "another path to pass to --upstream"),
+    ("--route",           [],          f"PATH={PLACE}", "answer another path with this"),
+    ("--at-once",         None,        "N",      "how many programs run at a time; else 1"),
     ("--delay",           0.0,         "S",      "seconds between pieces"),
-    ("--tokenizer",       None,        PLACE, "text -> list of its tokens"),
+    ("--tokenizer",       None,        PLACE,    "text -> list of its tokens"),
     ("--lenient",         False,       None,     "do not check the conversation"),
-    ("--quirk",           None,        "NAME",   "a fault in every reply"),
+    ("--quirk",           None,        "NAME",   "a deliberate fault in every reply"),
     ("--quirk-header",    False,       None,     "a fault where X-Quirk asks for it"),
-    ("--journal",         False,       None,     "keep one, for GET /journal"),
-    ("--cors",            [],          "ORIGIN", "let web pages of this origin in; "
-                                                 "* for all"),
+    ("--journal",         False,       None,     "keep exchanges, for GET /journal"),
+    ("--cors",            [],          "ORIGIN", "let web pages of this origin in; * is "
+                                                 "all"),
     ("--tls-cert",        None,        "FILE",   "serve https with this certificate"),
-    ("--tls-key",         None,        "FILE",   "and its key"),
+    ("--tls-key",         None,        "FILE",   "the key of the certificate"),
     ("--max-body",        32 * 2**20,  "N",      "bytes"),
-    ("--max-connections", 512,         "N",      "beyond: 503"),
+    ("--max-connections", 512,         "N",      "more get a 503"),
     ("--request-timeout", 30.0,        "S",      "seconds for a request to arrive"),
     ("--trace",           False,       None,     "print what crosses the wire"),
-    ("--quiet",           False,       None,     "no line per exchange"),
+    ("--quiet",           False,       None,     "print no line per exchange"),
 )
-BACKENDS = (  # flags that choose the backend; without one of them it is echo
-    ("--say",             None,        "TEXT",   "always say this"),
-    ("--script",          None,        "FILE",   "reply with the steps of this JSON "
-                                                 "file"),
-    ("--command",         None,        "CMD",    "reply with what this program prints"),
-    ("--backend",         None,        PLACE, "reply with what this yields"),
-    ("--upstream",        None,        "URL",    "pass on to another such server"),
-    ("--replay",          None,        "TAPE",   "reply with what was recorded"),
+NEEDED = (  # a flag, and another without which it has no effect
+    ("--at-once", "--command"), ("--upstream-key", "--upstream"),
+    ("--record", "--upstream"), ("--pass", "--upstream"),
+    ("--tls-key", "--tls-cert"), ("--tls-cert", "--tls-key"),
 )
+USELESS = {  # a flag, and those that have no effect beside it
+    "--upstream": ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer"),
+    "--replay": ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer",
+                 "--record"),
+}
+KINDS = {"PORT": int, "N": int, "S": float}
 
 
 def add_flag(parser, flag, default, metavar, about):
     kind = {"action": "store_true"}
-    if type(default) is list:
-        kind = {"action": "append", "default": default, "metavar": metavar}
-    elif default is not False:
-        kind = {"type": str if default is None else type(default), "default": default,
-                "metavar": metavar}
+    if default is not False:
+        kind = {"metavar": metavar, "type": KINDS.get(metavar, str), "default": default,
+                "action": "append" if type(default) is list else "store"}
     parser.add_argument(flag, help=about, **kind)
+
+
+def check_flags(parser, args):
+    """Refuse flags that have no effect beside others, or without them."""
+    def given(flag):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        return value is not None and value is not False and value != [] and value != 0.0
+
+    for flag, other in NEEDED:
+        if given(flag) and not given(other):
+            parser.error(f"{flag} has no effect without {other}")
+    for flag, others in USELESS.items():
+        for other in filter(given, others if given(flag) else ()):
+            parser.error(f"{other} has no effect beside {flag}")
+    chosen = [flag for flag, *_ in BACKENDS if given(flag)]
+    if len(chosen) > 1 and chosen != ["--upstream", "--replay"]:
+        parser.error(f"{chosen[1]} is not allowed beside {chosen[0]}")
 
 
 def parse_arguments(argv):
     """The options, and the command after the first "--", or None."""
-    import argparse             # a fixture needs none of it
+    import argparse             # a fixture does not need it
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="After -- may stand a command: it is run with OPENAI_BASE_URL set to a "
+        prog="openai_compat.py", description=(__doc__ or "").partition("\n")[0],
+        epilog="After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
                "server on a free port, and its exit status is the exit status.")
-    for row in OPTIONS:
+    for row in BACKENDS + OPTIONS:
         add_flag(parser, *row)
     parser.add_argument("--version", action="version", version=__version__)
-    one_of = parser.add_mutually_exclusive_group()
-    for row in BACKENDS:
-        add_flag(one_of, *row)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    for flag, other in (("record", "upstream"), ("upstream_key", "upstream"),
-                        ("tls_key", "tls_cert"), ("tls_cert", "tls_key")):
-        if getattr(args, flag) and not getattr(args, other):
-            parser.error(f"--{flag} says nothing without --{other}".replace("_", "-"))
+    check_flags(parser, args)
     return args, argv[end + 1:] if "--" in argv else None
 
 
 def named(text):
-    """What "module:function" names.
-
-    Its module imports `openai_compat`: that has to be this very module, not a second
-    copy, whose APIError would be a stranger here.
-    """
-    sys.modules.setdefault("openai_compat", sys.modules[__name__])
-    sys.path.insert(0, os.getcwd())
+    """What "module:function" names."""
     module, _, name = text.partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ValueError(f"cannot load {text}: {error!r}") from error
 
 
 def backend_of(args):
@@ -3495,17 +4356,18 @@ def backend_of(args):
     if args.script:
         return Script.from_file(args.script)
     if args.command:
-        return command(args.command, args.at_once)
-    if args.upstream:
-        return Relay(args.upstream, args.upstream_key, args.record)
-    if args.replay:
-        return Replay(args.replay)
-    return named(args.backend) if args.backend else echo
+        return command(args.command, args.at_once or 1)
+    if args.backend:
+        return named(args.backend)
+    relay = args.upstream and Relay(args.upstream, args.upstream_key, args.record,
+                                    getattr(args, "pass"))
+    return Replay(args.replay, relay=relay) if args.replay else relay or echo
 
 
 def server_of(args, port):
     """The server that the options ask for."""
     keys = os.environ.get("OPENAI_COMPAT_API_KEYS", "").split(",")
+    routes = [route.rpartition("=") for route in args.route]
     server = Server(
         backend_of(args), host=args.host, port=port, models=args.model or None,
         api_keys=[*args.api_key, *filter(None, map(str.strip, keys))],
@@ -3513,23 +4375,205 @@ def server_of(args, port):
         strict=not args.lenient, quirk=args.quirk, quirk_header=args.quirk_header,
         tls=(args.tls_cert, args.tls_key) if args.tls_cert else None, cors=args.cors,
         max_body=args.max_body, max_connections=args.max_connections,
-        request_timeout=args.request_timeout, journal=1000 if args.journal else 0)
-    server.delay, server.trace = args.delay, args.trace
-    if hasattr(socket, "MSG_DONTWAIT") and hasattr(os, "sched_yield"):
-        server.awake = 1e-4
+        request_timeout=args.request_timeout, journal=1000 if args.journal else 0,
+        routes={path: named(place) for path, _, place in routes})
+    check_number("--delay", args.delay, 0)
+    server.delay, server.trace = args.delay, printer() if args.trace else None
     return server
 
 
-def complain(message, status):
+def complain(message, status=1):
     print(f"openai_compat: {message}", file=sys.stderr)
     return status
 
 
-def schedule(cores, slack):
-    """Where this thread and those that it starts are to run, if the system lets us.
+def printer():
+    """A function that prints a line to standard error, in a thread of its own.
 
-    slack: how many ns a sleep may last longer, so that sleepers wake together.
+    Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
+    lost, and no request waits.
     """
+    import queue
+    lines = queue.Queue(10000)
+
+    def work():
+        while True:
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{lines.get()}\n")
+                sys.stderr.flush()
+
+    def print_line(line):
+        with suppress(queue.Full):
+            lines.put_nowait(line)
+    threading.Thread(target=work, daemon=True).start()
+    return print_line
+
+
+def on_one_core(number):
+    """A context: threads that start inside stay on one core, which the number picks."""
+    return contextlib.nullcontext()
+
+
+ACCEPTORS = 1                   # how many threads accept connections
+
+
+def wait_until(is_over, seconds=0.1):
+    """Wait in short steps, so that a signal is heard: on Windows nothing interrupts a
+    wait, and a join that a signal interrupts takes its thread for ended."""
+    while not is_over():
+        time.sleep(seconds)
+
+
+def close_server(server, grace=0):
+    """Close it -> the exit status, 1 if something failed."""
+    try:
+        server.close(grace)
+    except BaseException as error:
+        return complain(f"{type(error).__name__}: {error}")
+    return 0
+
+
+def serve(server):
+    """Serve until SIGTERM or Ctrl-C; running replies get 10 s then, or until a second
+    one comes."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:   # nohup
+            signal.signal(getattr(signal, name), interrupt)
+    try:
+        print(f"Serving {server.base_url} with {model_name(server.backend)}; "
+              "Ctrl-C ends it.", file=sys.stderr, flush=True)
+        wait_until(lambda: False)
+    except KeyboardInterrupt:
+        pass
+    closing = threading.Thread(target=close_server, args=(server, 10), daemon=True)
+    closing.start()
+    try:
+        wait_until(lambda: not closing.is_alive(), 0.05)
+    except KeyboardInterrupt:
+        for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        server.cut_connections()
+    return 0
+
+
+def reaches_command(number):
+    """Does the terminal send a Ctrl-C to the command as well, so that it must not be
+    passed on?"""
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            in_front = os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except (OSError, AttributeError):
+        return os.name == "nt"
+    return number == signal.SIGINT and in_front
+
+
+def pass_signal(running, number, frame):
+    """Hand a signal to the command; without one, end."""
+    if not running:
+        sys.exit(128 + number)
+    if not reaches_command(number) and running[0].poll() is None:
+        running[0].send_signal(number)
+
+
+def environment_for(server):
+    """Our environment, and in it where the server is, by all names that clients know."""
+    keys = server.api_keys
+    key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
+    hosts = [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1",
+             urlsplit(server.base_url).hostname]
+    bypass = ",".join(filter(None, hosts))
+    return {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": key,
+            "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
+
+
+def run_beside(server, program):
+    """Run a command with the server in its environment -> its exit status."""
+    import subprocess
+    found = shutil.which(program[0]) if program else None
+    if found is None:
+        close_server(server)
+        return complain(f"cannot run {program[0] if program else 'nothing'!r}: "
+                        "no such command", 127)
+    running = []                # empty until there is somebody to pass a signal to
+    for name in {"SIGTERM", "SIGHUP", "SIGINT"}.intersection(dir(signal)):
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), functools.partial(pass_signal, running))
+    try:
+        running.append(subprocess.Popen([found, *program[1:]],
+                                        env=environment_for(server)))
+    except OSError as error:
+        close_server(server)
+        return complain(f"cannot run {found}: {error.strerror}", 126)
+    wait_until(lambda: running[0].poll() is not None, 0.02)
+    failed, status = close_server(server), running[0].returncode
+    return (status if status >= 0 else 128 - status) or failed
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    # A user's module imports openai_compat: that must be this very module, not a second
+    # copy, whose APIError would be another class.
+    sys.modules.setdefault("openai_compat", sys.modules[__name__])
+    sys.path.insert(0, os.getcwd())
+    if hasattr(signal, "SIGCHLD"):      # where it is ignored, programs have no status
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    args, program = parse_arguments(sys.argv[1:] if argv is None else argv)
+    is_beside = program is not None
+    port = args.port if args.port is not None else 0 if is_beside else 8000
+    level = logging.WARNING if args.quiet or is_beside else logging.INFO
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
+                        level=level)
+    try:
+        server = server_of(args, port)
+    except (OSError, OverflowError, ValueError, TypeError) as error:
+        is_taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        return complain(f"port {port}: {error}" if is_taken else error)
+    if not (server.api_keys or server.on_loopback()):
+        log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
+                    "this server", args.host, server.server_port)
+    # The code of others may compute: it runs on any core.  Neighbouring ports get two.
+    is_ours = not (args.command or args.backend or args.route)
+    with on_one_core(port or os.getpid()) if is_ours else contextlib.nullcontext():
+        server.start(ACCEPTORS)
+    return run_beside(server, program) if is_beside else serve(server)
+
+
+# ----------------------------------------------------------------------------------
+# Speed.  Everything here exists only for speed, and only replaces what is above.  With
+# FAST = False the program does the same, slower.
+
+FAST = True
+
+
+def fast_encoder(as_string, **options):
+    """A JSONEncoder's `encode` whose C part is made once, not for every value."""
+    standard = json.JSONEncoder(allow_nan=False, separators=(",", ":"), **options)
+    try:
+        encode = json.encoder.c_make_encoder(None, standard.default, as_string, None,
+                                             ":", ",", False, False, False)
+    except (AttributeError, TypeError):         # another Python has no such function
+        return standard.encode
+    return lambda value: "".join(encode(value, 0))
+
+
+def fast_encode_json():
+    """20 % of the time of an event: json.dumps makes an encoder for each call."""
+    plain = fast_encoder(json.encoder.encode_basestring, ensure_ascii=False)
+    escaped = fast_encoder(json.encoder.encode_basestring_ascii)
+    return lambda value, ascii=False: escaped(value) if ascii else plain(value)
+
+
+def fast_writes_per_send(response):
+    """A reply that is at hand goes out in few sends."""
+    return 256 if response.ready else 1
+
+
+def run_on(cores, slack):
+    """Where this thread and those that it starts run; slack: how many ns a sleep may
+    last longer, so that sleepers wake together."""
     with suppress(OSError):
         os.sched_setaffinity(0, cores)
         with open("/proc/self/timerslack_ns", "w") as file:
@@ -3537,118 +4581,25 @@ def schedule(cores, slack):
 
 
 @contextlib.contextmanager
-def on_one_core(number):
-    """Threads that are started inside stay on one core, which the number picks.
-
-    One thread at a time has the interpreter, and to hand it to another core takes
-    longer than most turns; so does to wake a thousand sleepers one by one.  It is half
-    the time with 16 connections, and with 1,000.
-    """
-    if not hasattr(os, "sched_getaffinity"):        # only Linux has it
-        yield
-        return
+def fast_on_one_core(number):
+    """One thread at a time holds the interpreter, and to hand it to another core takes
+    longer than most turns.  Linux only."""
     cores = os.sched_getaffinity(0)
-    schedule({sorted(cores)[number % len(cores)]}, slack=10**6)
-    yield
-    schedule(cores, slack=0)                        # 0 is the usual one
-
-
-def serve(server):
-    """Serve until SIGTERM or Ctrl-C; running replies get 10 s then."""
-    # With hundreds of threads in the queue for the interpreter, each asking for it
-    # every 5 ms, whoever runs is interrupted all the time: it was four times the work.
+    run_on({sorted(cores)[number % len(cores)]}, slack=10**6)
+    # With hundreds of threads, each asks for the interpreter every 5 ms otherwise.
     sys.setswitchinterval(0.02)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print(f"Serving {server.base_url} with {model_name(server.backend)}; "
-              "Ctrl-C ends it.", file=sys.stderr, flush=True)
-        while True:
-            time.sleep(0.2)     # in short steps: on Windows nothing interrupts it
-    except KeyboardInterrupt:
-        pass
-    # In a thread: a join that a signal interrupts takes its thread for ended (CPython
-    # issue 45274).
-    closing = threading.Thread(target=server.close, args=(10,), daemon=True)
-    closing.start()
-    try:
-        while closing.is_alive():
-            time.sleep(0.05)
-    except KeyboardInterrupt:
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, signal.SIG_IGN)
-        server.close()
-    return 0
+    yield
+    run_on(cores, slack=0)                      # 0 is the default
 
 
-def pass_signal(running, number, frame):
-    """A terminal's Ctrl-C reaches the command anyway; twice would be once too often."""
-    if not running:
-        sys.exit(128 + number)
-    terminal = number == signal.SIGINT and sys.stdin.isatty()
-    if not terminal and running[0].poll() is None:
-        running[0].send_signal(number)
-
-
-def environment_for(server):
-    """Ours, and in it where to find the server, by all the names that clients know."""
-    keys = [key.decode() for key in server.api_keys]
-    key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
-    bypass = filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"])
-    bypass = ",".join(bypass)
-    return {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": key,
-            "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
-
-
-def run_beside(server, program):
-    """Run a command with the server in its environment; returns its exit status."""
-    import subprocess
-    found = shutil.which(program[0]) if program else None
-    if found is None:
-        server.close()
-        return complain(f"cannot run {program[0] if program else 'nothing'!r}: "
-                        "no such command", 127)
-    running = []                # empty until there is somebody to pass a signal to
-    for name in {"SIGTERM", "SIGHUP", "SIGINT"}.intersection(dir(signal)):
-        signal.signal(getattr(signal, name), functools.partial(pass_signal, running))
-    try:
-        process = subprocess.Popen([found, *program[1:]], env=environment_for(server))
-    except OSError as error:
-        server.close()
-        return complain(f"cannot run {found}: {error.strerror}", 126)
-    running.append(process)
-    while process.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.2)
-    server.close()
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
-
-
-def main(argv=None):
-    """The command line; returns the exit status."""
-    args, program = parse_arguments(sys.argv[1:] if argv is None else argv)
-    beside = program is not None
-    port = 0 if beside else args.port
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-                        level=logging.WARNING if args.quiet or beside else logging.INFO)
-    try:
-        server = server_of(args, port)
-    except (OSError, OverflowError, ValueError, ImportError, AttributeError) as error:
-        at_fault = (args.tls_cert or args.script or args.replay or args.record
-                    or f"--host {args.host} --port {args.port}")
-        return complain(f"{error} ({at_fault})", 1)
-    if not (server.api_keys or server.on_loopback()):
-        log.warning("WARNING: without --api-key, whoever reaches %s can use this "
-                    "server", server.base_url)
-    ours = not (args.command or args.backend)       # others' code may compute: anywhere
-    # Neighbouring ports get two cores.
-    with on_one_core(port or os.getpid()) if ours else contextlib.nullcontext():
-        server.start(acceptors=8)
-    status = run_beside(server, program) if beside else serve(server)
-    try:
-        getattr(server.backend, "close", lambda error: None)(None)
-    except AssertionError as error:
-        return complain(error, status or int(beside))
-    return status
+if FAST:
+    encode_json = fast_encode_json()
+    writes_per_send = fast_writes_per_send
+    http_date = functools.lru_cache(maxsize=4)(http_date)
+    is_local = functools.lru_cache(maxsize=64)(is_local)
+    ACCEPTORS = 8
+    if hasattr(os, "sched_setaffinity"):
+        on_one_core = fast_on_one_core
 
 
 if __name__ == "__main__":
