@@ -2547,7 +2547,8 @@ def test_a_pause_ends_when_the_server_does():
     with Server(always(Reply("a", delay=3600))) as server, asking(server) as client:
         until(lambda: server.journal)
         server.close()
-        assert [got.status for got in replies(read_to_end(client))] in ([], [503])
+        [got] = replies(read_to_end(client))
+    assert got.status == 503 and "shutting down" in got.error["message"]
 
 
 # ----------------------------------------------------------------------------------
@@ -3533,8 +3534,10 @@ def test_malformed_transfer_chunks_get_one_refusal_and_a_close(server, calm, cod
 class Watchful(Server):
     """A server that tells whether it has read all that a client has sent so far."""
 
+    accepted = {}
+
     def process_request(self, connection, address):
-        self.accepted = {**getattr(self, "accepted", {}), address: connection}
+        self.accepted[address] = connection
         super().process_request(connection, address)
 
     def has_taken(self, client):
@@ -3596,9 +3599,26 @@ def test_pipelined_requests_are_answered_in_order(server):
     assert [each.text for each in got] == [str(i) for i in range(20)]
 
 
-def test_a_refusal_in_a_pipeline_ends_it(server):
-    raw = get() + get(headers=b"Host : x\r\n") + get() + LAST
-    assert statuses(server, raw) == [200, 400]
+KEPT = {  # what is sent: the statuses, and what the first reply says of its connection
+    "HTTP/1.1": (get(), [200, 200], None),
+    "Connection: close": (get(headers=b"Host: x\r\nConnection: close\r\n"), [200], "close"),
+    "Connection: Close": (get(headers=b"Host: x\r\nConnection: Close\r\n"), [200], "close"),
+    "close among others": (get(headers=b"Host: x\r\nConnection: keep-alive, close\r\n"), [200],
+                           "close"),
+    "HTTP/1.0": (posted(TEXT_JSON, version=b"1.0"), [200], "close"),
+    "HTTP/1.0 with close": (posted(TEXT_JSON, b"Connection: close\r\n", version=b"1.0"), [200],
+                            "close"),
+    "HTTP/1.0 with keep-alive": (posted(TEXT_JSON, b"Connection: keep-alive\r\n", version=b"1.0"),
+                                 [200, 200], "keep-alive"),
+    "a refusal in a pipeline": (get() + get(headers=b"Host : x\r\n") + get(), [200, 400], None),
+}
+
+
+@pytest.mark.parametrize("raw, replied, said", rows(KEPT))
+def test_whether_a_connection_is_kept(server, raw, replied, said):
+    got = talk(server, raw + LAST)
+    assert [each.status for each in got] == replied
+    assert got[0].headers.get("connection") == said and "content-length" in got[0].headers
 
 
 @pytest.mark.parametrize("target", [b"/health", b"/v1/models", b"/v1/models/m", b"/v1/x"])
@@ -3617,26 +3637,12 @@ def test_options_is_204_everywhere(server, target):
     assert "content-length" not in got.headers and "transfer-encoding" not in got.headers
 
 
-@pytest.mark.parametrize("headers, kept", [
-    (b"", False), (b"Connection: close\r\n", False), (b"Connection: keep-alive\r\n", True)])
-def test_http_1_0_is_kept_only_when_asked_and_told_so(server, headers, kept):
-    got, *rest = talk(server, posted(TEXT_JSON, headers, version=b"1.0") + LAST)
-    assert got.status == 200 and "content-length" in got.headers and bool(rest) == kept
-    assert got.headers["connection"] == ("keep-alive" if kept else "close")
-
-
 @pytest.mark.parametrize("headers", [b"", b"Connection: keep-alive\r\n"])
 def test_http_1_0_never_gets_transfer_chunks(server, headers):
     body = TEXT_JSON[:-1] + b',"stream":true}'
     [got] = talk(server, posted(body, headers, version=b"1.0") + LAST)
     assert got.text == "Hi" and "transfer-encoding" not in got.headers
     assert got.headers["connection"] == "close"
-
-
-@pytest.mark.parametrize("value", [b"close", b"Close", b"keep-alive, close"])
-def test_connection_close_is_obeyed_and_said(server, value):
-    [got] = talk(server, get(headers=b"Host: x\r\nConnection: %b\r\n" % value) + LAST)
-    assert got.status == 200 and got.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize("version, replied", [(b"1.1", [100, 200, 200]), (b"1.0", [200])])
@@ -6103,11 +6109,6 @@ def test_a_flag_has_its_effect(workplace, flags, fields, expected):
     assert [bool(re.search(expected, each)) for each in shown] == [False, True]
 
 
-def test_each_named_model_is_listed():
-    with Running("--model", "a", "--model", "b") as server:
-        assert listed(server) == ["a", "b"]
-
-
 def test_upstream_with_its_key_and_record_and_replay(tape):
     with Server(say("from above"), api_keys="up") as first:
         flags = ["--upstream", first.base_url, "--upstream-key", "up", "--record", str(tape)]
@@ -6133,8 +6134,8 @@ def test_delay_is_between_the_pieces():
 
 @pytest.mark.parametrize("flags, status", [([], 404), (["--journal"], 200)])
 def test_the_journal_is_there_where_it_is_asked_for(flags, status):
-    with Running(*flags) as server:
-        assert call(server, "GET", "/journal").status == status
+    with Running(*flags, "--model", "b", "--model", "a") as server:
+        assert call(server, "GET", "/journal").status == status and listed(server) == ["b", "a"]
 
 
 def test_one_connection_too_many_is_a_503():
@@ -6154,20 +6155,23 @@ def test_the_port_is_the_one_that_was_named():
         assert server.server_address[1] == port and chat(server).status == 200
 
 
-@pytest.mark.parametrize("keys, flags, tried, expected", [
-    ("sk-1, sk-2", [], "sk-2", 200), ("sk-1, sk-2", [], "sk-3", 401), ("", [], "any", 200),
-    ("sk-1", ["--api-key", "sk-3"], "sk-1", 200), ("sk-1,", [], "", 401)])
-def test_keys_also_come_from_the_environment(keys, flags, tried, expected):
+ADMITTED = {  # OPENAI_COMPAT_API_KEYS, flags, the key that is tried, status, is it warned of
+    "no key":                 ("", [], "any", 200, False),
+    "the second of two":      ("sk-1, sk-2", [], "sk-2", 200, False),
+    "neither of two":         ("sk-1, sk-2", [], "sk-3", 401, False),
+    "beside a flag":          ("sk-1", ["--api-key", "sk-3"], "sk-1", 200, False),
+    "the flag's":             ("sk-1", ["--api-key", "sk-3"], "sk-3", 200, False),
+    "a comma too many":       ("sk-1,", [], "", 401, False),
+    "open to all":            ("", ["--host", "0.0.0.0"], "any", 200, True),
+    "open to those with one": ("", ["--host", "0.0.0.0", "--api-key", "k"], "any", 401, False),
+}
+
+
+@pytest.mark.parametrize("keys, flags, tried, status, warns", rows(ADMITTED))
+def test_keys_come_from_flags_and_the_environment(keys, flags, tried, status, warns):
     with Running(*flags, env=environment(OPENAI_COMPAT_API_KEYS=keys)) as server:
-        assert chat(server, headers={"Authorization": "Bearer " + tried}).status == expected
-
-
-@pytest.mark.parametrize("flags, warns", [(["--host", "0.0.0.0"], True), ([], False),
-                                          (["--host", "0.0.0.0", "--api-key", "k"], False)])
-def test_it_warns_where_anybody_may_come_in_without_a_key(flags, warns):
-    with Running(*flags) as server:
+        assert chat(server, headers={"Authorization": "Bearer " + tried}).status == status
         assert ("WARNING" in "".join(server.said)) == warns
-        assert chat(server).status == (401 if "k" in flags else 200)
 
 
 def test_version_is_printed():
@@ -6324,11 +6328,6 @@ def test_what_needs_no_proxy_already_stays():
     assert "intra.example" in environment_beside(NO_PROXY="intra.example")["NO_PROXY"].split(",")
 
 
-def test_the_whole_thing_in_one_line():
-    done = beside(sys.executable, CLIENT, "chat", "Hello!")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello!\n", "")
-
-
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/timerslack_ns"), reason="Linux alone")
 SCHEDULE = ("print(sorted(os.sched_getaffinity(0)), "
             "open('/proc/self/timerslack_ns').read().strip())")
@@ -6388,24 +6387,33 @@ def test_a_connection_that_waits_does_not_work():
         until(lambda: set(states()) == {"S"})
 
 
-@pytest.mark.parametrize("code, status", [
-    ("sys.exit(0)", 0), ("sys.exit(3)", 3),
-    pytest.param("os.kill(os.getpid(), signal.SIGTERM)", 143, marks=posix),
-    pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 137, marks=posix)])
-def test_the_status_of_a_command_is_the_status(code, status):
-    assert beside(*program(code)).returncode == status
+ASKING = [sys.executable, CLIENT, "chat", "Hello!"]
+SCRIPTED = ["--script", "steps.json"]
+BESIDE = {  # rule: (flags, command, its status, what it prints, what is said of errors)
+    "the whole thing in one line": ([], ASKING, 0, "Hello!\n", ""),
+    "the status of a command is the status": ([], program("sys.exit(3)"), 3, "", ""),
+    "a command has its own dashes": ([], program("print(sys.argv[1:])", "--", "--version"), 0,
+                                     "['--', '--version']\n", ""),
+    "a command that is not there is a 127": ([], ["no-such-command"], 127, "",
+                                             r".*no-such-command.*\n"),
+    "nor at that place": ([], ["./no-such-command"], 127, "", r".*\./no-such-command.*\n"),
+    "no command is a 127": ([], [], 127, "", r".+\n"),
+    "a script that was followed is a 0": (SCRIPTED, ASKING, 0, "from the script\n", ""),
+    "one that was not is a 1": (SCRIPTED, program(""), 1, "", r"(?s).*left over.*"),
+    "unless the command has failed": (SCRIPTED, program("sys.exit(3)"), 3, "",
+                                      r"(?s).*left over.*"),
+    **({} if os.name == "nt" else {
+        "a signal is 128 and its number": (
+            [], program("os.kill(os.getpid(), signal.SIGTERM)"), 143, "", ""),
+        "SIGKILL too": ([], program("os.kill(os.getpid(), signal.SIGKILL)"), 137, "", "")}),
+}
 
 
-def test_a_command_has_its_own_dashes():
-    done = beside(*program("print(sys.argv[1:])", "--", "--version"))
-    assert done.stdout == "['--', '--version']\n"
-
-
-@pytest.mark.parametrize("words", [["no-such-command"], ["./no-such-command"], []])
-def test_a_command_that_is_not_there_is_a_127(words):
-    done = beside(*words)
-    assert done.returncode == 127 and done.stderr.count("\n") == 1
-    assert "".join(words) in done.stderr
+@pytest.mark.parametrize("flags, words, status, printed, complained", rows(BESIDE))
+def test_beside_a_command(workplace, flags, words, status, printed, complained):
+    done = beside(*words, flags=flags, cwd=workplace)
+    assert (done.returncode, done.stdout) == (status, printed)
+    assert re.fullmatch(complained, done.stderr)
 
 
 @posix
@@ -6433,18 +6441,6 @@ def test_nothing_is_left_of_the_server_when_the_command_ends():
     port = int(re.search(r":(\d+)/v1", url)[1])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
-
-
-@pytest.mark.parametrize("own, status", [(0, 1), (3, 3)])
-def test_a_script_that_was_not_followed_is_a_1_unless_the_command_failed(workplace, own, status):
-    done = beside(*program("sys.exit(%d)" % own), flags=["--script", "steps.json"], cwd=workplace)
-    assert done.returncode == status and "left over" in done.stderr
-
-
-def test_a_script_that_was_followed_is_a_0(workplace):
-    done = beside(sys.executable, CLIENT, "chat", "Hi", flags=["--script", "steps.json"],
-                  cwd=workplace)
-    assert (done.returncode, done.stdout) == (0, "from the script\n")
 
 
 # ----------------------------------------------------------------------------------
