@@ -3542,7 +3542,9 @@ class Watchful(Server):
 
     def has_taken(self, client):
         connection = self.accepted.get(client.getsockname())
-        return connection and not select.select([connection], [], [], 0)[0]
+        if connection is None or connection.fileno() < 0:       # of an earlier client
+            return False
+        return not select.select([connection], [], [], 0)[0]
 
 
 @pytest.fixture(scope="module")
