@@ -2885,84 +2885,184 @@ class Handler(BaseHTTPRequestHandler):
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif } textarea { flex: 1 9rem }
-body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 1fr 1fr } b { flex: 1 }
-header, footer { padding: .75rem 1rem; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
-input, textarea, button { font: inherit; padding: .25rem .6rem } input { width: min(24vw, 10rem) }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 2fr 3fr }
+header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
+header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
+input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
+textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 } ul { padding-left: 1.2rem }
 main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
-div { margin-bottom: auto } /* reversed, it stays at its end */ .sent, .page, .no { font-weight: 600 }
-aside { grid-area: 2/2/4; background: #8882; font: .8rem/1.5 monospace } p:empty::after { content: "…" }
-p { margin: .75rem 0; white-space: pre-wrap; overflow-wrap: anywhere } header { grid-column: 1 / -1 }
-main p::before { content: attr(class); display: block; font-size: .8rem; opacity: .75 }
+main > div, aside > div { margin-bottom: auto }    /* the pane, reversed, stays at its end */
+#talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+#talk p::before { content: attr(class); display: block; font: .8rem system-ui, sans-serif; opacity: .75 }
+#talk:not(:empty) + #hints { display: none } [aria-busy=true] .turn:last-child::after { content: "…" }
 [aria-busy=true] + footer :not(textarea, #stop), [aria-busy=false] + footer #stop { display: none }
-@media (max-width: 700px) { body { grid: auto 2fr auto 1fr / 100% } aside { grid-area: 4 / 1 } } </style>
-<header><b>openai_compat</b> <label>Model <input id="model"></label>
-<label>Key <input id="key" type="password" autocomplete="off"></label></header>
+aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call, .tool { font: .8rem/1.5 monospace }
+section { padding: .5rem 0 } section + section { border-top: 1px solid #8886 }
+summary { cursor: pointer; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+.bad summary { white-space: normal; overflow-wrap: anywhere } .bad b { font-weight: normal }
+.time, .envelope { opacity: .7 } pre { font: inherit; padding-left: 2ch } .note { font-weight: bold }
+aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: light-dark(#b3261e, #ffa198) }
+@media (max-width: 700px) { body { height: auto; grid: auto minmax(14rem, auto) auto auto / 100% }
+  main, aside { max-height: 75vh } aside { grid-area: 4 / 1 } textarea { flex-basis: 100% }
+  summary { white-space: normal; overflow-wrap: anywhere } .envelope { display: none } }
+</style>
+<header><h1>openai_compat</h1> <label>Model <input id="model"></label>
+<label>Key <input id="key" type="password" autocomplete="off"></label>
+<label><input id="stream" type="checkbox" checked> Stream</label>
+<label><input id="tool" type="checkbox"> Tool</label>
+<label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
-<div id="talk" role="log" aria-live="polite"></div></main>
+<div id="talk" role="log" aria-live="polite"></div>
+<div id="hints"><p>Nothing has been said yet. Try this:</p><ul>
+<li>Write a message. The wire shows the request, the response, and each event with its seconds since
+the request. Open a line to see all of it. The last 500 events are kept.
+<li>Switch <b>Stream</b> off: the same reply comes whole, as one JSON object.
+<li>Switch <b>Tool</b> on: the request offers a tool, get_weather, and the reply has to call it.
+<li>Choose a <b>Quirk</b>, a deliberate fault, if the server runs with --quirk-header.</ul></div></main>
 <footer><textarea id="text" rows="3" autofocus aria-label="Message"
 placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
 <button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
-<aside tabindex="0" aria-label="Events on the wire"><div id="wire"></div></aside>
+<aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
 <script>
-const $ = id => document.getElementById(id);
-let messages = [], running = null;        // the conversation; what stops the reply that runs
-function show(pane, className, textContent) {   // as text: HTML in a reply is seen, not obeyed
-  if ($(pane).childElementCount === 500) $(pane).firstChild.remove();
-  return $(pane).appendChild(Object.assign(document.createElement("p"), {className, textContent}));
+const $ = id => document.getElementById(id), STREAM = {stream: true, stream_options: {include_usage: true}};
+const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
+const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
+let messages = [], running = null;        // the conversation; what stops the request that runs
+function add(parent, name, className, text = "") {      // as text: HTML in a reply is seen, not obeyed
+  return parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
 }
-async function call(path, body) {         // -> the response; a refusal is an Error
-  const headers = {"content-type": "application/json"}, method = body ? "POST" : "GET";
-  if ($("key").value) headers.authorization = "Bearer " + $("key").value;
-  show("wire", "sent", `${method} /v1/${path} ${body || ""}`);
-  const response = await fetch("v1/" + path, {method, headers, body, signal: running?.signal});
-  if (response.ok) return response;
-  const text = show("wire", "", await response.text()).textContent;
-  throw Error(`${response.status}: ${text[0] === "{" ? JSON.parse(text).error.message : text}`);
+function grow(turn, who, text, n = 0) {   // add to the n-th line of this kind in a turn, or start it
+  if (text) (turn.getElementsByClassName(who)[n] || add(turn, "p", who)).append(text);
 }
-async function* events(response) {        // bytes -> events; a blank line ends each
-  const reader = response.body.getReader(), decoder = new TextDecoder();
-  for (let rest = "", read; !(read = await reader.read()).done; ) {
-    const blocks = (rest + decoder.decode(read.value, {stream: true})).split(/\r?\n\r?\n/);
-    rest = blocks.pop();                  // an event's start; half a character is in the decoder
-    yield* blocks.map(block => show("wire", "", block).textContent);
+// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
+function show(exchange, className, news, envelope, whole) {     // news: [name, value] pairs
+  const line = add(exchange, "details", className), summary = add(line, "summary");
+  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
+  for (const [name, value] of news) {
+    add(summary, "b", "", ` ${name} `);
+    summary.append(value);
+  }
+  add(summary, "span", "envelope", envelope);
+  add(line, "pre", "", whole);
+  return line;
+}
+function showEvent(exchange, event, said) {             // what is new in it is plain, the rest is dim
+  const {choices, error, usage, data, ...envelope} = said || {};
+  const {delta, message, finish_reason} = choices?.[0] || {};
+  const news = Object.entries({error, delta, message, finish_reason, usage, data})
+    .filter(([, value]) => value).map(([name, value]) => [name, JSON.stringify(value)]);
+  show(exchange, error ? "event bad" : "event", said ? news : [[event, ""]],
+       said && ` ${JSON.stringify(envelope)}`, event);
+  const events = $("wire").getElementsByClassName("event");
+  if (events.length > 500) events[0].remove();
+}
+const lines = headers =>
+  [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
+// ------ the protocol
+async function* events(response) {        // bytes -> events; a body that is no stream is like one event
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", read;
+  while (!(read = await reader.read()).done) {
+    const blocks = (rest + read.value).split(/\r?\n\r?\n/);     // a blank line ends an event
+    rest = blocks.pop();
+    yield* blocks;
+  }
+  if (rest) yield rest;
+}
+const dataOf = event => event.split(/\r?\n/).filter(line => line.startsWith("data:"))
+  .map(line => line.slice(5)).join("\n").trim();         // the other lines are comments, ids and the like
+async function* call(path, request) {     // show an exchange; yield its deltas, its message or its list
+  document.querySelectorAll(".failed").forEach(turn => turn.remove());
+  const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
+  const [method, body] = request ? ["POST", JSON.stringify(request)] : ["GET"];
+  const headers = new Headers(body && {"content-type": "application/json"});
+  if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
+  if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
+  exchange.started = performance.now();
+  show(exchange, "", [[method, url.pathname]], "", `${lines(headers)}\n\n${body || ""}`).open = request;
+  const response = await fetch(url, {method, headers, body, signal: running?.signal});
+  const {ok, status, statusText, headers: received} = response;
+  show(exchange, ok ? "" : "bad", [[status, statusText]], "", lines(received)).open = request;
+  let ended = !request;                   // a list of models has no end of its own
+  for await (const event of events(response)) {
+    const data = event[0] === "{" ? event : dataOf(event);
+    let said = null;
+    try { said = Object(JSON.parse(data)); } catch { /* [DONE], a comment, or a broken event */ }
+    showEvent(exchange, event, said);
+    if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
+    if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
+    const choice = said?.choices?.[0];
+    ended ||= data === "[DONE]" || choice?.finish_reason;
+    yield choice?.delta || choice?.message || said || {};
+  }
+  if (!ok) throw Error(`${status} ${statusText}`);      // its body was empty
+  if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
+}
+function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta or a message, and show it
+  if (content) reply.content += content;
+  if (refusal) reply.refusal = (reply.refusal || "") + refusal;
+  grow(turn, "assistant", content);
+  grow(turn, "refusal", refusal);
+  for (const {index, id, function: part = {}} of tool_calls || []) {
+    const calls = reply.tool_calls ||= [], n = index ?? (id ? calls.length : calls.length - 1);
+    if (!calls[n]) grow(turn, "tool-call", `${part.name} `, n);
+    calls[n] ||= {id, type: "function", function: {name: part.name, arguments: ""}};
+    calls[n].function.arguments += part.arguments || "";
+    grow(turn, "tool-call", part.arguments, n);
   }
 }
-async function answer(messages, seen) {   // the reply to a conversation, seen as it comes
-  let end, body = JSON.stringify({model: $("model").value, messages, stream: true});
-  for await (const event of events(await call("chat/completions", body))) {
-    const said = event.match(/^data:([^\r\n]*)/m)?.[1].trim();    // the rest is comment
-    const {error, choices} = said && said !== "[DONE]" ? JSON.parse(said) : {};
-    if (error) throw Error(error.message);
-    seen.append(choices?.[0]?.delta?.content || "");
-    end ||= choices?.[0]?.finish_reason || said === "[DONE]";
-  }
-  if (!end) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
-}
+// ------ the conversation
 async function ask() {
   const text = $("text").value, asked = [...messages, {role: "user", content: text}];
   if (running || !text.trim()) return;
+  const turn = add($("talk"), "div", "turn"), reply = {role: "assistant", content: ""};
+  grow(turn, "user", text);
+  $("text").value = "";
   busy(new AbortController());
-  show("talk", "user", text);
-  const seen = show("talk", "assistant", $("text").value = "");
-  await answer(asked, seen).catch(tell);
-  if (seen.textContent) messages = [...asked, {role: "assistant", content: seen.textContent}];
-  else $("text").value ||= text;
+  try {
+    const request = {model: $("model").value, messages: asked, ...($("stream").checked && STREAM)};
+    if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
+    for await (const delta of call("chat/completions", request)) fold(reply, delta, turn);
+  } catch (error) {
+    tell(turn, error);
+    delete reply.tool_calls;              // their arguments may be cut
+    if (!reply.content && !reply.refusal) turn.className = "failed";
+  }
+  if (turn.className === "failed") $("text").value ||= text;    // it is not part of the conversation
+  else messages = [...asked, reply];
+  for (const {id} of reply.tool_calls || []) {                  // the API wants an answer to each call
+    messages.push({role: "tool", tool_call_id: id, content: "21 degrees, sunny"});
+    add(turn, "p", "tool", messages.at(-1).content);
+  }
+  stop();                                 // a broken stream is not read to its end
   busy(null);
+}
+async function list() {
+  try { for await (const {data} of call("models")) $("model").value ||= data?.[0]?.id || ""; }
+  catch (error) { tell(add($("talk"), "div", "failed"), error); }
+}
+function tell(turn, {name, message}) {
+  grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
 }
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
 const stop = () => running?.abort(Error("Stopped."));
-const tell = error => show("talk", error.name === "TypeError" ? "no connection" : "page", error.message);
-const list = async () => $("model").value ||= (await (await call("models")).json()).data[0].id;
 const isSend = event => event.key === "Enter" && !event.shiftKey && !event.isComposing;
 $("text").onkeydown = event => { if (isSend(event)) { event.preventDefault(); ask(); } };
 $("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
 onkeydown = event => { if (event.key === "Escape") stop(); };
 $("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
-[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, () => list().catch(tell)];
-list().catch(tell);
+[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, list];
+$("quirk").parentNode.hidden = $("quirk").length === 1;    // where no request may choose one
+list();
 </script>
 """
+
+
+def page_with(quirks):
+    """The page, with the quirks that a request may choose: HTML, so no hash changes."""
+    options = "".join(f"<option>{name}</option>" for name in quirks)
+    return PAGE.replace("<!-- quirks -->", options).encode()
 
 
 def source_hash(text):
@@ -3359,7 +3459,7 @@ class Server(ThreadingHTTPServer):
         return json_answer([entry.as_dict() for entry in self.journal])
 
     def page(self, exchange):
-        return Answer(200, page_headers(), PAGE.encode())
+        return Answer(200, page_headers(), page_with(QUIRKS if self.quirk_header else ()))
 
     # ------ routes
 
