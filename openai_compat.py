@@ -2879,8 +2879,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # ----------------------------------------------------------------------------------
-# Page.  For a look with a browser: talk, and see the events beside it as they arrive.
-# It asks nobody but this server, and inserts text as text.
+# Page.  A window on the wire: a conversation, and beside it each request, response and
+# event.  The page asks nobody but this server, and inserts text as text, never as HTML.
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
@@ -2929,12 +2929,12 @@ const $ = id => document.getElementById(id), STREAM = {stream: true, stream_opti
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
 let messages = [], running = null;        // the conversation; what stops the request that runs
-function add(parent, name, className, text = "") {      // as text: HTML in a reply is seen, not obeyed
-  return parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
-}
-function grow(turn, who, text, n = 0) {   // add to the n-th line of this kind in a turn, or start it
-  if (text) (turn.getElementsByClassName(who)[n] || add(turn, "p", who)).append(text);
-}
+const add = (parent, name, className, text = "") =>       // as text: HTML in a reply is seen, not obeyed
+  parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
+const grow = (turn, who, text, n = 0) =>  // add to the n-th line of this kind in a turn, or start it
+  text && (turn.getElementsByClassName(who)[n] || add(turn, "p", who)).append(text);
+const tell = (turn, {name, message}) =>   // fetch() throws a TypeError if a connection fails
+  grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
 // ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
 function show(exchange, className, news, envelope, whole) {     // news: [name, value] pairs
   const line = add(exchange, "details", className), summary = add(line, "summary");
@@ -2972,6 +2972,7 @@ async function* events(response) {        // bytes -> events; a body that is no 
 }
 const dataOf = event => event.split(/\r?\n/).filter(line => line.startsWith("data:"))
   .map(line => line.slice(5)).join("\n").trim();         // the other lines are comments, ids and the like
+const parse = data => { try { return Object(JSON.parse(data)); } catch { return null; } };
 async function* call(path, request) {     // show an exchange; yield its deltas, its message or its list
   document.querySelectorAll(".failed").forEach(turn => turn.remove());
   const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
@@ -2984,19 +2985,16 @@ async function* call(path, request) {     // show an exchange; yield its deltas,
   const response = await fetch(url, {method, headers, body, signal: running?.signal});
   const {ok, status, statusText, headers: received} = response;
   show(exchange, ok ? "" : "bad", [[status, statusText]], "", lines(received)).open = request;
-  let ended = !request;                   // a list of models has no end of its own
+  let ended = ok && !request;             // a list of models has no end of its own
   for await (const event of events(response)) {
-    const data = event[0] === "{" ? event : dataOf(event);
-    let said = null;
-    try { said = Object(JSON.parse(data)); } catch { /* [DONE], a comment, or a broken event */ }
+    const data = event[0] === "{" ? event : dataOf(event), said = parse(data);
     showEvent(exchange, event, said);
     if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
     if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
-    const choice = said?.choices?.[0];
+    const choice = said?.choices?.[0];    // there is none in [DONE], a comment, or the usage
     ended ||= data === "[DONE]" || choice?.finish_reason;
     yield choice?.delta || choice?.message || said || {};
   }
-  if (!ok) throw Error(`${status} ${statusText}`);      // its body was empty
   if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
 }
 function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta or a message, and show it
@@ -3027,9 +3025,9 @@ async function ask() {
   } catch (error) {
     tell(turn, error);
     delete reply.tool_calls;              // their arguments may be cut
-    if (!reply.content && !reply.refusal) turn.className = "failed";
+    if (!reply.content && !reply.refusal) turn.className = "failed";    // the next try removes it
   }
-  if (turn.className === "failed") $("text").value ||= text;    // it is not part of the conversation
+  if (turn.className === "failed") $("text").value ||= text;
   else messages = [...asked, reply];
   for (const {id} of reply.tool_calls || []) {                  // the API wants an answer to each call
     messages.push({role: "tool", tool_call_id: id, content: "21 degrees, sunny"});
@@ -3041,9 +3039,6 @@ async function ask() {
 async function list() {
   try { for await (const {data} of call("models")) $("model").value ||= data?.[0]?.id || ""; }
   catch (error) { tell(add($("talk"), "div", "failed"), error); }
-}
-function tell(turn, {name, message}) {
-  grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
 }
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
 const stop = () => running?.abort(Error("Stopped."));
@@ -3060,7 +3055,10 @@ list();
 
 
 def page_with(quirks):
-    """The page, with the quirks that a request may choose: HTML, so no hash changes."""
+    """The page, and in its menu the quirks that a request may choose.
+
+    The menu is HTML; the hashes are those of the style and the script, and stay.
+    """
     options = "".join(f"<option>{name}</option>" for name in quirks)
     return PAGE.replace("<!-- quirks -->", options).encode()
 
