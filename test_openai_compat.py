@@ -7,6 +7,7 @@ import base64
 import contextlib
 import functools
 import gc
+import hashlib
 import http.client
 import http.server
 import inspect
@@ -6704,16 +6705,14 @@ def test_a_refusal_passes_nginx_unchanged(tmp_path):
 # THE PAGE, in a real browser (marker system)
 
 # ----------------------------------------------------------------------------------
-# The page, in a real Chromium: driven by chromedriver, whose protocol (W3C WebDriver)
-# is JSON over HTTP.  One browser for all tests, a new window and an empty log for each.
-
-
-
+# Chromium, driven by chromedriver, whose protocol (W3C WebDriver) is JSON over HTTP.
+# One browser serves all tests; each test has a new window and empty logs.
 
 system = pytest.mark.system
-page_FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-sync
-           disable-background-networking disable-component-update
-           disable-dev-shm-usage no-proxy-server""".split()
+MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+CHROMIUM_FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-sync
+                 disable-background-networking disable-component-update
+                 disable-dev-shm-usage no-proxy-server""".split()
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 ENTER, TAB, ESCAPE, SHIFT = "\ue007", "\ue004", "\ue00c", "\ue008"
 
@@ -6724,13 +6723,11 @@ class Browser:
     def __init__(self, profile):
         self.driver = subprocess.Popen(["chromedriver", "--port=0"], text=True,
                                        stdout=subprocess.PIPE, start_new_session=True)
-        for line in self.driver.stdout:
-            started = re.search(r"started successfully on port (\d+)", line)
-            if started:
-                break
-        self.url = f"http://127.0.0.1:{started[1]}/session"
+        started = (re.search(r"started successfully on port (\d+)", line)
+                   for line in self.driver.stdout)
+        self.url = f"http://127.0.0.1:{next(filter(None, started))[1]}/session"
         options = {"binary": shutil.which("chromium"), "args": [
-            *("--" + flag for flag in page_FLAGS), f"--user-data-dir={profile}",
+            *("--" + flag for flag in CHROMIUM_FLAGS), f"--user-data-dir={profile}",
             "--host-resolver-rules=MAP evil.example 127.0.0.1"]}
         answer = self("POST", "", capabilities={"alwaysMatch": {
             "goog:chromeOptions": options,
@@ -6758,8 +6755,10 @@ class Browser:
         self.driver.wait()
         self.driver.stdout.close()
 
-    def open(self, url):
-        self("POST", "/url", url=url)
+    def open(self, server, listed=True):
+        """Open the server's page, and wait for its model (or for the lack of one)."""
+        self("POST", "/url", url=server.base_url[:-len("v1")])
+        wait_for(lambda: bool(self.value("model")), listed)
 
     def js(self, script, *args):
         return self("POST", "/execute/sync", script=script, args=list(args))
@@ -6775,20 +6774,39 @@ class Browser:
         self("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": [
             {"type": kind, "value": key} for kind, key in strokes]}])
 
-    def click(self, id):
-        [element] = self("POST", "/element", using="css selector", value="#" + id).values()
+    def click(self, selector):
+        [element] = self("POST", "/element", using="css selector", value=selector).values()
         self("POST", f"/element/{element}/click")
+
+    def say(self, *messages):
+        """Send messages, one after the other's reply."""
+        for message in messages:
+            self.js("document.getElementById('text').focus()")
+            self.type(message, ENTER)
+            wait_for(self.is_idle)
+
+    def is_idle(self):
+        return self.js("return main.getAttribute('aria-busy')") == "false"
 
     def value(self, id):
         return self.js("return document.getElementById(arguments[0]).value", id)
 
+    def fill(self, id, value):
+        self.js("document.getElementById(arguments[0]).value = arguments[1]", id, value)
+
     def talk(self):
-        """[(who, text)] as it stands in the conversation."""
+        """[(who, text)] of the lines of the conversation."""
         return [tuple(pair) for pair in self.js(
-            "return [...talk.children].map(line => [line.className, line.textContent])")]
+            "return [...talk.querySelectorAll('p')].map(p => [p.className, p.textContent])")]
 
     def wire(self):
-        return self.js("return [...wire.children].map(line => line.textContent)")
+        """[(seconds, what is new, envelope, the whole)] of the lines of the wire."""
+        return [tuple(line) for line in self.js("""
+            return [...wire.querySelectorAll('details')].map(line => {
+                const [time, ...news] = line.firstChild.childNodes, envelope = news.pop();
+                return [time.textContent, news.map(node => node.textContent).join("").trim(),
+                        envelope.textContent.trim(), line.lastChild.textContent];
+            })""")]
 
     def log(self, kind="browser"):
         return self("POST", "/se/log", type=kind)
@@ -6804,8 +6822,15 @@ class Browser:
                 if event["method"] == "Network.requestWillBeSent"]
 
 
+@system
+def test_chromium_and_chromedriver_are_installed():
+    assert MISSING == [], f"the page is not tested: install {' and '.join(MISSING)}"
+
+
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
+    if MISSING:         # the test above tells it once
+        pytest.skip(f"needs {' and '.join(MISSING)}")
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
     browser.close()
@@ -6822,7 +6847,7 @@ def browser(chromium):
     chromium("POST", "/window", handle=chromium("GET", "/window/handles")[0])
 
 
-def page_until(condition, expected=True, seconds=10):
+def wait_for(condition, expected=True, seconds=30):
     """Wait until a condition holds, or has a value."""
     end = time.monotonic() + seconds
     while condition() != expected and time.monotonic() < end:
@@ -6830,295 +6855,350 @@ def page_until(condition, expected=True, seconds=10):
     assert condition() == expected
 
 
-def open_page(browser, server, listed=True):
-    browser.open(server.base_url[:-len("v1")])
-    page_until(lambda: bool(browser.value("model")), listed)
-
-
-def completions(server):
+def asked_of(server):
+    """The exchanges about completions."""
     return [entry for entry in server.journal if entry.path == "/v1/chat/completions"]
-
-
-def is_idle(browser):
-    return browser.js("return main.ariaBusy") == "false"
-
-
-def until_said(browser, *talk):
-    page_until(lambda: is_idle(browser))
-    assert browser.talk() == list(talk)
-
-
-def page_headers(server):
-    with direct(server.base_url[:-len("v1")]) as response:
-        return response.headers, response.read().decode()
 
 
 # ------ what can be seen without a browser
 
-def test_the_page_is_80_lines_that_name_no_other_host():
-    page = openai_compat.PAGE
-    assert len(page.splitlines()) <= 80
-    assert not re.search("//[a-z]|@import|url\\(", page)
+def test_the_page_is_short_and_names_no_other_host():
+    lines = openai_compat.PAGE.splitlines()
+    assert len(lines) <= 170 and max(map(len, lines)) <= 110
+    assert not re.search("//[a-z]|@import|url\\(", openai_compat.PAGE)
 
 
-def test_the_page_inserts_text_as_text():
-    assert not re.search("(inner|outer)HTML|insertAdjacent|document.write|eval|Function|srcdoc",
-                         openai_compat.PAGE)
+@pytest.mark.parametrize("word", """
+    innerHTML outerHTML insertAdjacent document.write eval Function( srcdoc
+    Storage cookie indexedDB caches""".split())
+def test_the_page_inserts_text_as_text_and_keeps_nothing_in_the_browser(word):
+    assert word not in openai_compat.PAGE
 
 
-def test_the_page_keeps_nothing_in_the_browser():
-    assert not re.search("Storage|cookie|indexedDB|caches", openai_compat.PAGE)
-
-
-def test_the_page_may_run_what_stands_in_it_and_talk_to_its_server_and_nothing_else():
-    with Server() as server:
-        headers, page = page_headers(server)
+@pytest.mark.parametrize("quirk_header", [False, True])
+def test_the_page_may_run_its_own_script_and_talk_to_its_server_and_no_more(quirk_header):
+    with Server(quirk_header=quirk_header) as server, direct(server.base_url[:-2]) as response:
+        headers, page = response.headers, response.read().decode()
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
-    assert page == openai_compat.PAGE
-    assert {name: value for name, value in policy.items() if "sha256" not in value} == {
+    for name, text in re.findall("(?s)<(style|script)>(.*?)</", page):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{name}-src") == f"'sha256-{digest}'"
+    assert policy == {
         "default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
         "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
         "require-trusted-types-for": "'script'"}
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert not re.search(r" (on\w+|style)=", page.partition("<script>")[0])
+    assert re.findall("<option>([^<]+)", page) == list(QUIRKS if quirk_header else ())
 
 
-# ------ talking
+# ------ the conversation
+
+HTML = ('<b id="bold">bold</b><script>window.ran = 1</script>'
+        '<img src="/health" onerror="window.ran = 2"></p></main>')
+OSLO, ROME = (ToolCall("get_weather", {"city": city}) for city in ("Oslo", "Rome"))
+ANSWER = ("tool", "21 degrees, sunny")
+TWO_CALLS = [("tool-call", 'get_weather {"city":"%s"}' % city) for city in ("Oslo", "Rome")]
+REPLIES = {     # what a backend says, and what the conversation shows
+    "text": ("Grüße, 世界! 👋", [("assistant", "Grüße, 世界! 👋")]),
+    "refusal": (Reply(refusal="I will not."), [("refusal", "I will not.")]),
+    "tool call": (OSLO, [TWO_CALLS[0], ANSWER]),
+    "tool calls": ([OSLO, ROME], [*TWO_CALLS, ANSWER, ANSWER]),
+    "both": (Reply("Wait.", tool_calls=[OSLO]), [("assistant", "Wait."), TWO_CALLS[0], ANSWER]),
+    "no index": (Reply(tool_calls=[OSLO, ROME], quirk="missing_tool_index"),
+                 [*TWO_CALLS, ANSWER, ANSWER]),
+    "many ids": (Reply(tool_calls=[OSLO, ROME], quirk="duplicate_tool_id"),
+                 [*TWO_CALLS, ANSWER, ANSWER])}
+
 
 @system
-def test_a_message_gets_its_answer(browser):
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("said, shown", REPLIES.values(), ids=REPLIES)
+def test_a_reply_is_shown_and_goes_out_with_the_next_message(browser, said, shown, stream):
+    with Server(Script(said, "Fine.")) as server:
+        browser.open(server)
+        browser.click("#tool")
+        if not stream:
+            browser.click("#stream")
+        browser.say("Hi", "And?")
+        assert browser.talk() == [("user", "Hi"), *shown,
+                                  ("user", "And?"), ("assistant", "Fine.")]
+        first, second = asked_of(server)
+        assert first.body.get("stream", False) is stream
+        _, reply, *answers, _ = second.body["messages"]
+        calls = [call["function"] for call in reply.get("tool_calls", ())]
+        carried = [("assistant", reply["content"]), ("refusal", reply.get("refusal")),
+                   *(("tool-call", f"{call['name']} {call['arguments']}") for call in calls),
+                   *((answer["role"], answer["content"]) for answer in answers)]
+        assert [line for line in carried if line[1]] == shown
+
+
+@system
+def test_html_in_a_reply_does_not_run(browser):
     with Server() as server:
-        open_page(browser, server)
-        browser.type("Grüße, 世界! 👋", ENTER)
-        until_said(browser, ("user", "Grüße, 世界! 👋"), ("assistant", "Grüße, 世界! 👋"))
-        [entry] = completions(server)
-        assert entry.body["stream"] is True and entry.outcome == "complete"
+        browser.open(server)
+        browser.say(HTML)
+        assert browser.js("return [window.ran, document.images.length, document.scripts.length,"
+                          "document.getElementById('bold')]") == [None, 0, 1, None]
+        browser.js("try { talk.innerHTML = '<b>bold</b>' } catch (error) {}")
+        assert browser.talk() == [("user", HTML), ("assistant", HTML)]
 
 
 @system
-def test_the_answer_is_seen_as_it_comes(browser):
+def test_the_reply_is_seen_as_it_comes(browser):
     go_on = threading.Event()
 
     def halting(request):
         yield "first"
-        go_on.wait(10)
+        go_on.wait(30)
         yield ", second"
 
     with Server(halting) as server:
-        open_page(browser, server)
+        browser.open(server)
         browser.type("Go!", ENTER)
-        page_until(browser.talk, [("user", "Go!"), ("assistant", "first")])
+        wait_for(browser.talk, [("user", "Go!"), ("assistant", "first")])
         go_on.set()
-        until_said(browser, ("user", "Go!"), ("assistant", "first, second"))
+        wait_for(browser.talk, [("user", "Go!"), ("assistant", "first, second")])
+
+
+LOST, BROKE_OFF = "The connection failed", "The reply broke off"
+TOLD = {"no_finish": BROKE_OFF, "truncate": BROKE_OFF, "no_terminator": LOST, "reset": LOST,
+         "html_502": "502: <", "error_event": "The server had an error",
+         "bad_json": "An event is not JSON", "stall": "Stopped."}
 
 
 @system
-@pytest.mark.parametrize("quirk", openai_compat.QUIRKS)
+def test_a_server_that_is_gone_is_told_in_words(browser):
+    with Server() as server:
+        browser.open(server)
+    browser.say("Anybody?")
+    assert browser.talk()[-1][1].startswith(LOST)
+
+
+@system
+@pytest.mark.parametrize("quirk", QUIRKS)
 def test_the_page_reads_a_reply_with_any_quirk_or_says_what_is_wrong(browser, quirk):
-    broken, lost = ("page", "The reply broke off"), ("no connection", "")
-    wrong = {"no_finish": broken, "truncate": broken, "no_terminator": lost, "reset": lost,
-             "html_502": ("page", "502: <"), "error_event": ("page", ""),
-             "bad_json": ("page", ""), "stall": ("page", "Stopped.")}
-    with Server(say("Hé", "llo", " 👋"), quirk=quirk) as server:
-        open_page(browser, server)
+    with Server(say("Hé", "llo", " 👋"), quirk_header=True) as server:
+        browser.open(server)
+        browser.fill("quirk", quirk)
         browser.type("Hi", ENTER)
         if quirk == "stall":
-            page_until(lambda: len(browser.talk()[1][1]) > 0)
+            wait_for(lambda: ("assistant", "Hé") in browser.talk())
             browser.type(ESCAPE)
-        page_until(lambda: is_idle(browser))
-        [_, (_, text), *rest] = browser.talk()
-        if quirk in wrong:
-            [(who, why)] = rest
-            assert who == wrong[quirk][0] and why.startswith(wrong[quirk][1])
+        wait_for(browser.is_idle)
+        assert asked_of(server)[0].headers["x-quirk"] == quirk
+        *rest, (who, text) = browser.talk()
+        if quirk in TOLD:
+            assert who == "note" and text.startswith(TOLD[quirk])
         else:
-            assert (text, rest) == ("Héllo 👋", [])
+            assert (rest, who, text) == ([("user", "Hi")], "assistant", "Héllo 👋")
 
 
 @system
-def test_the_second_request_carries_the_conversation(browser):
-    with Server(Script("One.", "Two.", "Three.")) as server:
-        open_page(browser, server)
-        for text in "abc":
-            browser.type(text, ENTER)
-            page_until(lambda: is_idle(browser))
-            if text == "b":
-                browser.click("new")
-        assert [[message["content"] for message in entry.body["messages"]]
-                for entry in completions(server)] == [["a"], ["a", "One.", "b"], ["c"]]
-        assert browser.talk() == [("user", "c"), ("assistant", "Three.")]
+@pytest.mark.parametrize("failure, note", [
+    (APIError(429, "Too fast."), "429: Too fast."),
+    (Reply(tool_calls=[OSLO], quirk="truncate@4"), BROKE_OFF)], ids=["refused", "cut"])
+def test_a_message_that_fails_goes_back_into_the_box_and_not_into_the_conversation(
+        browser, failure, note):
+    with Server(Script("One.", failure, "Better.")) as server:
+        browser.open(server)
+        browser.say("a", "b")
+        assert browser.talk()[-1][1].startswith(note) and browser.value("text") == "b"
+        browser.say("")
+        assert browser.talk()[2:] == [("user", "b"), ("assistant", "Better.")]
+        assert [message["content"] for message in asked_of(server)[2].body["messages"]] == [
+            "a", "One.", "b"]
 
 
 @system
 @pytest.mark.parametrize("how", ["Escape", "the button"])
-def test_stop_ends_the_backend_and_keeps_what_was_said(browser, how):
-    closed = threading.Event()
-
-    def endless(request):
-        try:
-            while True:
-                yield "on and "
-                time.sleep(0.01)
-        finally:
-            closed.set()
-
-    with Server(endless) as server:
-        open_page(browser, server)
+def test_stop_lets_go_of_the_server_and_keeps_what_was_said(browser, how):
+    with Server(Script(Reply("on and " * 10000, delay=0.01), "Fine.")) as server:
+        browser.open(server)
         browser.type("Go!", ENTER)
-        page_until(lambda: len(browser.talk()[1][1]) > 20)
-        browser.type(ESCAPE) if how == "Escape" else browser.click("stop")
-        page_until(lambda: is_idle(browser))
-        assert browser.talk()[2:] == [("page", "Stopped.")]
-        assert closed.wait(5)
-        page_until(lambda: completions(server)[0].outcome, "client left")
-        said = browser.talk()[1][1]
-        server.backend = echo
-        browser.type("Again", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Again"))
-        assert completions(server)[1].body["messages"][1] == {"role": "assistant",
-                                                              "content": said}
+        wait_for(lambda: len(browser.talk()), 2)
+        browser.type(ESCAPE) if how == "Escape" else browser.click("#stop")
+        wait_for(browser.is_idle)
+        [_, (_, said), note] = browser.talk()
+        assert note == ("note", "Stopped.")
+        wait_for(lambda: asked_of(server)[0].outcome, "client left")
+        browser.say("Again")
+        assert browser.talk()[-2:] == [("user", "Again"), ("assistant", "Fine.")]
+        assert asked_of(server)[1].body["messages"][1] == {"role": "assistant", "content": said}
 
 
 @system
-def test_html_in_a_reply_is_text_and_nothing_of_it_runs(browser):
-    html = ('<b id="bold">bold</b><script>window.ran = 1</script>'
-            '<img src="/health" onerror="window.ran = 2"></p></main>')
+def test_an_empty_page_says_what_to_try_and_new_empties_it(browser):
+    hints = "return document.getElementById('hints').offsetHeight > 0"
+    with Server(Script("One.", "Two.")) as server:
+        browser.open(server)
+        assert browser.js(hints)
+        browser.say("a")
+        assert not browser.js(hints)
+        browser.click("#new")
+        assert (browser.talk(), browser.wire(), browser.js(hints)) == ([], [], True)
+        browser.say("b")
+        assert [message["content"] for message in asked_of(server)[1].body["messages"]] == ["b"]
+
+
+@system
+def test_a_wrong_key_is_told_and_nothing_is_left_of_it_when_it_is_corrected(browser):
+    def give(key):
+        browser.fill("key", "")
+        browser.click("#key")
+        browser.type(key, TAB)
+
+    with Server(api_keys="secret") as server:
+        browser.open(server, listed=False)
+        wait_for(lambda: [text[:5] for who, text in browser.talk()], ["401: "])
+        give("wrong")
+        wait_for(lambda: ["Incorrect API key" in text for who, text in browser.talk()], [True])
+        browser.say("Hi")
+        assert [who for who, text in browser.talk()] == ["user", "note"]
+        give("secret")
+        wait_for(lambda: browser.value("model"), "echo")
+        assert browser.talk() == [] and browser.value("text") == "Hi"
+        browser.say("")
+        assert browser.talk() == [("user", "Hi"), ("assistant", "Hi")]
+        assert "secret" not in browser.js("return document.body.textContent + location + "
+                                          "Object.values({...localStorage, ...sessionStorage})")
+
+
+# ------ the wire
+
+@system
+def test_the_wire_shows_the_request_the_response_and_each_event(browser):
+    with Server(api_keys="secret", quirk="comment") as server:
+        browser.open(server, listed=False)
+        browser.click("#new")
+        browser.fill("key", "secret")
+        browser.fill("model", "m")
+        browser.say("Hello, world!")
+        lines, entry = browser.wire(), asked_of(server)[0]
+    times, news, _, wholes = zip(*lines)
+    assert news[:2] == ("POST /v1/chat/completions", "200 OK")
+    assert [new for new in news[2:] if new != ": comment"] == [
+        'delta {"role":"assistant","content":"","refusal":null}', 'delta {"content":"Hello"}',
+        'delta {"content":","}', 'delta {"content":" world"}', 'delta {"content":"!"}',
+        'delta {} finish_reason "stop"', news[-3], "data: [DONE]"]
+    assert news[-3].startswith('usage {"prompt_tokens":')
+    assert news.count(": comment") == entry.events
+    assert list(map(float, times)) == sorted(map(float, times))
+    head, body = wholes[0].split("\n\n")
+    assert head == "authorization: Bearer ***\ncontent-type: application/json"
+    assert json.loads(body) == entry.body
+    assert "content-type: text/event-stream" in wholes[1] and "x-request-id: req_" in wholes[1]
+    for _, _, envelope, whole in lines:
+        if envelope:
+            assert json.loads(envelope).items() <= json.loads(whole[len("data: "):]).items()
+
+
+@system
+@pytest.mark.parametrize("clicks, fields", [
+    ([], {"stream": True, "stream_options": {"include_usage": True}}), (["#stream"], {}),
+    (["#stream", "#tool"], {"tools": ..., "tool_choice": "required"})])
+def test_the_switches_choose_what_goes_out(browser, clicks, fields):
     with Server() as server:
-        open_page(browser, server)
-        browser.type(html, ENTER)
-        until_said(browser, ("user", html), ("assistant", html))
-        assert browser.js("return [window.ran, document.images.length, document.scripts.length,"
-                          "document.getElementById('bold')]") == [None, 0, 1, None]
-        browser.js("try { talk.innerHTML = '<b>bold</b>' } catch (error) {}")
-        assert browser.talk() == [("user", html), ("assistant", html)]
+        browser.open(server)
+        for click in clicks:
+            browser.click(click)
+        browser.say("Hi")
+        body = asked_of(server)[0].body
+        assert set(body) == {"model", "messages", *fields}
+        assert all(body[name] == value for name, value in fields.items() if value != ...)
+        assert browser.js("return getComputedStyle(quirk.parentNode).display") == "none"
+        assert (browser.talk()[1][0] == "tool-call") == ("tools" in fields)
 
 
 @system
-def test_the_events_pane_shows_what_crossed_the_wire(browser):
-    with Server(quirk="comment") as server:
-        open_page(browser, server)
-        browser.type("Hello, world!", ENTER)
-        page_until(lambda: is_idle(browser))
-        sent = json.dumps(completions(server)[0].body, separators=(",", ":"))
-        listed, asked, *shown = browser.wire()
-        assert (listed, asked) == ("GET /v1/models ", f"POST /v1/chat/completions {sent}")
-        assert shown[0].startswith(":") and shown[-1] == "data: [DONE]"
-        events = [block for block in shown if block.startswith("data:")]
-        assert len(events) == completions(server)[0].events == 7
-        assert all(json.loads(event[5:]) for event in events[:-1])
+@pytest.mark.parametrize("how", ["the mouse", "the keyboard"])
+def test_an_event_opens_to_show_all_of_it(browser, how):
+    with Server() as server:
+        browser.open(server)
+        browser.say("Hi")
+        browser.js("wire.querySelector('.event:not([open]) summary').focus()")
+        browser.click(".event summary") if how == "the mouse" else browser.type(" ")
+        assert browser.js("return wire.querySelector('.event[open] pre').offsetHeight > 0")
 
 
 @system
-def test_a_long_stream_is_all_said_while_the_events_pane_keeps_its_end(browser):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_envelope_is_dim_in_the_light_and_in_the_dark(browser, scheme):
+    with Server() as server:
+        browser.cdp("Emulation.setEmulatedMedia",
+                    features=[{"name": "prefers-color-scheme", "value": scheme}])
+        browser.open(server)
+        browser.say("Hi")
+        styles = browser.js("""return ['.event summary', '.event .envelope', '.event b'].map(
+            selector => getComputedStyle(wire.querySelector(selector))).map(
+            ({color, opacity}) => [color, opacity])""")
+    ink, _, bold = [sum(map(int, re.findall(r"\d+", color)[:3])) for color, _ in styles]
+    assert [float(opacity) < 1 for _, opacity in styles] == [False, True, False]
+    assert ink < 200 and bold < 400 if scheme == "light" else ink > 500 and bold > 400
+
+
+@system
+def test_a_long_stream_is_all_said_while_the_wire_keeps_its_end(browser):
     with Server(lambda request: ("word " for _ in range(20000))) as server:
-        open_page(browser, server)
+        browser.open(server)
         browser.type("Go!", ENTER)
-        page_until(lambda: is_idle(browser), seconds=30)
+        wait_for(browser.is_idle, seconds=120)
         assert browser.talk()[1][1] == "word " * 20000
-        assert len(browser.wire()) == 500 and browser.wire()[-1] == "data: [DONE]"
+        assert browser.js("return wire.getElementsByClassName('event').length") == 500
+        news = [new for _, new, _, _ in browser.wire()]
+        assert (news[2], news[-1]) == ("POST /v1/chat/completions", "data: [DONE]")
         assert browser.js("return [main, wire.parentNode].map(pane => pane.scrollTop)") == [0, 0]
         assert browser.js("return [talk, wire].every(pane => pane.getBoundingClientRect().bottom"
                           " <= pane.parentNode.getBoundingClientRect().bottom)")
 
 
-@system
-def test_without_its_key_the_page_says_so_and_with_it_it_works(browser):
-    with Server(api_keys="secret") as server:
-        open_page(browser, server, listed=False)
-        page_until(lambda: len(browser.talk()), 1)
-        assert browser.talk()[0][0] == "page" and browser.talk()[0][1].startswith("401: ")
-        browser.click("key")
-        browser.type("wrong", TAB)
-        page_until(lambda: len(browser.talk()), 2)
-        assert "Incorrect API key" in browser.talk()[1][1]
-        browser.js("document.getElementById('key').value = ''")
-        browser.click("key")
-        browser.type("secret", TAB)
-        page_until(lambda: browser.value("model"), "echo")
-        browser.click("text")
-        browser.type("Hi", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
-        assert "secret" not in browser.js("return document.body.innerText + location + "
-                                          "Object.values({...localStorage, ...sessionStorage})")
-
-
-@system
-def test_a_refused_message_goes_back_into_the_box_and_not_into_the_conversation(browser):
-    steps = openai_compat.APIError(429, "Too fast."), "Better."
-    with Server(Script(*steps)) as server:
-        open_page(browser, server)
-        browser.type("Hello", ENTER)
-        page_until(lambda: is_idle(browser))
-        assert browser.talk()[-1] == ("page", "429: Too fast.")
-        assert browser.value("text") == "Hello"
-        browser.type(ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Better."))
-        assert len(completions(server)[1].body["messages"]) == 1
-
-
-@system
-def test_a_server_that_is_gone_is_said_in_words(browser):
-    with Server() as server:
-        open_page(browser, server)
-    browser.type("Anybody?", ENTER)
-    page_until(lambda: is_idle(browser))
-    assert browser.talk()[-1][0] == "no connection"
-
-
-@system
-def test_the_model_can_be_another(browser):
-    with Server(models=["first", "second"]) as server:
-        open_page(browser, server)
-        assert browser.value("model") == "first"
-        browser.js("document.getElementById('model').value = 'second'")
-        browser.type("Hi", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
-        assert completions(server)[0].body["model"] == "second"
-
-
-# ------ by all, everywhere
+# ------ for everybody, everywhere
 
 @system
 def test_the_keyboard_alone_is_enough(browser):
     def focus():
-        return browser.js("return document.activeElement.id || document.activeElement.tagName")
+        return browser.js("const at = document.activeElement; return at.id || at.tagName")
 
-    with Server() as server:
-        open_page(browser, server)
+    with Server(quirk_header=True) as server:
+        browser.open(server)
         assert focus() == "text"
         browser.type("one", SHIFT + ENTER, "two", ENTER)
-        until_said(browser, ("user", "one\ntwo"), ("assistant", "one\ntwo"))
+        wait_for(browser.talk, [("user", "one\ntwo"), ("assistant", "one\ntwo")])
+        wait_for(browser.is_idle)
         order = []
-        for _ in range(7):
+        while "text" not in order:
             browser.type(TAB)
             order.append(focus())
             assert order[-1] == "BODY" or browser.js(
                 "return getComputedStyle(document.activeElement).outlineStyle") != "none"
-        assert [each for each in order if each != "BODY"][:6] == [
-            "send", "new", "ASIDE", "model", "key", "main"]
+        summaries = browser.js("return wire.querySelectorAll('summary').length")
+        assert [each for each in order if each != "BODY"] == [
+            "send", "new", "ASIDE", *["SUMMARY"] * summaries,
+            "model", "key", "stream", "tool", "quirk", "main", "text"]
 
 
 @system
-def test_each_control_has_a_name_and_the_answer_is_announced(browser):
-    with Server() as server:
-        open_page(browser, server)
+def test_each_control_has_a_name_and_the_reply_is_announced(browser):
+    with Server(quirk_header=True) as server:
+        browser.open(server)
         nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
     names = {node["name"]["value"] for node in nodes if node["role"]["value"] in (
-        "textbox", "button", "main", "complementary")}
-    assert names == {"Model", "Key", "Message", "Send", "New", "Conversation",
-                     "Events on the wire"}
-    assert browser.js("return talk.ariaLive") == "polite"
+        "textbox", "checkbox", "combobox", "button", "main", "complementary")}
+    assert names == {"Model", "Key", "Stream", "Tool", "Quirk", "Message", "Send", "New",
+                     "Conversation", "Wire"}
+    assert browser.js("return [talk.role, talk.ariaLive]") == ["log", "polite"]
 
 
 @system
 @pytest.mark.parametrize("width", [320, 699, 1280])
 def test_no_window_is_too_narrow(browser, width):
-    with Server() as server:
+    with Server(quirk_header=True) as server:
         browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=640,
                     deviceScaleFactor=1, mobile=False)
-        open_page(browser, server)
-        browser.type("x" * 400, ENTER)
-        page_until(lambda: is_idle(browser))
+        browser.open(server)
+        browser.say("x" * 400)
+        browser.js("wire.querySelectorAll('details').forEach(line => { line.open = true; })")
         wide = browser.js("return [document.documentElement, main, wire.parentNode].map("
                           "element => element.scrollWidth - element.clientWidth)")
         left = browser.js("return wire.parentNode.getBoundingClientRect().left")
@@ -7126,28 +7206,13 @@ def test_no_window_is_too_narrow(browser, width):
         assert (left == 0) == (width <= 700)
 
 
-@system
-def test_the_page_is_light_in_the_light_and_dark_in_the_dark(browser):
-    def ink(scheme):
-        """How bright the text is, from 0 to 765."""
-        browser.cdp("Emulation.setEmulatedMedia",
-                    features=[{"name": "prefers-color-scheme", "value": scheme}])
-        colour = browser.js("return getComputedStyle(document.body).color")
-        return sum(map(int, re.findall(r"\d+", colour)[:3]))
-
-    with Server() as server:
-        open_page(browser, server)
-        assert ink("light") < 200 < 500 < ink("dark")
-
-
 # ------ strangers
 
 @system
 def test_nothing_is_requested_from_elsewhere(browser):
     with Server() as server:
-        open_page(browser, server)
-        browser.type("Hi", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
+        browser.open(server)
+        browser.say("Hi")
         asked = [url for url in browser.requested() if url.startswith("http")]
         assert {url[:len(server.base_url) - 2] for url in asked} == {server.base_url[:-2]}
         assert browser.violations() == []
@@ -7158,21 +7223,26 @@ def test_nothing_is_requested_from_elsewhere(browser):
 @system
 def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
     with Server() as server, Server() as other:
-        open_page(browser, server)
-        browser.js("""fetch(arguments[0]).catch(() => 0);
+        browser.open(server)
+        browser.js("""window.blocked = [];
+                      addEventListener("securitypolicyviolation",
+                                       event => blocked.push(event.effectiveDirective));
+                      fetch(arguments[0]).catch(() => 0);
                       new Image().src = arguments[0];
                       const script = document.createElement("script");
                       script.append("window.ran = 1");
                       try { document.body.append(script); } catch (error) {}""",
                    other.base_url + "/models")
-        time.sleep(0.3)
+        wait_for(lambda: {"connect-src", "img-src"} <= set(browser.js("return blocked")))
         assert other.journal == [] and browser.js("return window.ran") is None
-        assert len(browser.violations()) >= 2
+        assert len(browser.js("return blocked")) >= 3
 
 
 STRANGER = b"""<!doctype html><title>A stranger</title><iframe name=frame></iframe><script>
 const [url, found] = [location.hash.slice(1), []];
 const body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}';
+const framed = load => new Promise(resolve => {
+  document.querySelector("iframe").onload = resolve; load(); });
 const attempts = [
   () => fetch(url + "chat/completions", {method: "POST", body}),
   () => fetch(url + "chat/completions", {method: "POST", body, mode: "no-cors"}),
@@ -7181,15 +7251,14 @@ const attempts = [
   () => fetch(url + "models"),
   () => fetch(url + "../journal"),
   () => navigator.sendBeacon(url + "chat/completions", body),
-  () => new Promise(resolve => {
+  () => framed(() => {
     const form = document.createElement("form"), input = document.createElement("input");
     Object.assign(form, {method: "POST", enctype: "text/plain", target: "frame",
                          action: url + "chat/completions"});
     [input.name, input.value] = [body.slice(0, -1) + ', "x": "', '"}'];
-    form.append(input); document.body.append(form); form.submit(); setTimeout(resolve, 300);
+    form.append(input); document.body.append(form); form.submit();
   }),
-  () => new Promise(resolve => {
-    frame.location = url + "../"; setTimeout(resolve, 300); }),
+  () => framed(() => { frame.location = url + "../"; }),
 ];
 (async () => {
   for (const attempt of attempts) {
@@ -7227,28 +7296,21 @@ def stranger():
 def test_a_page_from_elsewhere_can_neither_read_nor_cause_a_reply(browser, stranger, host):
     asked = []
     with Server(lambda request: asked.append(request) or "secret") as server:
-        browser.open(f"{stranger}#http://{host}:{server.server_port}/v1/")
-        page_until(lambda: browser.js("return !!window.found"))
+        browser("POST", "/url", url=f"{stranger}#http://{host}:{server.server_port}/v1/")
+        wait_for(lambda: browser.js("return !!window.found"))
         assert set(browser.js("return found")) == {""}
-        assert asked == [] and server.journal
-        assert {entry.status for entry in server.journal if entry.method == "POST"} == {403}
+        posts = [entry for entry in server.journal if entry.method == "POST"]
+        assert asked == [] and {entry.status for entry in posts} == {403}
         assert all(entry.events == 0 for entry in server.journal)
+    if host != "evil.example":      # where the page itself would open, it opens in no frame
+        assert any("frame-ancestors" in message for message in browser.violations())
 
 
 @system
 def test_a_name_that_leads_here_does_not_open_the_page(browser):
     with Server() as server:
-        browser.open(f"http://evil.example:{server.server_port}/")
-        assert browser.js("return document.title") == ""
+        browser("POST", "/url", url=f"http://evil.example:{server.server_port}/")
         assert "foreign_host" in browser.js("return document.body.innerText")
-
-
-@system
-def test_no_page_from_elsewhere_can_frame_the_page(browser, stranger):
-    with Server() as server:
-        browser.open(f"{stranger}#http://127.0.0.1:{server.server_port}/v1/")
-        page_until(lambda: browser.js("return !!window.found"))
-        assert any("frame-ancestors" in message for message in browser.violations())
 
 
 # ==================================================================================
