@@ -753,282 +753,288 @@ def prompts_of(request):
 
 # ----------------------------------------------------------------------------------
 # Schema samples.  A forced tool call and a structured output need an instance of a
-# JSON Schema; this makes the smallest honest one, or says which keyword it cannot obey.
+# JSON Schema (draft 2020-12).  `sample` makes a candidate, then checks the whole of it
+# against the schema as it was given: what the making overlooks, the check refuses.
+#
+# Several schemas can hold at one place of the instance: the one that stands there, the
+# one that its $ref names, those of its allOf, a branch of its anyOf.  They stay a list,
+# called `here`, and are never merged.  A full validator knows every keyword and runs
+# patterns; this one refuses what it cannot judge.
 
-JSON_TYPES = {
-    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
-    "integer": int, "number": (int, float),
-}
-BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
-IMPLIED = {  # what a schema without a type speaks of
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("format", "pattern", "minLength", "maxLength"),
-    "number": (*BOUNDS, "multipleOf"),
-}
-FORMATS = {
+SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
+NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
+
+JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
+              "null": type(None), "integer": (int, float), "number": (int, float)}
+FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
     "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
-    "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "uri": "https://example.com/",
-    "uuid": "00000000-0000-4000-8000-000000000000",
+    "uri": "https://example.com/", "ipv4": "192.0.2.1", "ipv6": "2001:db8::1",
+    "ipv4network": "192.0.2.0/24", "password": None, "binary": None,
+    **{f"uuid{version}": f"00000000-0000-{version or 4}000-8000-000000000000"
+       for version in ("", 1, 2, 3, 4, 5)},
 }
 
 
-def unsatisfiable(keyword, why="it cannot be satisfied"):
+def _unsatisfiable(keyword, why="it cannot be satisfied"):
     return APIError(400, f"No instance of this schema can be made, for its keyword "
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def as_list(types):
-    return [types] if type(types) is str else types
+def _is_a(value, kind):
+    """Is a value of this JSON type?  true is not an integer; 1.0 is one."""
+    if type(value) is bool or kind == "any":
+        return kind in ("any", "boolean")
+    return isinstance(value, JSON_TYPES[kind]) and (kind != "integer" or value % 1 == 0)
 
 
-def is_of(value, types):
-    return any(isinstance(value, JSON_TYPES[each])
-               and (each == "boolean" or type(value) is not bool)   # in Python an int
-               for each in as_list(types))
+def _types(argument):
+    return [argument] if isinstance(argument, str) else argument
 
 
-def is_one(value, values):
-    return any(type(value) is type(each) and value == each for each in values)
+def _key(value):
+    """Text that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
+    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
 
 
-def number_is(compare):
-    return lambda value, bound: type(value) not in (int, float) or compare(value, bound)
+def _is_one(value, values):
+    return any(value == each and _key(value) == _key(each) for each in values)
 
 
-def length_is(kind, compare):
-    return lambda value, bound: type(value) is not kind or compare(len(value), bound)
+def _at_least(value, length):
+    return len(value) >= length
 
 
-OBEYS = {  # keyword: does a value obey it?  What is not here is obeyed by construction,
-    "type": is_of,
-    "enum": is_one,
-    "const": lambda value, only: is_one(value, [only]),
-    "minimum": number_is(operator.ge),
-    "maximum": number_is(operator.le),
-    "exclusiveMinimum": number_is(operator.gt),
-    "exclusiveMaximum": number_is(operator.lt),
-    "multipleOf": number_is(
-        lambda value, step: abs(value / step - round(value / step)) < 1e-9),
-    "minLength": length_is(str, operator.ge),
-    "maxLength": length_is(str, operator.le),
-    "minItems": length_is(list, operator.ge),
-    "maxItems": length_is(list, operator.le),
-    "minProperties": length_is(dict, operator.ge),
-    "maxProperties": length_is(dict, operator.le),
-    "required": lambda value, names: (
-        type(value) is not dict or value.keys() >= set(names)),
-    "uniqueItems": lambda value, wanted: (
-        not wanted or type(value) is not list or len(value) < 2),
-    # ... or never, as far as we know.
-    **dict.fromkeys(("not", "if", "contains", "dependencies", "dependentRequired",
-                     "dependentSchemas", "patternProperties", "propertyNames",
-                     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef"),
-                    lambda value, argument: False),
+def _at_most(value, length):
+    return len(value) <= length
+
+
+def _rows(kind, keywords, rule):
+    return dict.fromkeys(keywords.split(), (kind, rule))
+
+
+RULES = {  # keyword: (its type, does a value of that type obey it?)  None: not known here
+    **_rows("any", "not if $id $dynamicRef $recursiveRef", lambda *_: None),
+    "type": ("any", lambda value, types: any(_is_a(value, each) for each in _types(types))),
+    "enum": ("any", _is_one), "const": ("any", lambda value, one: _is_one(value, [one])),
+
+    "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
+    "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
+    "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
+        value % step if isinstance(step, int) else value / step % 1) == 0),
+
+    "minLength": ("string", _at_least), "maxLength": ("string", _at_most),
+    "format": ("string", lambda value, name: FORMATS.get(name, 0) in (value, None) or None),
+    **_rows("string", "pattern contentEncoding contentMediaType", lambda *_: None),
+
+    "minItems": ("array", _at_least), "maxItems": ("array", _at_most),
+    "uniqueItems": ("array", lambda value, on: (
+        not on or len(set(map(_key, value))) == len(value))),
+    **_rows("array", "items prefixItems", lambda *_: True),     # see `_Sampler.parts`
+    **_rows("array", "contains additionalItems unevaluatedItems", lambda *_: None),
+
+    "minProperties": ("object", _at_least), "maxProperties": ("object", _at_most),
+    "required": ("object", lambda value, names: value.keys() >= set(names)),
+    **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
+    **_rows("object", "patternProperties dependencies dependentRequired dependentSchemas "
+            "unevaluatedProperties", lambda value, _: None if value else True),
 }
 
 
-def first_broken(value, schema):
-    """The first keyword of the schema that a value does not obey, or None."""
-    return next((keyword for keyword, argument in schema.items()
-                 if keyword in OBEYS and not OBEYS[keyword](value, argument)), None)
+def _said(here, *keywords):
+    """What the schemas of a list say with these keywords."""
+    return [schema[each] for each in keywords for schema in here if each in schema]
 
 
-def common_types(a, b):
-    a, b = as_list(a), as_list(b)
-    both = [each for each in a if each in b]
-    if "integer" in {*a, *b} - set(both) and ("number" in a) != ("number" in b):
-        both.append("integer")      # an integer is a number too
-    if not both:
-        raise unsatisfiable("type", "two different ones have to hold")
-    return both
+def _property(schema, name):
+    return schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
 
 
-def common_properties(a, b):
-    return {**a, **{name: {"allOf": [a[name], b[name]]} if name in a else b[name]
-                    for name in b}}
+def _item(schema, index):
+    """The schema of an item.  `items` as a list is how prefixItems was once written."""
+    rest = schema.get("items", True)
+    first = rest if isinstance(rest, list) else schema.get("prefixItems", ())
+    return first[index] if index < len(first) else rest is first or rest
 
 
-MERGED = {  # what one keyword becomes when two schemas both have to hold
-    "properties": common_properties,
-    "required": lambda a, b: [*a, *(name for name in b if name not in a)],
-    "enum": lambda a, b: [value for value in a if is_one(value, b)],
-    "type": common_types,
-    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems"), max),
-    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems"), min),
-    **dict.fromkeys(("title", "description", "default", "examples", "$schema", "$id",
-                     "$comment", "pattern", "strict", "definitions"), lambda a, b: b),
-}
+def _inside(here, schema_of, key):
+    """The schemas of a property or an item.  The check sees to one that is false."""
+    return [each for each in (schema_of(schema, key) for schema in here) if each is not False]
 
 
-def merged(a, b):
-    """One schema for two that both have to hold."""
-    whole = {**a, **b}
-    for key in a.keys() & b.keys():
-        if key in MERGED:
-            whole[key] = MERGED[key](a[key], b[key])
-        elif a[key] != b[key]:
-            raise unsatisfiable(key, "two different ones have to hold")
-    return whole
-
-
-class Sampler:
-    """The walk through one schema: its root, and how much may still be made."""
+class _Sampler:
+    """One sample in the making: the root of its schema, and the work that is left."""
 
     def __init__(self, root):
-        self.root, self.left = root, 10_000     # definitions that double end here
+        self.root, self.left, self.fault = root, SAMPLE_WORK, None
+        self.trusting, self.trusted = False, set()
 
-    def target(self, ref):
-        """The schema that a reference means: "#" or "#/a/b", a pointer (RFC 6901)."""
-        place = self.root
-        for step in unquote(ref).split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            place = place.get(step) if type(place) is dict else None
-        if place is None or ref[0] != "#":
-            raise unsatisfiable("$ref", f"there is no {ref}")
-        return place
-
-    def flat(self, schema, refs):
-        """A schema, its references followed and allOf merged, and all those refs."""
-        self.left -= 1
+    def spend(self, work, keyword="$ref"):
+        self.left -= work
         if self.left < 0:
-            raise unsatisfiable("$ref", "the instance would be too large")
-        if type(schema) is bool:
-            schema = {} if schema else {"enum": []}
-        parts, seen, inside = list(schema.get("allOf", ())), refs, refs
-        if "$ref" in schema:
-            ref = schema["$ref"]
-            if ref in refs:
-                raise unsatisfiable("$ref", f"{ref} contains itself without an end")
-            inside = refs | {ref}
-            parts.insert(0, self.target(ref))
-        apart = {"allOf", "$ref", "$defs"}
-        whole = {key: value for key, value in schema.items() if key not in apart}
-        for part in parts:
-            part, met = self.flat(part, inside)
-            whole, seen = merged(whole, part), seen | met
-        return whole, seen
+            raise _unsatisfiable(keyword, "the instance or the work would be too large")
 
-    def variants(self, schema, refs):
-        """The schema, or it merged with each branch of its anyOf or oneOf."""
-        keyword = next((key for key in ("anyOf", "oneOf") if key in schema), None)
-        if keyword is None:
-            yield schema, refs
-            return
-        rest = {key: value for key, value in schema.items() if key != keyword}
-        fault = unsatisfiable(keyword, "it is empty")
-        for branch in schema[keyword]:
+    def also(self, schema):
+        """What holds wherever a schema does: its allOf, and the target of its $ref.
+
+        A $ref is "#", or a pointer (RFC 6901) such as "#/$defs/a".
+        """
+        yield from schema.get("allOf", ())
+        for ref in _said([schema], "$ref"):
+            place = {"#": self.root}
+            for step in unquote(ref).split("/"):
+                step = step.replace("~1", "/").replace("~0", "~")
+                place = place.get(step) if isinstance(place, dict) else None
+            if place is None:
+                raise _unsatisfiable("$ref", f"there is no {ref}")
+            yield place
+
+    # ------ the check
+
+    def broken(self, value, schema, keyword="allOf"):
+        """The first keyword that a value does not obey, or None.
+
+        Patterns are not run: a string of an author's example is trusted to match one.
+        """
+        if isinstance(schema, bool):
+            return None if schema else keyword
+        self.spend(len(schema) + sum(map(len, _said([schema], "enum", "anyOf", "$ref"))))
+        for keyword in filter(RULES.__contains__, schema):
+            (kind, rule), argument = RULES[keyword], schema[keyword]
+            verdict = not _is_a(value, kind) or rule(value, argument)
+            claim = verdict is None and kind == "string" and (value, keyword, argument)
+            if claim and self.trusting:
+                self.trusted.add(claim)
+            if verdict is None and claim not in self.trusted:
+                raise _unsatisfiable(keyword, "it is not known here")
+            if verdict is False:
+                return keyword
+        parts = itertools.starmap(self.broken, self.parts(value, schema))
+        return next(filter(None, parts), None)
+
+    def parts(self, value, schema):
+        """(a value, its schema, keyword) for the value itself and for what is in it."""
+        yield from ((value, each, "allOf") for each in self.also(schema))
+        for keyword in {"anyOf", "oneOf"} & schema.keys():
+            fits = (not self.broken(value, each) for each in schema[keyword])
+            yield value, any(fits) and not (keyword == "oneOf" and any(fits)), keyword
+        for name in value if isinstance(value, dict) else ():
+            yield value[name], _property(schema, name), "additionalProperties"
+            yield name, schema.get("propertyNames", True), "propertyNames"
+        for index, each in enumerate(value if isinstance(value, list) else ()):
+            yield each, _item(schema, index), "items"
+
+    # ------ the making
+
+    def make(self, schemas, name, above=frozenset(), others=()):
+        """A value that obeys all the schemas and is none of the others."""
+        self.fault = _unsatisfiable("$ref", "it contains itself without an end")
+        for self.trusting, value in self.candidates(schemas, name, above):
             try:
-                yield from self.variants(*self.flat({"allOf": [rest, branch]}, refs))
-                fault = None
-            except APIError as error:
-                fault = fault and error
-        if fault:
-            raise fault
+                self.spend(len(to_json(value)))
+                keyword = self.broken(value, {"allOf": schemas})
+                if not keyword and not _is_one(value, others):
+                    return value
+                raise _unsatisfiable(keyword or "uniqueItems")
+            except APIError as fault:
+                self.fault = fault
+        raise self.fault
 
-    def makers(self, schema):
-        """The methods below that can make an instance, the likeliest first."""
-        if "const" in schema or "enum" in schema:
-            return [self.listed]
-        implied = (kind for kind, keywords in IMPLIED.items()
-                   if schema.keys() & set(keywords))
-        types = as_list(schema.get("type", next(implied, "object")))
-        unknown = [each for each in types if each not in JSON_TYPES]
-        if unknown:
-            raise unsatisfiable("type", f"{unknown[0]} is none of JSON's")
-        return [getattr(self, each) for each in types]
+    def candidates(self, todo, name, above, here=()):
+        """Each (is it an author's example?, value), one reading of the schemas at a time.
 
-    def instance(self, schema, refs):
-        """The first candidate that obeys; `refs`: those that we are inside of."""
-        fault = unsatisfiable("type", "none of JSON is left")
-        for variant, inner in self.variants(*self.flat(schema, refs)):
-            for maker in self.makers(variant):
-                try:
-                    return self.obeying(variant, maker(variant, inner))
-                except APIError as error:
-                    fault = error
-        raise fault
+        `above` has the ids of the schemas that this place is inside of: a schema inside
+        itself has no candidate, so a linked list ends with its other branch, null.
+        """
+        todo = [each for each in todo if not isinstance(each, bool)]
+        self.spend(1 + len(todo))
+        if not todo:
+            yield from self.values(here, name, above.union(map(id, here)))
+        elif id(todo[0]) not in above:
+            schema, *rest = todo
+            rest += self.also(schema)
+            choices = filter(None, _said([schema], "anyOf", "oneOf"))
+            for branches in itertools.product(*choices):
+                yield from self.candidates([*rest, *branches], name, above, (*here, schema))
 
-    def obeying(self, schema, candidates):
-        broken = "type"
-        for value in candidates:
-            broken = first_broken(value, schema)
-            if broken is None:
-                return value
-        raise unsatisfiable(broken)
+    def values(self, here, name, inside):
+        examples = [each[0] for each in _said(here, "examples") if each]
+        yield from ((True, value) for value in _said(here, "default") + examples)
+        listed = _said(here, "const") + sum(_said(here, "enum"), [])
+        named = [kind for types in _said(here, "type") for kind in _types(types)]
+        implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
+        for kind in dict.fromkeys(named or filter("any".__ne__, implied)) or ["object"]:
+            try:
+                for value in listed or getattr(self, f"make_{kind}")(here, name, inside):
+                    yield False, value
+            except APIError as fault:
+                self.fault = fault
 
-    # ------ candidates, one method a type
+    def make_object(self, here, name, inside):
+        """The required properties and enough others; then with all the optional ones."""
+        low = max(_said(here, "minProperties"), default=0)
+        required = [*dict.fromkeys(map(str, sum(_said(here, "required"), [])))]
+        names = [*dict.fromkeys(itertools.chain(required, *_said(here, "properties")))]
+        key = [{"type": "string"}, *_said(here, "propertyNames")]
+        while len(names) < low:
+            names.append(self.make(key, "key", inside, names))
+        for count in (max(low, len(required)), len(names)):
+            yield {each: self.make(_inside(here, _property, each), each, inside)
+                   for each in names[:count]}
 
-    def listed(self, schema, refs):
-        keyword = "const" if "const" in schema else "enum"
-        values = [schema["const"]] if keyword == "const" else schema["enum"]
-        obeying = [value for value in values if first_broken(value, schema) is None]
-        if not obeying:
-            raise unsatisfiable(keyword, "no value of it obeys the rest")
-        return obeying
+    def make_array(self, here, name, inside):
+        low, made = max(_said(here, "minItems"), default=0), []
+        self.spend(low, "minItems")
+        others = made if any(_said(here, "uniqueItems")) else ()
+        for index in range(low):
+            made.append(self.make(_inside(here, _item, index), name, inside, others))
+        yield made
 
-    def object(self, schema, refs):
-        properties, names = schema.get("properties", {}), schema.get("required", ())
-        other = schema.get("additionalProperties", {})
-        for name in names:
-            if name not in properties and other is False:
-                raise unsatisfiable(
-                    "required", f"no other property than those named, not {name}")
-        yield {name: self.instance(properties.get(name, other), refs) for name in names}
+    def make_string(self, here, name, inside):
+        """The format's, else the name at its least length; then name2, name3, ..."""
+        low = max(_said(here, "minLength"), default=0)
+        high = min(_said(here, "maxLength"), default=SAMPLE_WORK)
+        self.spend(low, "minLength")
+        yield from filter(None, map(FORMATS.get, _said(here, "format")))
+        for mark in ("", *map(str, range(2, 100))):
+            yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
 
-    def array(self, schema, refs):
-        if schema.get("minItems", 0) > 10_000:
-            raise unsatisfiable("minItems", "that is too much")
-        items = itertools.chain(schema.get("prefixItems", ()),
-                                itertools.repeat(schema.get("items", {})))
-        yield [self.instance(item, refs)
-               for item in itertools.islice(items, schema.get("minItems", 0))]
+    def make_number(self, here, name, inside):
+        """The number nearest to 0, one between the bounds, and multiples near them."""
+        low = max(_said(here, "minimum", "exclusiveMinimum"), default=-math.inf)
+        high = min(_said(here, "maximum", "exclusiveMaximum"), default=math.inf)
+        step, start = max(_said(here, "multipleOf"), default=1), min(max(0, low), high)
+        multiples = ((start // step + n) * step for n in NEAR)
+        for value in (start, (low + high) / 2, start + 0.5, *multiples):
+            if math.isfinite(value):
+                yield int(value) if value % 1 == 0 else value
 
-    def string(self, schema, refs):
-        if schema.get("minLength", 0) > 100_000:
-            raise unsatisfiable("minLength", "that is too much")
-        text = FORMATS.get(schema.get("format"), "")
-        yield text if text else "x" * schema.get("minLength", 0)
+    make_integer = make_number
 
-    def number(self, schema, refs):
-        """0, and what lies next to the bounds, as multiples where they have to be."""
-        step = schema.get("multipleOf") or 1
-        bounds = [schema[key] for key in BOUNDS if key in schema]
-        yield from [0] * ("const" not in schema)
-        for bound in bounds:
-            below = math.floor(bound / step) * step
-            yield from (below, below + step, below - step, below + 2 * step)
-        if "multipleOf" not in schema:
-            yield from bounds
-            yield sum(bounds) / max(len(bounds), 1)
-
-    def integer(self, schema, refs):
-        numbers = self.number(schema, refs)
-        return (int(number) for number in numbers if number == int(number))
-
-    def boolean(self, schema, refs):
+    def make_boolean(self, here, name, inside):
         return False, True
 
-    def null(self, schema, refs):
+    def make_null(self, here, name, inside):
         return None,
 
 
 def sample(schema):
-    """The smallest honest instance of a JSON Schema (draft 2020-12, as the API has it).
+    """An instance of a JSON Schema, as tool calls and structured outputs need one.
 
-    Example: {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}},
-              "required": ["n"]} -> {"n": 3}
+    Only the required properties are made, unless more are needed.  A string is the name
+    of its property.  What cannot be obeyed is an APIError(400) that names the keyword.
 
-    Required properties only; the first branch of anyOf or oneOf that works; `pattern`
-    is not looked at.  Raises APIError(400) with the keyword that cannot be satisfied.
+    Example:
+        >>> sample({"type": "object", "required": ["city", "days"], "properties": {
+        ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
+        {'city': 'city', 'days': 3}
     """
     try:
-        return Sampler(schema).instance(schema, frozenset("#"))
+        return json.loads(to_json(_Sampler(schema).make([schema], "text")))
     except RecursionError:
-        raise unsatisfiable("type", "it is nested too deeply") from None
-    except (TypeError, ValueError, AttributeError, LookupError,
-            ArithmeticError) as error:
-        raise unsatisfiable("type", f"it is no JSON Schema ({error})") from None
+        raise _unsatisfiable("$ref", "it is nested too deeply") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise _unsatisfiable("type", f"this is not a JSON Schema ({error})") from None
 
 
 # ----------------------------------------------------------------------------------
