@@ -766,6 +766,7 @@ NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
 
 JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
               "null": type(None), "integer": (int, float), "number": (int, float)}
+CONSTANTS = {"boolean": [False, True], "null": [None]}
 FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
     "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
@@ -782,14 +783,12 @@ def _unsatisfiable(keyword, why="it cannot be satisfied"):
 
 
 def _is_a(value, kind):
-    """Is a value of this JSON type?  true is not an integer; 1.0 is one."""
+    """Is a value of this JSON type, or of one of these?  true is not an integer."""
+    if isinstance(kind, list):
+        return any(_is_a(value, each) for each in kind)
     if type(value) is bool or kind == "any":
         return kind in ("any", "boolean")
     return isinstance(value, JSON_TYPES[kind]) and (kind != "integer" or value % 1 == 0)
-
-
-def _types(argument):
-    return [argument] if isinstance(argument, str) else argument
 
 
 def _key(value):
@@ -813,10 +812,10 @@ def _rows(kind, keywords, rule):
     return dict.fromkeys(keywords.split(), (kind, rule))
 
 
-RULES = {  # keyword: (its type, does a value of that type obey it?)  None: not known here
+RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobody knows)
     **_rows("any", "not if $id $dynamicRef $recursiveRef", lambda *_: None),
-    "type": ("any", lambda value, types: any(_is_a(value, each) for each in _types(types))),
-    "enum": ("any", _is_one), "const": ("any", lambda value, one: _is_one(value, [one])),
+    "type": ("any", _is_a), "enum": ("any", _is_one),
+    "const": ("any", lambda value, constant: _is_one(value, [constant])),
 
     "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
     "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
@@ -824,7 +823,7 @@ RULES = {  # keyword: (its type, does a value of that type obey it?)  None: not 
         value % step if isinstance(step, int) else value / step % 1) == 0),
 
     "minLength": ("string", _at_least), "maxLength": ("string", _at_most),
-    "format": ("string", lambda value, name: FORMATS.get(name, 0) in (value, None) or None),
+    "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
     **_rows("string", "pattern contentEncoding contentMediaType", lambda *_: None),
 
     "minItems": ("array", _at_least), "maxItems": ("array", _at_most),
@@ -836,8 +835,8 @@ RULES = {  # keyword: (its type, does a value of that type obey it?)  None: not 
     "minProperties": ("object", _at_least), "maxProperties": ("object", _at_most),
     "required": ("object", lambda value, names: value.keys() >= set(names)),
     **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
-    **_rows("object", "patternProperties dependencies dependentRequired dependentSchemas "
-            "unevaluatedProperties", lambda value, _: None if value else True),
+    **_rows("object", "patternProperties dependencies dependentRequired "
+            "dependentSchemas unevaluatedProperties", lambda each, _: not each or None),
 }
 
 
@@ -847,7 +846,8 @@ def _said(here, *keywords):
 
 
 def _property(schema, name):
-    return schema.get("properties", {}).get(name, schema.get("additionalProperties", True))
+    rest = schema.get("additionalProperties", True)
+    return schema.get("properties", {}).get(name, rest)
 
 
 def _item(schema, index):
@@ -855,11 +855,6 @@ def _item(schema, index):
     rest = schema.get("items", True)
     first = rest if isinstance(rest, list) else schema.get("prefixItems", ())
     return first[index] if index < len(first) else rest is first or rest
-
-
-def _inside(here, schema_of, key):
-    """The schemas of a property or an item.  The check sees to one that is false."""
-    return [each for each in (schema_of(schema, key) for schema in here) if each is not False]
 
 
 class _Sampler:
@@ -898,7 +893,8 @@ class _Sampler:
         """
         if isinstance(schema, bool):
             return None if schema else keyword
-        self.spend(len(schema) + sum(map(len, _said([schema], "enum", "anyOf", "$ref"))))
+        lists = _said([schema], "enum", "anyOf", "oneOf", "$ref")
+        self.spend(len(schema) + sum(map(len, lists)))
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
             verdict = not _is_a(value, kind) or rule(value, argument)
@@ -928,6 +924,7 @@ class _Sampler:
 
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
+        schemas = [each for each in schemas if each is not False]  # seen further out
         self.fault = _unsatisfiable("$ref", "it contains itself without an end")
         for self.trusting, value in self.candidates(schemas, name, above):
             try:
@@ -941,7 +938,7 @@ class _Sampler:
         raise self.fault
 
     def candidates(self, todo, name, above, here=()):
-        """Each (is it an author's example?, value), one reading of the schemas at a time.
+        """Each (is it an author's example?, value), reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -955,23 +952,27 @@ class _Sampler:
             rest += self.also(schema)
             choices = filter(None, _said([schema], "anyOf", "oneOf"))
             for branches in itertools.product(*choices):
-                yield from self.candidates([*rest, *branches], name, above, (*here, schema))
+                both = [*rest, *branches]
+                yield from self.candidates(both, name, above, (*here, schema))
 
     def values(self, here, name, inside):
+        """The candidates of one reading: what its schemas list or a type makes."""
         examples = [each[0] for each in _said(here, "examples") if each]
         yield from ((True, value) for value in _said(here, "default") + examples)
         listed = _said(here, "const") + sum(_said(here, "enum"), [])
-        named = [kind for types in _said(here, "type") for kind in _types(types)]
+        types = (kind if type(kind) is list else [kind] for kind in _said(here, "type"))
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
-        for kind in dict.fromkeys(named or filter("any".__ne__, implied)) or ["object"]:
+        kinds = sum(types, []) or filter("any".__ne__, implied)
+        for kind in dict.fromkeys(kinds) or ["object"]:
             try:
-                for value in listed or getattr(self, f"make_{kind}")(here, name, inside):
-                    yield False, value
+                make = getattr(self, f"make_{kind}", None)
+                made = listed or CONSTANTS.get(kind) or make(here, name, inside)
+                yield from ((False, value) for value in made)
             except APIError as fault:
                 self.fault = fault
 
     def make_object(self, here, name, inside):
-        """The required properties and enough others; then with all the optional ones."""
+        """The required properties and enough others; then all of the properties."""
         low = max(_said(here, "minProperties"), default=0)
         required = [*dict.fromkeys(map(str, sum(_said(here, "required"), [])))]
         names = [*dict.fromkeys(itertools.chain(required, *_said(here, "properties")))]
@@ -979,20 +980,21 @@ class _Sampler:
         while len(names) < low:
             names.append(self.make(key, "key", inside, names))
         for count in (max(low, len(required)), len(names)):
-            yield {each: self.make(_inside(here, _property, each), each, inside)
-                   for each in names[:count]}
+            yield {each: self.make([_property(schema, each) for schema in here],
+                                   each, inside) for each in names[:count]}
 
     def make_array(self, here, name, inside):
         low, made = max(_said(here, "minItems"), default=0), []
         self.spend(low, "minItems")
         others = made if any(_said(here, "uniqueItems")) else ()
         for index in range(low):
-            made.append(self.make(_inside(here, _item, index), name, inside, others))
+            schemas = [_item(schema, index) for schema in here]
+            made.append(self.make(schemas, name, inside, others))
         yield made
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        low = max(_said(here, "minLength"), default=0)
+        name, low = name or "text", max(_said(here, "minLength"), default=0)
         high = min(_said(here, "maxLength"), default=SAMPLE_WORK)
         self.spend(low, "minLength")
         yield from filter(None, map(FORMATS.get, _said(here, "format")))
@@ -1011,12 +1013,6 @@ class _Sampler:
 
     make_integer = make_number
 
-    def make_boolean(self, here, name, inside):
-        return False, True
-
-    def make_null(self, here, name, inside):
-        return None,
-
 
 def sample(schema):
     """An instance of a JSON Schema, as tool calls and structured outputs need one.
@@ -1029,12 +1025,14 @@ def sample(schema):
         ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
         {'city': 'city', 'days': 3}
     """
+    if isinstance(schema, dict):        # an $id says nothing at the root
+        schema = {key: each for key, each in schema.items() if key != "$id"}
     try:
-        return json.loads(to_json(_Sampler(schema).make([schema], "text")))
+        return json.loads(to_json(_Sampler(schema).make([{"allOf": [schema]}], "text")))
     except RecursionError:
         raise _unsatisfiable("$ref", "it is nested too deeply") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise _unsatisfiable("type", f"this is not a JSON Schema ({error})") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
+        raise _unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
 
 
 # ----------------------------------------------------------------------------------

@@ -977,10 +977,10 @@ def members_fit(value, _, schema, root):
 
 
 def items_fit(value, _, schema, root):
-    first = schema.get("prefixItems", [])
+    rest = itertools.repeat(schema.get("items", True))
     return type(value) is not list or all(
-        fits(item, first[i] if i < len(first) else schema.get("items", True), root)
-        for i, item in enumerate(value))
+        fits(item, each, root)
+        for item, each in zip(value, itertools.chain(schema.get("prefixItems", ()), rest)))
 
 
 def same(a, b):
@@ -993,6 +993,7 @@ def same(a, b):
 
 JSON_TYPES = {"object": (dict,), "array": (list,), "string": (str,), "null": (type(None),),
               "number": (int, float), "integer": (int,), "boolean": (bool,)}
+LENGTHS = [("Length", str), ("Items", list), ("Properties", dict)]
 KEYWORDS = {
     "type": has_type,
     "enum": lambda value, values, *_: any(same(value, each) for each in values),
@@ -1002,14 +1003,12 @@ KEYWORDS = {
     "exclusiveMinimum": on((int, float), lambda value, limit: value > limit),
     "exclusiveMaximum": on((int, float), lambda value, limit: value < limit),
     "multipleOf": on((int, float), lambda value, step: (value / step).is_integer()),
-    "minLength": on((str,), lambda value, limit: len(value) >= limit),
-    "maxLength": on((str,), lambda value, limit: len(value) <= limit),
-    "minItems": on((list,), lambda value, limit: len(value) >= limit),
-    "maxItems": on((list,), lambda value, limit: len(value) <= limit),
+    **{"min" + noun: on((kind,), lambda value, limit: len(value) >= limit)
+       for noun, kind in LENGTHS},
+    **{"max" + noun: on((kind,), lambda value, limit: len(value) <= limit)
+       for noun, kind in LENGTHS},
     "uniqueItems": on((list,), lambda value, wanted: not wanted or not any(
         same(*pair) for pair in itertools.combinations(value, 2))),
-    "minProperties": on((dict,), lambda value, limit: len(value) >= limit),
-    "maxProperties": on((dict,), lambda value, limit: len(value) <= limit),
     "required": on((dict,), lambda value, names: value.keys() >= set(names)),
     "properties": members_fit, "additionalProperties": members_fit,
     "prefixItems": items_fit, "items": items_fit,
@@ -1043,9 +1042,10 @@ TREE = {"type": "object", "required": ["children"], "properties": {
 KINDS = [{"type": "object", "properties": {"kind": {"const": kind}}} for kind in ("cat", "dog")]
 SATISFIED = [
     ({}, {}), (True, {}), ({"type": "object"}, {}), ({"type": "array"}, []), (STRING, "text"),
+    ({"$id": "https://example.com/a", **STRING}, "text"),
     (INTEGER, 0), ({"type": "boolean"}, False), ({"type": "null"}, None),
     ({"type": ["string", "null"]}, "text"), (an_object(city=STRING), {"city": "city"}),
-    ({"type": "object", "properties": {"a": STRING}}, {}), (an_object(**{"": STRING}), {"": ""}),
+    ({"type": "object", "properties": {"a": STRING}}, {}), (an_object(**{"": STRING}), {"": "text"}),
     (an_object(tags={"type": "array", "items": STRING, "minItems": 1}), {"tags": ["tags"]}),
     ({"enum": ["x", "y"]}, "x"), ({"const": 5}, 5), ({"const": None}, None),
     ({"enum": [1, "x"], "type": "string"}, "x"), ({"const": {"a": [1]}}, {"a": [1]}),
@@ -1143,7 +1143,7 @@ def test_a_sample_obeys_the_format(form, pattern):
     ({"allOf": [an_object(a=STRING), {"required": ["b"]}]}, "additionalProperties"),
     ({"allOf": [STRING, {"type": "null"}]}, "type"), ({"allOf": [{"const": 1}, {"const": 2}]}, "const"),
     ({"oneOf": [{"required": ["a"]}, {"required": ["a"]}]}, "oneOf"),
-    ({"not": {}}, "not"), ({"if": {}}, "if"), ({"contains": {}}, "contains"),
+    (an_object(a={"$id": "a", "$ref": "#/$defs/b"}), r"\$ref|\$id"), ({"not": {}}, "not"), ({"if": {}}, "if"), ({"contains": {}}, "contains"),
     ({"$ref": "#/$defs/none"}, r"\$ref"), ({"$ref": "http://example.com/"}, r"\$ref"),
     ({"$ref": "other#/$defs/a", "$defs": {"a": {}}}, r"\$ref"),
     ({"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}}, r"\$ref"), ({"$ref": "#"}, r"\$ref"),
@@ -1201,55 +1201,36 @@ def test_a_hostile_schema_is_refused(schema):
 
 def random_schema(pick, depth):
     """A schema of the keywords that `fits` knows, satisfiable or not."""
-    kind = pick.choice(["object", "array", "string", "number", "integer", "boolean", "any",
-                        "all", "enum", "ref"] if depth else ["string", "number", "integer", "null"])
     inner = [random_schema(pick, depth - 1) for _ in range(pick.randrange(1, 4) if depth else 0)]
-    if kind == "any":
-        return {pick.choice(["anyOf", "oneOf"]): inner}
-    if kind == "all":
-        return {**inner[0], "allOf": inner[1:]}
-    if kind == "enum":
-        return {"enum": [pick.choice([0, 1, 1.0, True, "a", None, 2.5, [], {"a": 1}])
-                         for _ in range(2)]}
-    if kind == "ref":
-        return {"$ref": pick.choice(["#", "#/$defs/a", "#/$defs/b"])}
-    schema = {"type": kind, **RANDOM_KEYWORDS[kind](pick, inner)}
-    rare = {"default": pick.choice([0, "a", [], {}, 1.5]), "pattern": "a", "examples": [1, "b"],
-            "not": {"type": "string"}, "contains": {"type": "null"}, "uniqueItems": True}
-    name = pick.choice(sorted(rare))
-    return {**schema, name: rare[name]} if pick.random() < 0.15 else schema
+    combined = [
+        {"anyOf": inner}, {"oneOf": inner}, {**inner[0], "allOf": inner[1:]},
+        {"$ref": pick.choice(["#", *["#/$defs/a", "#/$defs/b"] * 3])},
+        {"enum": pick.choices([0, 1, 1.0, True, "a", None, 2.5, [], {"a": 1}], k=2)},
+        {"type": "object", "properties": dict(zip("abc", inner)),
+         "required": some(pick, 0.4, "abcd"), **some(pick, 0.2, {
+             "additionalProperties": pick.choice([False, inner[0]]), "minProperties": 2,
+             "maxProperties": 2, "propertyNames": {"enum": ["a", "b", "c"]}})},
+        {"type": "array", "items": inner[0], "minItems": pick.randrange(3), **some(pick, 0.2, {
+            "items": False, "prefixItems": inner, "maxItems": 2, "uniqueItems": True})},
+    ] if depth else []
+    number = {"type": pick.choice(["integer", "number"]), **some(pick, 0.25, {
+        "multipleOf": pick.choice([1, 2, 3, 0.5, 0.01]), **{
+            bound: pick.randrange(-8, 9) / pick.choice([1, 1, 2, 8]) for bound in BOUNDS}})}
+    text = {"type": "string", **some(pick, 0.3, {
+        "minLength": pick.randrange(4), "maxLength": pick.randrange(2, 6)})}
+    rare = {"default": pick.choice([0, "a", [], {}, 1.5]), "examples": [1, "b"],
+            "pattern": "a", "not": {"type": "string"}, "contains": {"type": "null"}}
+    plain = [number, text, {"type": pick.choice(["null", "boolean"])}]
+    return {**pick.choice([*combined, *combined, *plain]), **some(pick, 0.02, rare)}
 
 
-def random_object(pick, inner):
-    rest = {"additionalProperties": pick.choice([False, True, inner[0]])}
-    few = {pick.choice(["minProperties", "maxProperties"]): pick.randrange(3)}
-    names = {"propertyNames": {"enum": ["a", "b", "c"]}}
-    return {"properties": dict(zip("abc", inner)),
-            "required": [name for name in "abcd" if pick.random() < 0.4],
-            **(rest if pick.random() < 0.4 else {}), **(few if pick.random() < 0.2 else {}),
-            **(names if pick.random() < 0.2 else {})}
+def some(pick, share, items):
+    """A random share of a list, or of a dict."""
+    kept = [item for item in items if pick.random() < share]
+    return {name: items[name] for name in kept} if type(items) is dict else kept
 
 
-def random_array(pick, inner):
-    return {"items": pick.choice([inner[0], inner[0], False]), "minItems": pick.randrange(3),
-            **({"prefixItems": inner[1:]} if len(inner) > 1 else {}),
-            **({"maxItems": pick.randrange(1, 4)} if pick.random() < 0.3 else {})}
-
-
-def random_number(pick, inner):
-    bounds = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-    steps = {"multipleOf": pick.choice([1, 2, 3, 0.5, 0.01])} if pick.random() < 0.3 else {}
-    return {**steps, **{bound: pick.randrange(-8, 9) / pick.choice([1, 1, 2, 8])
-                        for bound in bounds if pick.random() < 0.25}}
-
-
-RANDOM_KEYWORDS = {
-    "object": random_object, "array": random_array,
-    "number": random_number, "integer": random_number,
-    "string": lambda pick, inner: pick.choice([{}, {
-        "minLength": pick.randrange(4), "maxLength": pick.randrange(2, 6)}]),
-    "boolean": lambda pick, inner: {}, "null": lambda pick, inner: {},
-}
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def random_samples(count, seed):
