@@ -57,22 +57,23 @@ Without "stream" the same chunks are folded into one chat.completion:
 The stages, in the order of this file.  Each is a small function over the one above:
 
     request bytes
-        | parse_chat, parse_completion        a dict, every known field checked
+        | parse_json                          a dict
+        | parse_chat, parse_completion        every known field checked
     request
         | backend                             pieces: str, ToolCall
     pieces
-        | up_to, until_stop                   cut short; the last says why it ended
+        | up_to, until_stop                   cut to the limits; the last says why
     sequences
-        | chat_chunks, completion_chunks      one dict per piece
+        | chat_chunks, completion_chunks      the chunks of each piece
     chunks ------ fold ------> completion     when "stream" is false
         | events                              server-sent events, then [DONE]
     writes
-        | quirk                               only where a test asks for a fault
-    transfer chunks
+        | quirk                               a deliberate fault, if a test wants one
+    transfer chunks                           HTTP's unit
 
 All stages meet in `Server.complete`.  The file has three parts:
 
-    PART 1  THE PROTOCOL: from a parsed body to the bytes of its events
+    PART 1  THE PROTOCOL: from the bytes of a body to the bytes of its events
     PART 2  BACKENDS: what answers, and deliberate faults
     PART 3  OVER HTTP: sockets, routes, keys, the page, the command line
 
@@ -82,9 +83,8 @@ A backend is any function of the request that returns text or yields it in piece
         for word in request["text"].split():
             yield word[::-1] + " "
 
-Not done here: running a model, embeddings (but see `routes`), images, audio, files,
-/v1/responses, HTTP/2.  Nothing is kept between two requests but the journal and a
-script's position.
+Not done here: running a model, images, audio, files, HTTP/2; embeddings and
+/v1/responses only where `Server(routes=...)` has a function for them.
 """
 import base64
 import codecs
@@ -130,8 +130,8 @@ log = logging.getLogger("openai_compat")
 # ==================================================================================
 # PART 1  THE PROTOCOL
 #
-# From a parsed body to the bytes of its events.  Everything here takes and returns
-# dicts, generators and bytes: there is no socket, no thread and no file.
+# From the bytes of a body to the bytes of its events.  Everything here takes and
+# returns dicts, generators and bytes: there is no socket, no thread and no file.
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
@@ -161,9 +161,10 @@ def header_fields(headers):
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
-        if not HEADER_NAME.fullmatch(name) or re.search("[\r\n\0]", value):
-            raise ValueError(f"{name!r} cannot be a header of a response, or not with "
-                             "this value")
+        if not HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of a response header")
+        if re.search("[\r\n\0]", value):
+            raise ValueError(f"the header {name!r} has a line end or a NUL in it")
     return fields
 
 
@@ -175,20 +176,20 @@ class APIError(Exception):
     response.
 
     Example:
-        >>> APIError(404, "No such model.", code="model_not_found").body()
-        {'error': {'message': 'No such model.', 'type': 'invalid_request_error', \
-'param': None, 'code': 'model_not_found'}}
+        >>> error = APIError(404, "No such model.", code="model_not_found")
+        >>> print(to_json(error.body()).decode())
+        {"error":{"message":"No such model.","type":"invalid_request_error",...}}
     """
 
     def __init__(self, status, message, param=None, code=None, type=None, headers=None):
         super().__init__(status, message, param, code, type, headers)   # for pickle
         if not 400 <= int(status) <= 599:
             raise ValueError(f"the status of an error must be 400 to 599, not {status}")
-        usual = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
         self.status, self.message, self.param = int(status), message, param
+        usual = ERROR_KINDS.get(self.status, ERROR_KINDS[self.status // 100 * 100])
         self.code, self.type = code or usual[1], type or usual[0]
         self.headers = header_fields(headers)
-        if code == "insufficient_quota":        # SDKs would retry this 429 in vain
+        if code == "insufficient_quota":        # a retry would be in vain: tell SDKs so
             self.type = type or code
             self.headers.setdefault("x-should-retry", "false")
 
@@ -196,7 +197,7 @@ class APIError(Exception):
         return str(self.message)
 
     def body(self):
-        """The error envelope.  All four keys are always there: clients rely on it."""
+        """The error object as it is sent.  Clients rely on all four keys."""
         return {"error": {"message": self.message, "type": self.type,
                           "param": self.param, "code": self.code}}
 
@@ -224,17 +225,20 @@ JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a d
 MOST_NESTED = 200               # levels; more could exhaust the stack later
 
 
-def reject_constant(text):
-    raise ValueError(f"{text[:20]} is not a number in JSON")
+def reject_number(text):
+    raise ValueError(f"{text[:20]} is not a number in JSON, or too large")
 
 
 def finite(text):
     number = float(text)
-    return number if math.isfinite(number) else reject_constant(text)
+    if math.isinf(number):
+        reject_number(text)
+    return number
 
 
-# The standard parser also takes NaN, Infinity and 1e999, which JSON does not have.
-decode_json = json.JSONDecoder(parse_constant=reject_constant,
+# The standard parser takes NaN and Infinity, which JSON does not have, and turns 1e999
+# into infinity, which could not be sent back.
+decode_json = json.JSONDecoder(parse_constant=reject_number,
                                parse_float=finite).decode
 
 
@@ -268,7 +272,7 @@ def parse_json(body):
     """
     try:
         text = body.decode()
-        value = decode_json(text[text.startswith("\ufeff"):])    # a byte order mark
+        value = decode_json(text[1:] if text.startswith("\ufeff") else text)
     except RecursionError:
         raise body_error("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -277,13 +281,15 @@ def parse_json(body):
         raise body_error(str(error)[:200]) from None
     if type(value) is not dict:
         raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
-    if text.count("[") + text.count("{") > MOST_NESTED and nesting(value) > MOST_NESTED:
+    brackets = text.count("[") + text.count("{")    # few ones cannot be nested deeply
+    if brackets > MOST_NESTED and nesting(value) > MOST_NESTED:
         raise body_error(f"it is nested more than {MOST_NESTED} levels deep")
     return value
 
 
 def copied(value):
-    """A copy of a JSON value; it shares nothing that can be changed.
+    """A copy of a JSON value that shares nothing with it that can be changed: a backend
+    may change its request.
 
     Example:
         >>> given = {"a": [1]}
@@ -301,7 +307,7 @@ def encode_json(value, ascii=False):
 
 
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
-NOT_FOR_UTF8 = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+MUST_BE_ESCAPED = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
 
 def to_json(value):
@@ -315,7 +321,7 @@ def to_json(value):
     """
     try:
         text = encode_json(value)
-        if not text.isascii() and NOT_FOR_UTF8.search(text):
+        if not text.isascii() and MUST_BE_ESCAPED.search(text):
             text = encode_json(value, ascii=True)
     except RecursionError:
         raise ValueError("the value is nested too deeply, or holds itself") from None
@@ -331,8 +337,11 @@ def to_json(value):
 #     "string"                    a type of JSON
 #     ("low", "high")             one of these words
 #     [spec]                      an array of values that fit the spec
-#     Object({"a": spec, ...})    an object; "a!" must be there, "a?" too, but even null
-#     Tagged, Either, Map, Bounded, and a function of where and value: see below
+#     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
+#                                 required but may be null
+#     Tagged, Either, Map, Bounded: see below
+#     a function                  of the path of the value in the body, and the value
+# The messages are the API's own, word for word.
 
 TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
     "string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
@@ -355,7 +364,7 @@ Either = collections.namedtuple("Either", "text other")
 # An object with any keys: at most `pairs` of them, each at most `key` characters long.
 Map = collections.namedtuple("Map", "value key pairs")
 # A number within bounds, or something whose length is.
-Bounded = collections.namedtuple("Bounded", "spec least most")
+Bounded = collections.namedtuple("Bounded", "inner least most")
 
 
 def invalid(message, param, code=None):
@@ -372,20 +381,38 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def out_of_bounds(where, value, kind, limit, bound):
-    """The 400 for a number or a length beyond its limit, "minimum" or "maximum"."""
+def bad_number(where, value, kind, limit, bound):
+    """A number beyond its limit: the code is "integer_below_min_value" and the like."""
     side, sign = ("below", ">=") if limit == "minimum" else ("above", "<=")
-    code, name = f"{kind}_{side}_{limit[:3]}", JSON_NAMES[type(value)]
-    if kind in ("integer", "decimal"):
-        fault, wanted = f"{kind} {side} {limit} value", f"a value {sign} {bound}"
-        got, code = value, f"{code}_value"
+    return invalid(f"Invalid '{where}': {kind} {side} {limit} value. Expected a value "
+                   f"{sign} {bound}, but got {value} instead.", where,
+                   f"{kind}_{side}_{limit[:3]}_value")
+
+
+def bad_length(where, value, kind, limit, bound):
+    """A length beyond its limit: the code is "empty_array", "string_above_max_length"
+    and the like."""
+    name = JSON_NAMES[type(value)]
+    if value:
+        fault, got = f"{kind} too long", f"{name} with length {len(value)}"
+        code = f"{kind}_above_max_length"
     else:
-        fault, wanted = f"{kind} too long", f"{name} with {limit} length {bound}"
-        got, code = f"{name} with length {len(value)}", f"{code}_length"
-        if not value:
-            fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {wanted}, but got {got} "
-                   "instead.", where, code)
+        fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
+    return invalid(f"Invalid '{where}': {fault}. Expected {name} with {limit} length "
+                   f"{bound}, but got {got} instead.", where, code)
+
+
+def check(where, value, spec):
+    """Raise a 400 unless the value fits the spec; `where` is its path in the body.
+
+    Example:
+        >>> check("messages[0].name", "Ann", "string")
+        >>> check("n", 0, Bounded("integer", 1, 128))
+        Traceback (most recent call last):
+        ...
+        openai_compat.APIError: Invalid 'n': integer below minimum value. ...
+    """
+    CHECKS[type(spec)](where, value, spec)
 
 
 def check_type(where, value, kind):
@@ -396,8 +423,8 @@ def check_type(where, value, kind):
 def check_word(where, value, words):
     check_type(where, value, "string")
     if value not in words:
-        supported = ", and ".join(filter(None, [
-            ", ".join(map(repr, words[:-1])), repr(words[-1])]))
+        *most, last = map(repr, words)
+        supported = f"{', '.join(most)}, and {last}" if most else last
         raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
                       f"{supported}.", where, "invalid_value")
 
@@ -411,7 +438,8 @@ def check_items(where, value, spec):
 def check_members(where, value, spec):
     check_type(where, value, "object")
     for name in spec.required:
-        if value.get(name) is None and not (name in spec.nullable and name in value):
+        is_null = name in value and name in spec.nullable
+        if value.get(name) is None and not is_null:
             raise missing(f"{where}.{name}")
     for name, inner in spec.fields.items():
         if value.get(name) is not None:
@@ -442,13 +470,14 @@ def check_map(where, value, spec):
 
 
 def check_bounded(where, value, spec):
-    check(where, value, spec.spec)
-    size = value if type(value) in (int, float) else len(value)
-    kind = "array" if isinstance(spec.spec, list) else spec.spec
+    check(where, value, spec.inner)
+    kind = "array" if isinstance(spec.inner, list) else spec.inner
+    is_number = kind in ("integer", "decimal")
+    size, error = (value, bad_number) if is_number else (len(value), bad_length)
     if spec.least is not None and size < spec.least:
-        raise out_of_bounds(where, value, kind, "minimum", spec.least)
+        raise error(where, value, kind, "minimum", spec.least)
     if spec.most is not None and size > spec.most:
-        raise out_of_bounds(where, value, kind, "maximum", spec.most)
+        raise error(where, value, kind, "maximum", spec.most)
 
 
 def check_name(where, value):
@@ -466,48 +495,41 @@ CHECKS = {str: check_type, tuple: check_word, list: check_items, Object: check_m
           type(check_name): lambda where, value, function: function(where, value)}
 
 
-def check(where, value, spec):
-    """Raise a 400 unless the value at `where` in the body fits the spec.
-
-    Example:
-        >>> check("n", 0, Bounded("integer", 1, 128))
-        Traceback (most recent call last):
-        ...
-        openai_compat.APIError: Invalid 'n': integer below minimum value. Expected a \
-value >= 1, but got 0 instead.
-    """
-    CHECKS[type(spec)](where, value, spec)
-
-
-NAMED = Object({"name!": check_name})
+# {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 FUNCTION = Object({"name!": check_name, "description": "string",
                    "parameters": "object", "strict": "boolean"})
 CUSTOM = Object({"name!": check_name, "description": "string", "format": "object"})
 TOOL = Tagged("type", {"function": Object({"function!": FUNCTION}),
                        "custom": Object({"custom!": CUSTOM})})
-CHOSEN = {"function": Object({"function!": NAMED}),
-          "custom": Object({"custom!": NAMED})}
-ALLOWED = Object({"mode!": ("auto", "required"), "tools!": [Tagged("type", CHOSEN)]})
+# "required", or {"type": "function", "function": {"name": "now"}}, or
+# {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}
+NAME = Object({"name!": check_name})
+NAMED_TOOL = {"function": Object({"function!": NAME}),
+              "custom": Object({"custom!": NAME})}
+ALLOWED = Object({"mode!": ("auto", "required"),
+                  "tools!": [Tagged("type", NAMED_TOOL)]})
 TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
-    "type", {**CHOSEN, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
-CALLED = Object({"name!": "string"})
-CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
-                       "custom": Object({"id!": "string", "custom!": CALLED})})
-PART = Tagged("type", {
-    "text": Object({"text!": "string"}),
-    "refusal": Object({"refusal!": "string"}),
+    "type", {**NAMED_TOOL, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
+# {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+CALLED = Object({"name!": "string"})    # its input is checked with the conversation
+TOOL_CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
+                            "custom": Object({"id!": "string", "custom!": CALLED})})
+# "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
+AUDIO = Object({"data!": "string", "format!": ("wav", "mp3")})
+CONTENT = Either("string", [Tagged("type", {
+    "text": Object({"text!": "string"}), "refusal": Object({"refusal!": "string"}),
     "image_url": Object({"image_url!": Object({"url!": "string"})}),
-    "file": Object({"file!": "object"}),
-    "input_audio": Object({"input_audio!": Object({"data!": "string",
-                                                   "format!": ("wav", "mp3")})})})
-CONTENT = Either("string", [PART])
-SPOKEN = Object({"content?": CONTENT, "name": "string"})
+    "file": Object({"file!": "object"}), "input_audio": Object({"input_audio!": AUDIO}),
+})])
+# {"role": "user", "content": "Hello"}
+PLAIN_MESSAGE = Object({"content?": CONTENT, "name": "string"})
 MESSAGE = Tagged("role", {
-    "system": SPOKEN, "developer": SPOKEN, "user": SPOKEN,
+    "system": PLAIN_MESSAGE, "developer": PLAIN_MESSAGE, "user": PLAIN_MESSAGE,
     "assistant": Object({"content": CONTENT, "name": "string", "refusal": "string",
-                         "tool_calls": [CALL], "function_call": CALLED}),
+                         "tool_calls": [TOOL_CALL], "function_call": CALLED}),
     "tool": Object({"content?": CONTENT, "tool_call_id!": "string"}),
     "function": Object({"content?": "string", "name!": "string"})})
+# {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
 JSON_SCHEMA = Object({"name!": check_name, "description": "string",
                       "schema": "object", "strict": "boolean"})
 RESPONSE_FORMAT = Tagged("type", {
@@ -556,7 +578,7 @@ CHAT_FIELDS = Fields(
     ("functions",              [FUNCTION],                    (),       1,      128),
     ("tools",                  [TOOL],                        (),       None,   128),
     ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          Either(("none", "auto"), NAMED), None,   None,   None),
+    ("function_call",          Either(("none", "auto"), NAME), None,    None,   None),
     ("parallel_tool_calls",    "boolean",                     True,     None,   None),
     ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
     ("max_completion_tokens",  "integer",                     None,     1,      None),
@@ -585,7 +607,7 @@ COMPLETION_FIELDS = Fields(
     ("echo",                   "boolean",                     False,    None,   None),
     ("logprobs",               "integer",                     None,     0,      5),
     ("suffix",                 "string",                      None,     None,   None),
-)
+)                               # "prompt" has four forms: parse_prompts checks it
 ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
 SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
 NEEDS = (  # a field, another that must be there and true, and what the API says if not
@@ -597,7 +619,7 @@ NEEDS = (  # a field, another that must be there and true, and what the API says
 def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
     given = {name: value for name, value in body.items() if value is not None}
-    if not given.get("model"):
+    if given.get("model", "") == "":    # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
     for name in fields.required:
         if name not in given:
@@ -608,51 +630,56 @@ def checked(body, fields):
     for name, other, message in NEEDS:
         if name in fields and name in given and not given.get(other):
             raise invalid(message.format(name, other), name)
-    stop = given.get("stop") or ()
-    given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
+    stop = given.get("stop", [])        # a string or a list: always a list from here on
+    given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
     return {**body, **fields.defaults, **given}
 
 
 CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
 
 
-def called_ids(i, calls):
-    """The ids of the tool calls in message i; the input of each must be a string."""
+def check_inputs(i, calls):
+    """The input of each tool call in message i must be a string."""
     for j, call in enumerate(calls):
         kind = call["type"]
         check(f"messages[{i}].tool_calls[{j}].{kind}", call[kind],
               Object({f"{CALL_INPUT[kind]}!": "string"}))
-    return [call["id"] for call in calls]
 
 
-def check_answer(i, id, called):
-    """Refuse a tool message unless the turn before it made the call that it answers."""
+def check_answer(i, call_id, called):
+    """The tool message i must answer one of the calls of the turn before it."""
     if not called:
         raise invalid("Invalid parameter: messages with role 'tool' must be a response "
                       "to a preceeding message with 'tool_calls'.",
                       f"messages.[{i}].role")
-    if id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id[:200]}' not found in "
-                      "'tool_calls' of previous message.",
+    if call_id not in called:
+        raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
+                      "found in 'tool_calls' of previous message.",
                       f"messages.[{i}].tool_call_id")
+
+
+def check_answered(i, unanswered):
+    """Where message i stands, or the conversation ends, all calls must be answered."""
+    if unanswered:
+        raise invalid("An assistant message with 'tool_calls' must be followed by tool "
+                      "messages responding to each 'tool_call_id'. The following "
+                      "tool_call_ids did not have response messages: "
+                      f"{', '.join(unanswered)[:1000]}", f"messages.[{i}].role")
 
 
 def check_conversation(messages):
     """Refuse a tool call without its answer, and an answer without its call."""
-    called, unanswered = [], []         # ids of the last turn's calls
-    for i, message in enumerate([*messages, {"role": "end"}]):
+    called, unanswered = [], []         # the ids of the last turn's calls
+    for i, message in enumerate(messages):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered = [id for id in unanswered if id != message["tool_call_id"]]
             continue
-        if unanswered:
-            raise invalid("An assistant message with 'tool_calls' must be followed by "
-                          "tool messages responding to each 'tool_call_id'. The "
-                          "following tool_call_ids did not have response messages: "
-                          f"{', '.join(unanswered)[:1000]}",
-                          f"messages.[{min(i, len(messages) - 1)}].role")
+        check_answered(i, unanswered)
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        called = unanswered = called_ids(i, calls or ())
+        check_inputs(i, calls or ())
+        called = unanswered = [call["id"] for call in calls or ()]
+    check_answered(len(messages) - 1, unanswered)
 
 
 def tool_names(tools):
@@ -709,11 +736,12 @@ def last_question(messages):
 
 
 def parse_chat(body, strict=True):
-    """Check the body of POST /v1/chat/completions -> the request that a backend gets.
+    """Check the body of POST /v1/chat/completions -> the request.
 
     Besides the fields of the body, each with its default, the request has `text` (what
-    is being asked), `prompt` (the same) and `endpoint`.
-    `strict` also checks that tool calls and their answers belong together.
+    is being asked), `prompt` (the same) and `endpoint`.  For each call of the backend
+    the server adds `id` and `index`.  `strict` also checks that tool calls and their
+    answers belong together.
 
     Example:
         >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -743,12 +771,15 @@ def parse_prompts(prompt):
     """The four forms of "prompt" as one: a list with a str or a list of token ids each.
 
     Example:
-        >>> parse_prompts("a"), parse_prompts(["a", "b"]), parse_prompts([17, 18])
-        (['a'], ['a', 'b'], [[17, 18]])
+        >>> parse_prompts("a"), parse_prompts(["a", "b"])
+        (['a'], ['a', 'b'])
+        >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
+        ([[17, 18]], [[17], [18]])
     """
-    prompt = "<|endoftext|>" if prompt is None else prompt
+    if prompt is None:
+        prompt = "<|endoftext|>"        # the API's default: begin a new document
     if prompt == []:
-        raise out_of_bounds("prompt", prompt, "array", "minimum", 1)
+        raise bad_length("prompt", prompt, "array", "minimum", 1)
     is_one = type(prompt) is str or is_token_ids(prompt)
     prompts = [prompt] if is_one else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
@@ -759,10 +790,11 @@ def parse_prompts(prompt):
 
 
 def parse_completion(body, strict=True):
-    """Check the body of POST /v1/completions -> the request that a backend gets.
+    """Check the body of POST /v1/completions -> the request.
 
-    As `parse_chat`; besides, `prompts` is a list, whichever form "prompt" has, and
-    `best_of` is a number.
+    `prompts` is a list, whichever form "prompt" has, and `best_of` is a number.  For
+    each call of the backend the server adds `id`, `index`, and as `prompt` and `text`
+    the text of one prompt.  There is no conversation for `strict` to check.
 
     Example:
         >>> request = parse_completion({"model": "m", "prompt": "Once", "n": 2})
@@ -797,16 +829,17 @@ def count_choices(request):
 
 
 # ----------------------------------------------------------------------------------
-# Pieces.  A backend yields pieces: texts and tool calls.  From here on each piece is a
-# pair of its kind and what it says, in tokens, so that it can be counted and cut:
+# Pieces.  A model reads and writes tokens: words, or parts of words.  Limits and bills
+# count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
+# one token.  `Server(tokenize=...)` takes a real tokenizer.
+#
+# A backend yields pieces: str and ToolCall.  `pieces_of` (in part 2) makes pairs of
+# them, a kind and what is said in tokens, so that a piece can be counted and cut:
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
 #     ("call", Call(name, id, ["{", "}"]))    a tool call; the tokens are its input
 #     ("end", "stop")                 always the last one: the finish_reason
-#
-# There is no vocabulary, so a token is about what a reader calls a word or a sign: a
-# stable estimate.  `Server(tokenize=...)` takes a real tokenizer.
 
 Call = collections.namedtuple("Call", "name id tokens")
 
@@ -854,8 +887,8 @@ def tokenize(text):
 def slices(text, size=65536):
     """Cut a long text into slices, before a space where there is one.
 
-    The tokens of a text take forty times its memory, so those of a long text are never
-    made all at once.
+    A list of tokens takes about forty times the memory of its text, so the tokens of a
+    long text are counted slice by slice.
     """
     start = 0
     while len(text) - start > size:
@@ -878,7 +911,7 @@ def split(text, tokenize, one_by_one=True):
     """
     for tokens in map(tokenize, slices(text)):
         if one_by_one:
-            yield from map(list, zip(tokens))
+            yield from ([token] for token in tokens)
         elif tokens:
             yield tokens
 
@@ -886,8 +919,7 @@ def split(text, tokenize, one_by_one=True):
 class Prompt:
     """A prompt, a str or a list of token ids, as its text and as its tokens.
 
-    A tokenizer may have a method `decode(id) -> str`; an id that nobody can decode
-    reads <|17|>.
+    A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
         >>> Prompt([17, 18], tokenize).text, Prompt("Once upon", tokenize).count()
@@ -927,11 +959,11 @@ def one_call(pieces):
     for kind, said in pieces:
         if not (called and kind == "call"):
             yield kind, said
-        called |= kind == "call"
+        called = called or kind == "call"
 
 
 def up_to(pieces, limit):
-    """At most `limit` tokens.  The tokens of a call's input count, but are never cut.
+    """At most `limit` tokens.  The input of a call counts, but is never cut.
 
     Example:
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
@@ -1000,8 +1032,9 @@ def until_stop(pieces, stops):
     match) is held back until more is known.  Nothing of a stop ever goes out.
 
     Example:
-        >>> list(until_stop([("text", ["one E"]), ("text", ["ND two"])], ["END"]))
-        [('text', ['one ']), ('end', 'stop')]
+        >>> pieces = [("text", ["one"]), ("text", [" E"]), ("text", ["ND"])]
+        >>> list(until_stop(pieces, ["END"]))
+        [('text', ['one']), ('text', [' ']), ('end', 'stop')]
     """
     held = []                                   # tokens that may belong to a stop
     for kind, said in pieces:
@@ -1027,7 +1060,7 @@ def until_stop(pieces, stops):
 
 
 def is_legacy(request):
-    """Does the request have functions, as before there were tools?"""
+    """Does the request use `functions`, the older form of `tools`?"""
     return bool(request["functions"]) and not request["tools"]
 
 
@@ -1042,8 +1075,8 @@ def token_limit(request):
 def sequence(pieces, request):
     """The pieces of one choice -> the same, cut to the limits of the request.
 
-    These generators pass no close() on to the one that they read from.  The server
-    closes what a backend returned by itself, when the exchange ends.
+    To close the result does not close the backend's generator: the server does that
+    when the exchange ends.
     """
     if request["endpoint"] == "chat" and (
             not request["parallel_tool_calls"] or is_legacy(request)):
@@ -1057,9 +1090,9 @@ def sequence(pieces, request):
 
 
 # ----------------------------------------------------------------------------------
-# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common
-# (the envelope) and one choice object with what is new.  A completion that is not
-# streamed is `fold` of the very same chunks, so the two forms cannot disagree.
+# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common,
+# and one choice object with what is new.  A completion that is not streamed is `fold`
+# of the very same chunks, so the two forms cannot disagree.
 
 USAGE_DETAILS = {
     "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
@@ -1073,7 +1106,7 @@ SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as 
 class Usage:
     """Counts the tokens of a reply: each prompt once, and what all its choices say.
 
-    `corrections` replace counted fields.
+    `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
         >>> usage = Usage([Prompt("Once upon", tokenize)])
@@ -1086,17 +1119,13 @@ class Usage:
         self.prompts, self.corrections = prompts, dict(corrections or {})
         self.completion_tokens = 0
 
-    def counters(self):
-        prompt = self.corrections.get("prompt_tokens")
-        if prompt is None:
-            prompt = sum(prompt.count() for prompt in self.prompts)
-        completion = self.corrections.get("completion_tokens", self.completion_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": completion,
-                "total_tokens": prompt + completion, **self.corrections}
-
-    def details(self):
-        """The counters of a chat, with the details that clients look into."""
-        return {**self.counters(), **USAGE_DETAILS, **self.corrections}
+    def counters(self, details=()):
+        said = self.corrections.get("completion_tokens", self.completion_tokens)
+        read = self.corrections.get("prompt_tokens")
+        if read is None:
+            read = sum(prompt.count() for prompt in self.prompts)
+        return {"prompt_tokens": read, "completion_tokens": said,
+                "total_tokens": read + said, **dict(details), **self.corrections}
 
 
 def wants_usage(request):
@@ -1104,9 +1133,9 @@ def wants_usage(request):
     return not request["stream"] or bool(options.get("include_usage"))
 
 
-def envelope(request, object):
+def common_fields(request, object_name):
     """What all chunks of a reply have in common."""
-    common = {"id": request["id"], "object": object, "created": int(time.time()),
+    common = {"id": request["id"], "object": object_name, "created": int(time.time()),
               "model": request["model"], "system_fingerprint": "fp_openai_compat"}
     if request["endpoint"] == "chat":
         tier = request["service_tier"]
@@ -1125,8 +1154,9 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    if len(generators) == 1:
+    if len(generators) == 1:            # the usual case, faster
         yield from generators[0]
+        return
     running = list(generators)
     while running:
         for items in list(running):
@@ -1173,7 +1203,8 @@ def chat_logprobs(tokens, top, field="content"):
 def text_logprobs(tokens, top, offset, is_prompt=False):
     """Four parallel arrays; None if nobody asked for them.
 
-    The first token of a prompt has no probability.
+    The token itself is always among the candidates, even for `top` 0.  The first token
+    of a prompt has no probability.
 
     Example:
         >>> text_logprobs(["Hi", " you"], 0, 10)["text_offset"]
@@ -1182,12 +1213,12 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
     if top is None:
         return None
     likely = [dict(candidates(token, top)) for token in tokens]
-    said = [entry[token] for token, entry in zip(tokens, likely)]
+    taken = [entry[token] for token, entry in zip(tokens, likely)]
     if is_prompt and tokens:
-        said[0] = likely[0] = None
-    ends = list(itertools.accumulate(map(len, tokens), initial=offset))
-    return {"tokens": tokens, "token_logprobs": said, "top_logprobs": likely,
-            "text_offset": ends[:-1]}
+        taken[0] = likely[0] = None
+    starts = list(itertools.accumulate(map(len, tokens), initial=offset))[:-1]
+    return {"tokens": tokens, "token_logprobs": taken, "top_logprobs": likely,
+            "text_offset": starts}
 
 
 def opening_delta(kind):
@@ -1203,20 +1234,22 @@ def custom_tools(request):
 
 
 def call_deltas(request, call, index):
-    """A tool call opens with its id, its name and no input; its input follows in
+    """A tool call opens with its id, its name and an empty input; its input follows in
     fragments that repeat only the index.
 
     Example:
         >>> request = {"tools": [], "functions": []}
-        >>> for delta in call_deltas(request, Call("now", "call_1", ["{}"]), 0):
-        ...     print(to_json(delta["tool_calls"]).decode())
-        [{"index":0,"id":"call_1","type":"function","function":{"name":"now",...}}]
-        [{"index":0,"function":{"arguments":"{}"}}]
+        >>> for delta in call_deltas(request, Call("now", "call_1", ["{", "}"]), 0):
+        ...     [fragment] = delta["tool_calls"]
+        ...     print(fragment.get("id"), fragment["index"], fragment["function"])
+        call_1 0 {'name': 'now', 'arguments': ''}
+        None 0 {'arguments': '{'}
+        None 0 {'arguments': '}'}
     """
     kind = "custom" if call.name in custom_tools(request) else "function"
-    field = CALL_INPUT[kind]
-    # Clients parse the arguments of a function as JSON, which "" is not.
-    tokens = call.tokens or ["{}"] * (kind == "function")
+    field, tokens = CALL_INPUT[kind], call.tokens
+    if kind == "function" and not tokens:
+        tokens = ["{}"]                 # clients parse it as JSON, which "" is not
     if is_legacy(request):
         yield {"function_call": {"name": call.name, "arguments": ""}}
         for token in tokens:
@@ -1236,8 +1269,9 @@ def chat_choice(index, delta, logprobs=None, finish_reason=None):
 def chat_choices(request, index, pieces, usage):
     """The choice object of each chunk of one sequence; the first one says who speaks.
 
-    The first piece is taken before that, so that a backend that fails at once gets an
-    HTTP status.  The price: a slow model's client sees nothing before the first piece.
+    That first one waits for the first piece.  The status 200 goes out with the first
+    chunk, so a backend that fails before its first piece can still get a status of its
+    own.  The price: the client of a slow model sees nothing before the first piece.
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
     calls = 0
@@ -1255,8 +1289,8 @@ def chat_choices(request, index, pieces, usage):
         else:
             usage.completion_tokens += len(said)
             field = "content" if kind == "text" else kind
-            logprobs = None if top is None else chat_logprobs(said, top, field)
-            yield chat_choice(index, {field: "".join(said)}, logprobs)
+            yield chat_choice(index, {field: "".join(said)},
+                              chat_logprobs(said, top, field))
 
 
 def chat_chunks(request, sequences, usage):
@@ -1276,12 +1310,12 @@ def chat_chunks(request, sequences, usage):
 
     The last chunk, where the usage is wanted, has it and no choices.
     """
-    common = envelope(request, "chat.completion.chunk")
+    common = common_fields(request, "chat.completion.chunk")
     for choice in in_turn([chat_choices(request, index, pieces, usage)
                            for index, pieces in enumerate(sequences)]):
         yield {**common, "choices": [choice]}
     if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.details()}
+        yield {**common, "choices": [], "usage": usage.counters(USAGE_DETAILS)}
 
 
 def text_choice(index, text, logprobs, finish_reason=None):
@@ -1294,7 +1328,7 @@ def text_choices(request, index, prompt, pieces, usage):
     offset, top = len(prompt.text), request["logprobs"]
     for number, (kind, said) in enumerate(pieces):
         if number == 0 and request["echo"]:
-            tokens = prompt.tokens()
+            tokens = prompt.tokens() if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind == "end":
@@ -1311,7 +1345,8 @@ def text_choices(request, index, prompt, pieces, usage):
 def completion_chunks(request, sequences, usage):
     """The sequences of a completion's choices -> its text_completion objects.
 
-    Each prompt has `best_of` sequences, of which the first `n` are shown.
+    Each prompt has `best_of` sequences.  The API shows the `n` likeliest; here all are
+    equally likely, so the first `n` are shown.
 
     Example:
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
@@ -1323,12 +1358,11 @@ def completion_chunks(request, sequences, usage):
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
         [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
     """
-    common = envelope(request, "text_completion")
+    common = common_fields(request, "text_completion")
     best_of, n, running = request["best_of"], request["n"], []
     for i, pieces in enumerate(sequences):
         number, rank = divmod(i, best_of)
-        index = number * n + rank if rank < n else None
-        prompt = usage.prompts[number]
+        index, prompt = number * n + rank if rank < n else None, usage.prompts[number]
         running.append(text_choices(request, index, prompt, pieces, usage))
     for choice in in_turn(running):
         if choice["index"] is not None:
@@ -1366,8 +1400,9 @@ def joined_calls(fragments):
     Example:
         >>> request = {"tools": [], "functions": []}
         >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
-        >>> list(joined_calls(delta["tool_calls"][0] for delta in deltas))
-        [{'id': 'call_1', 'type': 'function', 'function': {'name': 'now', ...: '{}'}}]
+        >>> [call] = joined_calls(delta["tool_calls"][0] for delta in deltas)
+        >>> call["id"], call["function"]
+        ('call_1', {'name': 'now', 'arguments': '{}'})
     """
     calls = collections.defaultdict(list)
     for fragment in fragments:
@@ -1449,7 +1484,7 @@ def event(value):
 
 
 def events(chunks):
-    """Chunks -> their events, then [DONE]: the one proof that a stream is complete.
+    """Chunks -> their events, then [DONE].  A stream without [DONE] was cut off.
 
     Example:
         >>> list(events([{"n": 1}, {"n": 2}]))
@@ -1464,8 +1499,8 @@ class Response:
     """What goes out in reply to one request.
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
-    writes: bytes that go out at once, each in one send.  ready: no write has to be
-    waited for, so several may share a send.
+    writes, which are bytes that go out in one send each, as soon as they come.  ready:
+    nothing is still being made, so several writes may share a send.
     """
 
     def __init__(self, status, headers, body=b"", ready=False):
