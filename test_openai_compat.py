@@ -5,6 +5,7 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 """
 import base64
 import contextlib
+import doctest
 import gc
 import http.client
 import http.server
@@ -4615,6 +4616,16 @@ def text_in(body):
     return "".join(pieces(chunks(events(lines([body])))))
 
 
+def test_the_examples_of_the_client_are_true():
+    found = {test.name: test for test in doctest.DocTestFinder().find(client) if test.examples}
+    for name in ("lines", "events", "chunks", "pieces", "fold"):
+        assert "Example:" in found["client." + name].docstring
+    for test in found.values():
+        output = []
+        doctest.DocTestRunner().run(test, out=output.append)
+        assert output == [], "".join(output)
+
+
 # ---------------------------------------------------------------------------
 # Lines and events: the examples of the standard (WHATWG HTML 9.2), the cases of the SDKs.
 
@@ -5667,11 +5678,36 @@ def test_chat_prints_the_answer_as_it_comes():
 
 @pytest.mark.parametrize("words, stdin", [
     (["chat", "Hi"], b"no"), (["chat"], b"Hi\n"), (["chat", "-"], b"Hi"),
-    (["chat", "--prompt", "Hi"], b"")])
+    (["chat", "--prompt", "Hi"], b""), (["chat", "--prompt", "-"], b"Hi\r\n"),
+    (["chat"], b"\xef\xbb\xbfHi")])
 def test_the_prompt_is_the_argument_or_standard_input(words, stdin):
     done, request = ran(GOOD, *words, stdin=stdin)
     assert (done.returncode, done.stdout.split()) == (0, [b"Hi", b"there"])
     assert request["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("words, prompt", [
+    (["chat", "Write", "a", "message"], "Write a message"), (["chat", "Sum up:", "-"], "Sum up:\n\nfed"),
+    (["chat", "-", "In", "short?"], "fed\n\nIn short?"), (["chat", "a", "-", "b"], "a\n\nfed\n\nb")])
+def test_words_are_joined_and_a_dash_among_them_is_standard_input(words, prompt):
+    _, request = ran(GOOD, *words, stdin=b"fed\n")
+    assert request["messages"][-1]["content"] == prompt
+
+
+def test_the_model_comes_from_the_option_the_file_the_environment_in_this_order(tmp_path):
+    path = tmp_path / "config.ini"
+    path.write_bytes(b"\xef\xbb\xbf[OpenAI]\r\nMODEL = file\r\n")       # as Notepad saves it
+    words, models = ["chat", "Hi", "--config", str(path), "--model", "option"], []
+    with playing(GOOD) as (base_url, requests):
+        for count in (6, 4, 2):
+            run(*words[:count], base_url=base_url, OPENAI_MODEL="environment")
+    assert [json.loads(body)["model"] for _, _, body in requests] == ["option", "file", "environment"]
+
+
+def test_a_header_of_the_command_line_is_sent():
+    with playing(GOOD) as (base_url, requests):
+        run("chat", "Hi", "--model", "m", "-H", "api-key: azure", "-H", "X-A:b", base_url=base_url)
+    assert (requests[0][1]["api-key"], requests[0][1]["x-a"]) == ("azure", "b")
 
 
 def test_the_options_reach_the_request(tmp_path):
@@ -5710,6 +5746,49 @@ def test_raw_prints_the_event_lines_as_they_came():
     assert ran(streamed(body[:9], body[9:]), "chat", "Hi", "--raw")[0].stdout == body
 
 
+def test_raw_prints_each_event_as_it_comes_and_nothing_of_the_list_of_models():
+    answer = then_held(STREAM_HEAD + b"%x\r\n%b\r\n" % (len(HI_EVENT), HI_EVENT))
+    with playing(MODELS_REPLY, answer) as (base_url, _):
+        process = subprocess.Popen([sys.executable, CLIENT, "chat", "Hi", "--raw"],
+                                   stdout=subprocess.PIPE, env=environment(base_url))
+        assert process.stdout.read(len(HI_EVENT)) == HI_EVENT
+        process.kill()
+        process.communicate()
+
+
+def test_raw_prints_a_whole_reply_once_although_it_was_asked_for_twice():
+    with playing(reply(WHOLE)[:-5], reply(WHOLE)) as (base_url, _):
+        done = run("chat", "Hi", "--model", "m", "--raw", "--no-stream", base_url=base_url)
+    assert json.loads(done.stdout) == WHOLE and b"trying again" in done.stderr
+
+
+def test_a_reply_that_is_not_streamed_is_not_asked_to_count_its_stream():
+    done, request = ran(reply(WHOLE), "chat", "Hi", "--json", "-p", "stream=false")
+    assert done.returncode == 0 and "stream_options" not in request and request["stream"] is False
+
+
+@pytest.mark.parametrize("reason, told", [
+    ("length", b"(finish_reason length)"), ("content_filter", b"(finish_reason content_filter)"),
+    ("stop", b""), ("tool_calls", b"")])
+def test_a_reply_that_was_cut_short_is_told_on_standard_error(reason, told):
+    done, _ = ran(streamed(HI_EVENT, event({}, reason), DONE), "chat", "Hi")
+    assert (done.returncode, done.stdout.strip()) == (0, b"Hi") and told in done.stderr
+    assert done.stderr.count(b"\n") == bool(told)
+
+
+def test_choices_that_are_not_shown_are_told():
+    done, _ = ran(streamed(HI_EVENT, event({"content": "no"}, None, 1), STOP, DONE), "chat", "Hi")
+    assert done.stdout.strip() == b"Hi" and b"the first of 2 choices" in done.stderr
+
+
+def test_a_wait_before_a_retry_is_told_with_its_reason():
+    slow = reply({"error": {"message": "slow down", "code": "slow"}}, "429 No", retry_after_ms="1")
+    with playing(slow, GOOD) as (base_url, _):
+        done = run("chat", "Hi", "--model", "m", base_url=base_url)
+    assert done.stderr == b"client.py: 429 slow: slow down; trying again in 0.0 s\n"
+    assert done.stdout.split() == [b"Hi", b"there"]
+
+
 def test_refusals_and_tool_calls_are_shown():
     deltas = [{"refusal": "I won't."}, call_delta("", index=0, id="1", name="f"),
               call_delta('{"a":1}', index=0)]
@@ -5731,6 +5810,14 @@ def test_curl_prints_a_command_that_asks_the_same():
     assert [sent[name] == curl_sent[name] for name in ("authorization", "content-type")]
 
 
+def test_curl_has_the_headers_the_authorities_and_the_query(certificate):
+    command = run("chat", "Hi", "--model", "m", "--curl", "--cafile", certificate[0], "-H",
+                  "api-key: a'b", base_url="https://h/v1?api-version=1").stdout.decode()
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[words.index("--cacert") + 1] == certificate[0] and "Api-Key: a'b" in words
+    assert "https://h/v1/chat/completions?api-version=1" in words
+
+
 def test_curl_without_a_key_sends_none():
     done = run("models", "--curl", base_url="http://127.0.0.1:1/v1")
     assert done.stdout.decode().split() == ["curl", "-sS", "-N", "http://127.0.0.1:1/v1/models"]
@@ -5749,10 +5836,52 @@ def test_the_config_file_names_key_model_and_server(tmp_path):
     ["chat"], ["complete"], ["nonsense"], ["models", "--json", "--raw"], ["chat", "Hi", "-p", "x"],
     ["chat", "Hi", "-p", "x=@/no/such"], ["chat", "Hi", "--config", "/no/such"],
     ["chat", "Hi", "--base-url", "nowhere"], ["chat", "Hi", "--timeout", "0"],
-    ["bench", "--requests", "0"]])
+    ["chat", "Hi", "--timeout", "nan"], ["chat", "Hi", "--temperature", "nan"],
+    ["chat", "Hi", "--temperature", "1e999"], ["chat", "Hi", "--json", "--raw"],
+    ["chat", "Hi", "-H", "no colon"], ["chat", "Hi", "--base-url", "http://me:pw@h/v1"],
+    ["bench", "--requests", "0"], ["bench", "--concurrency", "1001"], ["bench", "--curl"],
+    ["bench", "--raw"], ["chat", "-"], ["chat", "Hi", "-"]])
 def test_what_makes_no_sense_is_status_2(words):
     done = run(*words)
     assert (done.returncode, done.stdout) == (2, b"") and b"Traceback" not in done.stderr
+
+
+DEEP = b'{"choices": [{"index": 0, "delta": {"audio": %b1%b}}]}' % (b'{"a":' * 900, b"}" * 900)
+
+
+@pytest.mark.parametrize("answer, words", [
+    (GOOD, ["chat", "Hi", "--timeout", "inf"]), (GOOD, ["chat", "Hi", "-p", "self=1"]),
+    (reply({"error": "no"}, "429 No", retry_after="Fri, 31 Dec 10000 23:59:59 GMT"),
+     ["chat", "Hi", "--retries", "0"]),
+    (streamed(event({"tool_calls": [None, {"function": None}]}), STOP, DONE), ["chat", "Hi"]),
+    (streamed(b"data: " + DEEP + b"\n\n", STOP, DONE), ["chat", "Hi", "--json"]),
+    (reply(b"[" * 600 + b"]" * 600, "400 No"), ["chat", "Hi"]),
+    (reply(b'{"choices": [], "x": %b1%b}' % (b'{"a":' * 600, b"}" * 600)), ["chat", "Hi", "--json"]),
+    (reply({"data": 5}), ["models"])])
+def test_nothing_that_a_server_says_or_a_user_types_is_a_traceback(answer, words):
+    done, _ = ran(answer, *words)
+    assert done.returncode in (0, 1) and done.stderr.count(b"\n") == done.returncode
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+@pytest.mark.parametrize("closed, words, status", [
+    ("<&-", "chat", 2), ("<&-", "chat Hi", 0), (">&-", "chat Hi", 0), ("2>&-", "chat Hi", 0),
+    ("2>&-", "chat Hi --json --raw", 2), (">&- 2>&- <&-", "chat", 2),
+    (">/dev/full", "chat Hi", 1), (">/dev/full", "chat Hi --json", 1)])
+def test_standard_streams_may_be_closed_or_full(closed, words, status):
+    if "full" in closed and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with playing(GOOD) as (base_url, _):
+        done = subprocess.run(["sh", "-c", f'"$0" "$1" {words} --model m {closed}', sys.executable, CLIENT],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(base_url))
+    assert done.returncode == status and done.stderr.count(b"\n") <= 1
+
+
+@pytest.mark.parametrize("proxy", ["http:/x", "http://[", "nonsense"])
+def test_a_proxy_that_makes_no_sense_is_one_line(proxy):
+    done = run("models", "--retries", "0", base_url="http://model.invalid/v1", http_proxy=proxy)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("answer, told", [
@@ -5863,6 +5992,38 @@ def test_ctrl_c_stops_a_reply_but_not_the_conversation():
     assert [m["content"] for m in json.loads(requests[1][2])["messages"]] == ["one", "Hi", "two"]
 
 
+def test_a_question_may_begin_with_a_slash():
+    with playing(GOOD) as (base_url, requests):
+        with terminal("chat", "--model", "m", base_url=base_url) as (_, expect, type):
+            for line in ("/etc/hosts, what is it?\n", " /help is what?\n"):
+                expect("> "), type(line), expect("Hi there")
+    assert json.loads(requests[1][2])["messages"][-1]["content"] == "/help is what?"
+    assert json.loads(requests[0][2])["messages"][0]["content"] == "/etc/hosts, what is it?"
+
+
+def test_reasoning_is_dim_on_a_terminal_and_nowhere_else():
+    deltas = [{"reasoning_content": "Hm"}, {"reasoning": "."}, {"content": THINKING}, {"content": "Hi"}]
+    answer = streamed(*map(event, deltas), STOP, DONE)
+    assert ran(answer, "chat", "Hi")[0].stdout.strip() == b"Hi" and not ran(answer, "chat", "Hi")[0].stderr
+    with playing(answer) as (base_url, _):
+        with terminal("chat", "Hi", "--model", "m", base_url=base_url) as (_, expect, type):
+            assert expect("\r\nHi") == "\x1b[2mHm\x1b[0m\x1b[2m.\x1b[0m\x1b[2mHm.\x1b[0m"
+
+
+def test_the_prompts_of_a_conversation_are_not_in_the_file_of_its_replies(tmp_path):
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    with playing(GOOD) as (base_url, _), open(tmp_path / "said", "wb") as file:
+        process = subprocess.Popen([sys.executable, CLIENT, "chat", "--model", "m"], stdin=slave,
+                                   stdout=file, stderr=slave, env=environment(base_url))
+        os.close(slave)
+        os.write(master, b"one\n\x04")
+        assert process.wait(15) == 0
+        assert b"> " in os.read(master, 65536)
+    os.close(master)
+    assert (tmp_path / "said").read_bytes() == b"Hi there\n"
+
+
 def test_a_server_that_goes_away_is_one_line_in_the_conversation():
     with playing(streamed(HI_EVENT)[:-5], GOOD) as (base_url, requests):
         with terminal("chat", "--model", "m", base_url=base_url) as (_, expect, type):
@@ -5896,6 +6057,58 @@ def test_bench_counts_requests_events_and_errors():
     assert report["errors"] == {"429 slow": 1}
     assert round(report["events_per_second"] * report["seconds"]) == 4 * 4
     assert 0 < report["first_event"]["median"] <= report["first_event"]["p99"]
+
+
+def test_bench_measures_the_first_text_and_not_the_role():
+    go = threading.Event()
+
+    def answer(connection):
+        first = b"%x\r\n%b\r\n" % (len(ROLE_EVENT), ROLE_EVENT)
+        connection.sendall(STREAM_HEAD + first)
+        go.wait(0.2)
+        connection.sendall(streamed(HI_EVENT, STOP, DONE)[len(STREAM_HEAD):])
+    with playing(answer) as (base_url, _):
+        report = client.bench(Client(base_url).chat_completions,
+                              {"messages": "Hi", "model": "m", "stream": True}, 2, 1)
+    assert report["first_text"]["median"] >= report["first_event"]["median"] + 0.1
+
+
+def test_percentiles_are_values_of_the_nearest_rank():
+    for count, ranks in ((1, (1, 1, 1)), (2, (1, 2, 2)), (100, (50, 95, 99)), (1000, (500, 950, 990))):
+        assert tuple(client._spread(range(count, 0, -1)).values()) == ranks
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_ctrl_c_ends_a_measurement_with_its_report():
+    with playing(GOOD, GOOD, then_held(GOOD[:-60])) as (base_url, requests):
+        process = subprocess.Popen([sys.executable, CLIENT, "bench", "--model", "m", "--concurrency", "1",
+                                    "--json"], stdout=subprocess.PIPE, env=environment(base_url))
+        assert_until(lambda: len(requests) == 3)
+        process.send_signal(signal.SIGINT)
+        report = json.loads(process.communicate()[0])
+    assert (report["requests"], report["completed"], process.returncode) == (2, 2, 130)
+
+
+def assert_until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        threading.Event().wait(0.002)
+
+
+def test_bench_starts_no_more_threads_than_requests():
+    started, start = [], threading.Thread.start
+    with playing(GOOD) as (base_url, _), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: started.append(thread) or start(thread))
+        client.bench(Client(base_url).chat_completions, {"messages": "Hi", "model": "m"}, 3, 1000)
+    assert len(started) == 3
+
+
+def test_progress_does_not_spoil_json_on_a_terminal():
+    with playing(GOOD) as (base_url, _):
+        words = "bench", "--model", "m", "--requests", "2", "--json"
+        with terminal(*words, base_url=base_url) as (_, expect, type):
+            assert expect('"client_is_the_limit"').startswith("{\r\n")
 
 
 def test_bench_prints_what_people_read():
