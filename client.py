@@ -370,9 +370,10 @@ def _joined_parts(parts, kind):
         'Hm.'
     """
     if not isinstance(parts, list):
-        return parts if isinstance(parts, str) and kind == "text" else ""
+        return parts if isinstance(parts, str) and kind != "thinking" else ""
     texts = [part.get(kind) for part in map(_part, parts) if part.get("type") == kind]
-    return "".join(_joined_parts(text, "text") for text in texts)
+    inner = "text" if kind == "thinking" else None  # a text has no parts
+    return "".join(_joined_parts(text, inner) for text in texts)
 
 
 def _part(part):
@@ -397,8 +398,7 @@ def _whole_characters(texts):
 
 
 def _paired(text):
-    pairs = "utf-16-le", "surrogatepass"
-    return text.encode(*pairs).decode(*pairs)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def chunks(events):
@@ -1150,12 +1150,11 @@ def bench(ask, request, requests, concurrency, progress=bool):
     ends the measurement, and counts as requests what was done until then.
     """
     import threading
-    todo, done = [request] * requests, []
+    todo, done = iter(range(requests)), []
 
     def work():
-        with contextlib.suppress(IndexError):  # pop from an empty list: all is done
-            while True:
-                done.append(_timed(ask, todo.pop()))
+        while next(todo, None) is not None:
+            done.append(_timed(ask, request))
 
     threads = [threading.Thread(target=work, daemon=True)
                for _ in range(min(requests, concurrency))]
@@ -1168,7 +1167,7 @@ def bench(ask, request, requests, concurrency, progress=bool):
                 thread.join(0.2)
                 progress(done)
     except KeyboardInterrupt:
-        todo.clear()
+        todo = iter(())
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return _report(list(done), seconds, cpu / seconds, len(threads))
 
@@ -1228,7 +1227,7 @@ def print_report(report):
     print(f"events/s      {report['events_per_second']:.0f}")
     for name in ("first_event", "first_text", "between_events"):
         times = [f"{rank} {1000 * time:.2f} ms" for rank, time in report[name].items()]
-        print(f"{name.replace('_', ' '):<14} {'   '.join(times) or '-'}")
+        print(f"{name.replace('_events', '').replace('_', ' '):<14}{'   '.join(times)}")
     for error, count in report["errors"].items():
         print(f"errors        {count} x {error}")
     print(f"client's CPU  {100 * report['client_cpu']:.0f}% of a core")
@@ -1275,7 +1274,8 @@ def parsed(argv):
     import argparse
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", nargs="?", choices=_COMMANDS, help="what to do")
-    parser.add_argument("words", nargs="*", metavar="PROMPT", help="-: standard input")
+    parser.add_argument("words", nargs="*", metavar="PROMPT", help="the question; the "
+                        "word - is standard input; none: a pipe, or a conversation")
     types = {"N": int, "SECONDS": float, "T": number}
     for flag, default, takes, about in _OPTIONS:
         if takes:
@@ -1436,7 +1436,7 @@ def run(args):
                     2 if args.retries is None else args.retries, args.cafile)
     for header in args.H:
         client.add_header(*map(str.strip, header.partition(":")[::2]))
-    client.retrying = lambda error, wait: tell(f"{error}; trying again in {wait:.1f} s")
+    client.retrying = lambda error, s: tell(f"{error} (trying again in {s:.1f} s)")
     return _COMMANDS[args.command](client, args)
 
 

@@ -4712,6 +4712,12 @@ def test_ten_thousand_data_lines_are_one_event():
     assert list(events(lines([b"data: x\n" * 10000 + b"\n"]))) == ["\n".join("x" * 10000)]
 
 
+def test_an_event_of_2_mib_with_separators_comes_in_odd_fragments():
+    text = "\u2028x" * 500_000
+    body = f"data: {text}\n\n".encode()
+    assert list(events(lines(body[i:i + 4093] for i in range(0, len(body), 4093)))) == [text]
+
+
 def test_an_event_of_64_mib_is_read_in_linear_time():
     block, started = b"x" * 4096, time.process_time()
     reading = itertools.chain([b"data: "], itertools.repeat(block, 16384), [b"\n\n"])
@@ -5028,7 +5034,8 @@ def test_fold_takes_the_first_scalar_and_the_last_object_outside_of_what_grows()
 
 @pytest.mark.parametrize("choice", [
     {"index": "0", "delta": None}, {"index": []}, {"delta": [], "logprobs": 5}, {"text": None},
-    {"finish_reason": ["stop"], "delta": {"content": {"a": 1}, "role": 5}}, {"delta": {"content": 5}}])
+    {"finish_reason": ["stop"], "delta": {"content": {"a": 1}, "role": 5}}, {"delta": {"content": 5}},
+    {"delta": {"content": [{"type": "text", "text": ["x"]}, {"type": "thinking", "thinking": "x"}]}}])
 def test_fold_and_pieces_bear_what_makes_no_sense(choice):
     given = [{"choices": [choice]}, {"choices": [None, 5]}, {"choices": 5}]
     assert "".join(pieces(given)) == "" and len(fold(given)["choices"]) == 1
@@ -5688,7 +5695,8 @@ def test_the_prompt_is_the_argument_or_standard_input(words, stdin):
 
 @pytest.mark.parametrize("words, prompt", [
     (["chat", "Write", "a", "message"], "Write a message"), (["chat", "Sum up:", "-"], "Sum up:\n\nfed"),
-    (["chat", "-", "In", "short?"], "fed\n\nIn short?"), (["chat", "a", "-", "b"], "a\n\nfed\n\nb")])
+    (["chat", "-", "In", "short?"], "fed\n\nIn short?"), (["chat", "a", "-", "b"], "a\n\nfed\n\nb"),
+    (["chat", "a", "--prompt", "b"], "a b")])
 def test_words_are_joined_and_a_dash_among_them_is_standard_input(words, prompt):
     _, request = ran(GOOD, *words, stdin=b"fed\n")
     assert request["messages"][-1]["content"] == prompt
@@ -5785,7 +5793,7 @@ def test_a_wait_before_a_retry_is_told_with_its_reason():
     slow = reply({"error": {"message": "slow down", "code": "slow"}}, "429 No", retry_after_ms="1")
     with playing(slow, GOOD) as (base_url, _):
         done = run("chat", "Hi", "--model", "m", base_url=base_url)
-    assert done.stderr == b"client.py: 429 slow: slow down; trying again in 0.0 s\n"
+    assert done.stderr == b"client.py: 429 slow: slow down (trying again in 0.0 s)\n"
     assert done.stdout.split() == [b"Hi", b"there"]
 
 
@@ -5855,6 +5863,8 @@ DEEP = b'{"choices": [{"index": 0, "delta": {"audio": %b1%b}}]}' % (b'{"a":' * 9
      ["chat", "Hi", "--retries", "0"]),
     (streamed(event({"tool_calls": [None, {"function": None}]}), STOP, DONE), ["chat", "Hi"]),
     (streamed(b"data: " + DEEP + b"\n\n", STOP, DONE), ["chat", "Hi", "--json"]),
+    (streamed(b'data: {"choices": [{"delta": {"content": %b1%b}}]}\n\n' % (
+        b'[{"type": "text", "text": ' * 450, b"}]" * 450), STOP, DONE), ["chat", "Hi"]),
     (reply(b"[" * 600 + b"]" * 600, "400 No"), ["chat", "Hi"]),
     (reply(b'{"choices": [], "x": %b1%b}' % (b'{"a":' * 600, b"}" * 600)), ["chat", "Hi", "--json"]),
     (reply({"data": 5}), ["models"])])
