@@ -76,7 +76,7 @@ class ClientError(Exception):
     `message` says what went wrong."""
 
     def __init__(self, message):
-        self.message = _printable(message)
+        self.message = str(_printable(message))
         super().__init__(self.message)
 
 
@@ -327,6 +327,8 @@ def _choices(chunk):
     """The choices of a chunk: none when they are missing, null or no objects."""
     choices = chunk.get("choices")
     choices = choices if isinstance(choices, list) else ()
+    if len(choices) == 1 and isinstance(choices[0], dict):
+        return choices  # as they mostly are, and nothing is copied
     return [choice for choice in choices if isinstance(choice, dict)]
 
 
@@ -413,7 +415,7 @@ def chunks(events):
         >>> list(chunks(['{"choices": [{"delta": {"content": "Hi"}}]}', "[DONE]"]))
         [{'choices': [{'delta': {'content': 'Hi'}}]}]
     """
-    text, begun, ended = "", set(), set()
+    text, ends = "", {}  # ends: of each choice the finish_reason
     try:
         for event in events:
             chunk = _parsed(event)
@@ -424,15 +426,13 @@ def chunks(events):
             _refuse(chunk, event)
             for choice in _choices(chunk):
                 index = _index(choice)
-                begun.add(index)
-                if choice.get("finish_reason"):
-                    ended.add(index)
+                ends[index] = choice.get("finish_reason") or ends.get(index)
                 if not index:
                     text += _text(choice)
             if len(text) > 2 * _KEPT:
                 text = text[-_KEPT:]
             yield chunk
-        if not begun or begun - ended:
+        if not ends or not all(ends.values()):
             raise StreamTruncated("the stream ended before the reply was complete")
     except StreamTruncated as cut:
         cut.text = _paired(text)

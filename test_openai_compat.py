@@ -5261,8 +5261,8 @@ def test_a_refusal_that_comes_before_the_body_is_sent_is_read():
         thread = threading.Thread(target=refuse)
         thread.start()
         with pytest.raises(client.APIError) as caught:
-            Client("http://127.0.0.1:%d" % listener.getsockname()[1]).chat_completions(
-                "x" * 20_000_000, "m")
+            base_url = "http://127.0.0.1:%d" % listener.getsockname()[1]
+            Client(base_url, max_retries=0, timeout=20).chat_completions("x" * 20_000_000, "m")
         thread.join()
     assert (caught.value.status, caught.value.code) == (413, "too_large")
 
