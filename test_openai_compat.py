@@ -5755,11 +5755,16 @@ def test_raw_prints_the_event_lines_as_they_came():
 
 
 def test_raw_prints_each_event_as_it_comes_and_nothing_of_the_list_of_models():
-    answer = then_held(STREAM_HEAD + b"%x\r\n%b\r\n" % (len(HI_EVENT), HI_EVENT))
+    seen, in_vain = threading.Event(), []
+
+    def answer(connection):
+        connection.sendall(STREAM_HEAD + b"%x\r\n%b\r\n" % (len(HI_EVENT), HI_EVENT))
+        in_vain.extend([] if seen.wait(20) else ["nothing was printed"])
     with playing(MODELS_REPLY, answer) as (base_url, _):
         process = subprocess.Popen([sys.executable, CLIENT, "chat", "Hi", "--raw"],
                                    stdout=subprocess.PIPE, env=environment(base_url))
-        assert process.stdout.read(len(HI_EVENT)) == HI_EVENT
+        assert process.stdout.read(len(HI_EVENT)) == HI_EVENT and not in_vain
+        seen.set()
         process.kill()
         process.communicate()
 
