@@ -840,7 +840,8 @@ def slices(text, size=65536):
             end += 1
         yield text[start:end]
         start = end
-    yield text[start:]
+    if text:
+        yield text[start:]
 
 
 def split(text, tokenize, one_by_one=True):
