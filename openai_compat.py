@@ -2466,7 +2466,7 @@ class Script:
                           f"{self.count}; the request: {brief(body)}")
         if not self.any_order:
             number, expect, *_ = self.steps[0]
-            fault = expect and difference(expect, body)
+            fault = None if expect is None else difference(expect, body)
             return 0, fault and f"step {number} was not as expected: {fault}"
         faults, free = [], None
         for place, (number, expect, *_) in enumerate(self.steps):
