@@ -2431,7 +2431,10 @@ class Script:
     def from_file(cls, path):
         """A script from a JSON list of steps: a str, or an object with Reply's fields."""
         with open(path, encoding="utf-8") as file:
-            steps = json.load(file)
+            try:
+                steps = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
         for number, step in enumerate(steps, 1):
@@ -3808,7 +3811,11 @@ def tls_context(tls):
         return tls
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(*tls)
+    try:
+        context.load_cert_chain(*tls)
+    except OSError as error:        # it does not name the files
+        raise ValueError(f"the certificate {tls[0]} with the key {tls[1]} cannot be "
+                         f"used: {error}") from None
     return context
 
 
@@ -3938,7 +3945,12 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self):
         """As HTTPServer's, but without asking for our name: a resolver may be silent."""
-        socketserver.TCPServer.server_bind(self)
+        try:
+            socketserver.TCPServer.server_bind(self)
+        except OSError as error:
+            host, port = self.server_address[:2]
+            error.filename = f"{host}, port {port}"     # for its message
+            raise
         self.server_name, self.server_port = self.server_address[:2]
 
     @property
@@ -4627,8 +4639,7 @@ def main(argv=None):
     try:
         server = server_of(args, port)
     except (OSError, OverflowError, ValueError, TypeError) as error:
-        is_taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        return complain(f"port {port}: {error}" if is_taken else error)
+        return complain(error)
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", args.host, server.server_port)
