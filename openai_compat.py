@@ -2894,7 +2894,7 @@ class Replay(PassingOn):
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
                     recording["status"] + sum(wait for wait, _ in recording["writes"])
-                    self.add(recording)
+                    self.add({**recording, "line": number})
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {self.tape} is not a whole "
                                      "recording") from None
@@ -2903,15 +2903,19 @@ class Replay(PassingOn):
         self.recordings[match_key(**recording["request"])].append(recording)
 
     def unknown(self, asked):
-        """A 404 that tells how the nearest recording differs."""
-        recorded = [recording["request"] for queue in self.recordings.values()
-                    for recording in queue]
+        """A 404 that names the nearest recording, and how the request differs from it."""
+        recorded = list(itertools.chain(*self.recordings.values()))
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
-        nearest = max(recorded, key=lambda request: likeness(request, asked))
-        fault = difference(nearest, asked) or f"on the tape {difference(asked, nearest)}"
-        return APIError(404, "There is no recording of this request.  The difference to "
-                             f"the nearest one: {fault}.", code="not_recorded")
+        nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
+        given = nearest["request"]
+        fault = difference(given, asked)
+        if fault is None:               # null is like absent there, and true like 1
+            other = difference(asked, given) or "a null or a boolean differs"
+            fault = f"on the tape {other}"
+        return APIError(404, "There is no recording of this request.  The nearest one is "
+                             f"line {nearest['line']} of {self.tape}: {fault}.",
+                        code="not_recorded")
 
     def writes(self, recording):
         for seconds, text in recording["writes"]:
