@@ -4512,6 +4512,7 @@ def printer():
     Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
     lost, and no request waits.
     """
+    import atexit
     import queue
     lines = queue.Queue(10000)
 
@@ -4520,11 +4521,18 @@ def printer():
             with suppress(OSError, ValueError):
                 sys.stderr.write(f"{lines.get()}\n")
                 sys.stderr.flush()
+            lines.task_done()
 
     def print_line(line):
         with suppress(queue.Full):
             lines.put_nowait(line)
+
+    def print_rest():
+        end = time.monotonic() + 1      # if nobody reads, the program ends all the same
+        while lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.01)
     threading.Thread(target=work, daemon=True).start()
+    atexit.register(print_rest)
     return print_line
 
 
