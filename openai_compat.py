@@ -3467,20 +3467,20 @@ class Handler(BaseHTTPRequestHandler):
         if has_body and is_whole:
             self.pending.append(body)
         elif has_body:
-            frame = transfer_chunk if is_chunked else bytes
-            self.send_writes(incoming, body, frame, writes_per_send(response))
+            encode = transfer_chunk if is_chunked else bytes
+            self.send_writes(incoming, body, encode, writes_per_send(response))
             self.pending.append(b"0\r\n\r\n" * is_chunked)
         incoming.end()
         self.flush(incoming)
 
-    def send_writes(self, incoming, writes, frame, most):
+    def send_writes(self, incoming, writes, encode, most):
         """A body that comes piece by piece; what fails in it becomes an error event.
 
         [DONE] waits for the last transfer chunk, which goes out in the same send.
         """
         try:
             for write in filter(None, writes):      # an empty one would spell the end
-                self.pending.append(frame(write))
+                self.pending.append(encode(write))
                 if len(self.pending) >= most and not write.endswith(DONE):
                     self.flush(incoming)
         except EndReply:
@@ -3488,7 +3488,7 @@ class Handler(BaseHTTPRequestHandler):
         except BaseException as error:
             incoming.failed = True
             refusal = self.server.refusal(error, incoming)
-            self.pending.append(frame(event(refusal.body())))
+            self.pending.append(encode(event(refusal.body())))
 
     def cut(self, incoming, how):
         """End a reply as a quirk wants it, or as an upstream that was cut."""
@@ -4563,7 +4563,7 @@ def close_server(server, grace=0):
 def serve(server):
     """Serve until SIGTERM or Ctrl-C; running replies get 10 s then, or until a second
     one comes."""
-    def interrupt(number, frame):
+    def interrupt(number, _):
         raise KeyboardInterrupt
 
     for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
@@ -4597,7 +4597,7 @@ def reaches_command(number):
     return number == signal.SIGINT and in_front
 
 
-def pass_signal(running, number, frame):
+def pass_signal(running, number, _):
     """Hand a signal to the command; without one, end."""
     if not running:
         sys.exit(128 + number)
