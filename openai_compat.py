@@ -4475,7 +4475,7 @@ def backend_of(args):
     if args.script:
         return Script.from_file(args.script)
     if args.command:
-        return command(args.command, args.at_once or 1)
+        return command(args.command, 1 if args.at_once is None else args.at_once)
     if args.backend:
         return named(args.backend)
     relay = args.upstream and Relay(args.upstream, args.upstream_key, args.record,
