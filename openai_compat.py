@@ -899,7 +899,8 @@ def slices(text, size=65536):
             end += 1
         yield text[start:end]
         start = end
-    yield text[start:]
+    if text:
+        yield text[start:]
 
 
 def split(text, tokenize, one_by_one=True):
@@ -1549,17 +1550,18 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
 
     seconds: how long the client may take to read what was sent.  deadline: when the
-    request that is being read must be complete, on the clock time.monotonic.
+    request that is being read must be complete, on the clock time.monotonic.  alarm: a
+    socket that can be read as soon as the server is shutting down.
     """
 
-    def __init__(self, sock, seconds):
+    def __init__(self, sock, seconds, alarm):
         sock.setblocking(False)
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
-        self.stopping = False           # the server is about to close the connection
-        self.selector, self.watched = Selector(), True
-        self.selector.register(sock, selectors.EVENT_READ)
+        self.selector, self.watched, self.alarm = Selector(), True, alarm
+        for each in (sock, alarm):
+            self.selector.register(each, selectors.EVENT_READ)
 
     def receive(self):
         """Read once what has arrived, without waiting -> whether there was anything."""
@@ -1590,9 +1592,16 @@ class Connection:
             raise ClientLeft
 
     def select(self, seconds):
-        """The files that are ready, or [] when the time is over."""
+        """The files that are ready, or [] when the time is over.
+
+        What the client has sent, or that it has left, comes before the alarm.
+        """
         ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
-        return [key.fileobj for key, _ in ready]
+        files = [key.fileobj for key, _ in ready]
+        if self.alarm in files and self.sock not in files:
+            raise APIError(503, "The server is shutting down.",
+                           headers={"retry-after": "1"})
+        return files
 
     def read_ahead(self):
         """Read what the client sends early: the end of it may be that it left."""
@@ -1602,20 +1611,13 @@ class Connection:
                 self.watched = False
                 return
         if self.ended:
-            raise self.left()
-
-    def left(self):
-        """What ends a wait: the client has left, or the server is shutting down."""
-        if self.stopping:
-            return APIError(503, "The server is shutting down.",
-                            headers={"retry-after": "1"})
-        return ClientLeft()
+            raise ClientLeft
 
     def wait(self, seconds, source=None):
         """Wait so long, or until the file `source` can be read; ClientLeft if the client
         leaves first."""
         if self.ended:
-            raise self.left()
+            raise ClientLeft
         if source is not None:
             self.selector.register(source, selectors.EVENT_READ)
         try:
@@ -2499,7 +2501,10 @@ class Script:
     def from_file(cls, path):
         """A script from a JSON list of steps: a str, or an object with Reply's fields."""
         with open(path, encoding="utf-8") as file:
-            steps = json.load(file)
+            try:
+                steps = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
         for number, step in enumerate(steps, 1):
@@ -2534,7 +2539,7 @@ class Script:
                           f"{self.count}; the request: {brief(body)}")
         if not self.any_order:
             number, expect, *_ = self.steps[0]
-            fault = expect and difference(expect, body)
+            fault = None if expect is None else difference(expect, body)
             return 0, fault and f"step {number} was not as expected: {fault}"
         faults, free = [], None
         for place, (number, expect, *_) in enumerate(self.steps):
@@ -2959,7 +2964,7 @@ class Replay(PassingOn):
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
                     recording["status"] + sum(wait for wait, _ in recording["writes"])
-                    self.add(recording)
+                    self.add({**recording, "line": number})
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {self.tape} is not a whole "
                                      "recording") from None
@@ -2968,15 +2973,19 @@ class Replay(PassingOn):
         self.recordings[match_key(**recording["request"])].append(recording)
 
     def unknown(self, asked):
-        """A 404 that tells how the nearest recording differs."""
-        recorded = [recording["request"] for queue in self.recordings.values()
-                    for recording in queue]
+        """A 404 that names the nearest recording, and how the request differs from it."""
+        recorded = list(itertools.chain(*self.recordings.values()))
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
-        nearest = max(recorded, key=lambda request: likeness(request, asked))
-        fault = difference(nearest, asked) or f"on the tape {difference(asked, nearest)}"
-        return APIError(404, "There is no recording of this request.  The difference to "
-                             f"the nearest one: {fault}.", code="not_recorded")
+        nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
+        given = nearest["request"]
+        fault = difference(given, asked)
+        if fault is None:               # null is like absent there, and true like 1
+            other = difference(asked, given) or "a null or a boolean differs"
+            fault = f"on the tape {other}"
+        return APIError(404, "There is no recording of this request.  The nearest one is "
+                             f"line {nearest['line']} of {self.tape}: {fault}.",
+                        code="not_recorded")
 
     def writes(self, recording):
         for seconds, text in recording["writes"]:
@@ -3527,20 +3536,20 @@ class Handler(BaseHTTPRequestHandler):
         if has_body and is_whole:
             self.pending.append(body)
         elif has_body:
-            frame = transfer_chunk if is_chunked else bytes
-            self.send_writes(incoming, body, frame, writes_per_send(response))
+            encode = transfer_chunk if is_chunked else bytes
+            self.send_writes(incoming, body, encode, writes_per_send(response))
             self.pending.append(b"0\r\n\r\n" * is_chunked)
         incoming.end()
         self.flush(incoming)
 
-    def send_writes(self, incoming, writes, frame, most):
+    def send_writes(self, incoming, writes, encode, most):
         """A body that comes piece by piece; what fails in it becomes an error event.
 
         [DONE] waits for the last transfer chunk, which goes out in the same send.
         """
         try:
             for write in filter(None, writes):      # an empty one would spell the end
-                self.pending.append(frame(write))
+                self.pending.append(encode(write))
                 if len(self.pending) >= most and not write.endswith(DONE):
                     self.flush(incoming)
         except EndReply:
@@ -3548,7 +3557,7 @@ class Handler(BaseHTTPRequestHandler):
         except BaseException as error:
             incoming.failed = True
             refusal = self.server.refusal(error, incoming)
-            self.pending.append(frame(event(refusal.body())))
+            self.pending.append(encode(event(refusal.body())))
 
     def cut(self, incoming, how):
         """End a reply as a quirk wants it, or as an upstream that was cut."""
@@ -3876,7 +3885,11 @@ def tls_context(tls):
         return tls
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(*tls)
+    try:
+        context.load_cert_chain(*tls)
+    except OSError as error:        # it does not name the files
+        raise ValueError(f"the certificate {tls[0]} with the key {tls[1]} cannot be "
+                         f"used: {error}") from None
     return context
 
 
@@ -3979,6 +3992,7 @@ class Server(ThreadingHTTPServer):
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+        self.alarm = socket.socketpair()    # what is sent to [1] can be read from [0]
 
     @property
     def backend(self):
@@ -4006,7 +4020,12 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self):
         """As HTTPServer's, but without asking for our name: a resolver may be silent."""
-        socketserver.TCPServer.server_bind(self)
+        try:
+            socketserver.TCPServer.server_bind(self)
+        except OSError as error:
+            host, port = self.server_address[:2]
+            error.filename = f"{host}, port {port}"     # for its message
+            raise
         self.server_name, self.server_port = self.server_address[:2]
 
     @property
@@ -4051,7 +4070,7 @@ class Server(ThreadingHTTPServer):
         if self.tls:
             sock = self.tls.wrap_socket(sock, server_side=True,
                                         do_handshake_on_connect=False)
-        reader = RequestReader(sock, self.request_timeout)
+        reader = RequestReader(sock, self.request_timeout, self.alarm[0])
         if self.trace:
             reader.trace = functools.partial(self.print_block, next(self.numbers))
         return reader, address
@@ -4101,12 +4120,13 @@ class Server(ThreadingHTTPServer):
             thread.join(max(end - time.monotonic(), 0))
 
     def cut_connections(self):
-        """End what waits: first nothing more can come, then nothing more can go."""
-        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
-            for reader in list(self.connections.values()):
-                reader.stopping = True
-                reader.shut(how)
-            self.join_connections(0.25)
+        """End what waits, with a word to the client; then whatever else there is."""
+        with suppress(OSError):             # it is closed already
+            self.alarm[1].send(b"!")
+        self.join_connections(0.25)
+        for reader in list(self.connections.values()):
+            reader.shut(socket.SHUT_RDWR)
+        self.join_connections(0.25)
 
     def close(self, grace=0, error=None):
         """Stop, close every connection, and raise what failed: see `check`.
@@ -4125,6 +4145,8 @@ class Server(ThreadingHTTPServer):
         if set(self.connections) - {threading.current_thread()}:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
+        for each in self.alarm:
+            each.close()
         self.check(error)
 
     def check(self, error=None):
@@ -4522,7 +4544,7 @@ def backend_of(args):
     if args.script:
         return Script.from_file(args.script)
     if args.command:
-        return command(args.command, args.at_once or 1)
+        return command(args.command, 1 if args.at_once is None else args.at_once)
     if args.backend:
         return named(args.backend)
     relay = args.upstream and Relay(args.upstream, args.upstream_key, args.record,
@@ -4559,6 +4581,7 @@ def printer():
     Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
     lost, and no request waits.
     """
+    import atexit
     import queue
     lines = queue.Queue(10000)
 
@@ -4567,11 +4590,18 @@ def printer():
             with suppress(OSError, ValueError):
                 sys.stderr.write(f"{lines.get()}\n")
                 sys.stderr.flush()
+            lines.task_done()
 
     def print_line(line):
         with suppress(queue.Full):
             lines.put_nowait(line)
+
+    def print_rest():
+        end = time.monotonic() + 1      # if nobody reads, the program ends all the same
+        while lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.01)
     threading.Thread(target=work, daemon=True).start()
+    atexit.register(print_rest)
     return print_line
 
 
@@ -4602,7 +4632,7 @@ def close_server(server, grace=0):
 def serve(server):
     """Serve until SIGTERM or Ctrl-C; running replies get 10 s then, or until a second
     one comes."""
-    def interrupt(number, frame):
+    def interrupt(number, _):
         raise KeyboardInterrupt
 
     for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
@@ -4636,7 +4666,7 @@ def reaches_command(number):
     return number == signal.SIGINT and in_front
 
 
-def pass_signal(running, number, frame):
+def pass_signal(running, number, _):
     """Hand a signal to the command; without one, end."""
     if not running:
         sys.exit(128 + number)
@@ -4695,8 +4725,7 @@ def main(argv=None):
     try:
         server = server_of(args, port)
     except (OSError, OverflowError, ValueError, TypeError) as error:
-        is_taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        return complain(f"port {port}: {error}" if is_taken else error)
+        return complain(error)
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", args.host, server.server_port)
