@@ -2403,8 +2403,9 @@ def test_a_connection_outlives_an_error():
     (500, "server_error", None), (502, "server_error", None),
     (503, "service_unavailable_error", None)])
 def test_an_errors_type_and_code_follow_from_its_status(status, kind, code):
-    error = APIError(status, "x").body()["error"]
-    assert error == {"message": "x", "type": kind, "param": None, "code": code}
+    error = APIError(status, "x")
+    assert str(error) == error.message == "x" and error.body() == {
+        "error": {"message": "x", "type": kind, "param": None, "code": code}}
 
 
 def test_no_quota_is_not_to_be_tried_again():
