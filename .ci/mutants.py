@@ -431,7 +431,7 @@ def run(folder, texts, order, *words, whole=False):
     (folder / "order.json").write_text(json.dumps(order))
     (folder / "mutants_plugin.py").write_text(PLUGIN)
     environment = {**os.environ, "MUTANTS_WORK": str(folder), "PYTHONPATH": str(folder),
-                   "PYTHONDONTWRITEBYTECODE": "1", "FUZZ_SEED": "1"}
+                   "PYTHONDONTWRITEBYTECODE": "1", "FUZZ_SEED": "1", "PATIENCE": "10"}
     words = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider",
              "-p", "mutants_plugin", *([] if whole else ["-x"]), *words, TESTS]
     with open(folder / "said", "wb") as said:
