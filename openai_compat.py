@@ -260,9 +260,7 @@ def copied(value):
     """
     if isinstance(value, dict):
         return {name: copied(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [copied(each) for each in value]
-    return value
+    return [copied(each) for each in value] if isinstance(value, list) else value
 
 
 def encode_json(value, ascii=False):
@@ -688,7 +686,7 @@ def parse_chat(body, strict=True):
     """Check the body of POST /v1/chat/completions -> the request that a backend gets.
 
     Besides the fields of the body, each with its default, the request has `text` (what
-    is being asked), `prompt` (the same), `endpoint` and `body` (as it was sent).
+    is being asked), `prompt` (the same) and `endpoint`.
     `strict` also checks that tool calls and their answers belong together.
 
     Example:
@@ -707,7 +705,7 @@ def parse_chat(body, strict=True):
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
     text = last_question(request["messages"])
-    return {**request, "endpoint": "chat", "body": body, "prompt": text, "text": text}
+    return {**request, "endpoint": "chat", "prompt": text, "text": text}
 
 
 def is_token_ids(prompt):
@@ -762,8 +760,7 @@ def parse_completion(body, strict=True):
         raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
                       "each are more than 128 choices.", "prompt",
                       "array_above_max_length")
-    return {**request, "endpoint": "completion", "body": body, "best_of": best_of,
-            "prompts": prompts}
+    return {**request, "endpoint": "completion", "best_of": best_of, "prompts": prompts}
 
 
 def count_choices(request):
@@ -1059,8 +1056,8 @@ class Usage:
         {'prompt_tokens': 2, 'completion_tokens': 3, 'total_tokens': 5}
     """
 
-    def __init__(self, prompts=(), corrections=()):
-        self.prompts, self.corrections = prompts, dict(corrections)
+    def __init__(self, prompts=(), corrections=None):
+        self.prompts, self.corrections = prompts, dict(corrections or {})
         self.completion_tokens = 0
 
     def counters(self):
@@ -1102,6 +1099,8 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
+    if len(generators) == 1:
+        yield from generators[0]
     running = list(generators)
     while running:
         for items in list(running):
@@ -1796,282 +1795,286 @@ def parse_quirk(text):
 
 # ----------------------------------------------------------------------------------
 # Schema samples.  A forced tool call and a structured output need an instance of a
-# JSON Schema; this makes the smallest honest one, or says which keyword it cannot obey.
+# JSON Schema (draft 2020-12).  `sample` makes a candidate, then checks the whole of it
+# against the schema as it was given: what the making overlooks, the check refuses.
+#
+# Several schemas can hold at one place of the instance: the one that stands there, the
+# one that its $ref names, those of its allOf, a branch of its anyOf.  They stay a list,
+# called `here`, and are never merged.  A full validator knows every keyword and runs
+# patterns; this one refuses what it cannot judge.
 
-JSON_TYPES = {
-    "object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
-    "integer": int, "number": (int, float),
-}
-BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
-IMPLIED = {  # what a schema without a type speaks of
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("format", "pattern", "minLength", "maxLength"),
-    "number": (*BOUNDS, "multipleOf"),
-}
-FORMATS = {
+SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
+NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
+
+JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
+              "null": type(None), "integer": (int, float), "number": (int, float)}
+CONSTANTS = {"boolean": [False, True], "null": [None]}
+FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
     "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
-    "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "uri": "https://example.com/",
-    "uuid": "00000000-0000-4000-8000-000000000000",
+    "uri": "https://example.com/", "ipv4": "192.0.2.1", "ipv6": "2001:db8::1",
+    "ipv4network": "192.0.2.0/24", "password": None, "binary": None,
+    **{f"uuid{version}": f"00000000-0000-{version or 4}000-8000-000000000000"
+       for version in ("", 1, 2, 3, 4, 5)},
 }
 
 
-def unsatisfiable(keyword, why="it cannot be satisfied"):
+def _unsatisfiable(keyword, why="it cannot be satisfied"):
     return APIError(400, f"No instance of this schema can be made, for its keyword "
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def as_list(types):
-    return [types] if type(types) is str else types
+def _is_a(value, kind):
+    """Is a value of this JSON type, or of one of these?  true is not an integer."""
+    if isinstance(kind, list):
+        return any(_is_a(value, each) for each in kind)
+    if type(value) is bool or kind == "any":
+        return kind in ("any", "boolean")
+    return isinstance(value, JSON_TYPES[kind]) and (kind != "integer" or value % 1 == 0)
 
 
-def is_of(value, types):
-    return any(isinstance(value, JSON_TYPES[each])
-               and (each == "boolean" or type(value) is not bool)   # in Python an int
-               for each in as_list(types))
+def _key(value):
+    """Text that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
+    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
 
 
-def is_one(value, values):
-    return any(type(value) is type(each) and value == each for each in values)
+def _is_one(value, values):
+    return any(value == each and _key(value) == _key(each) for each in values)
 
 
-def number_is(compare):
-    return lambda value, bound: type(value) not in (int, float) or compare(value, bound)
+def _at_least(value, length):
+    return len(value) >= length
 
 
-def length_is(kind, compare):
-    return lambda value, bound: type(value) is not kind or compare(len(value), bound)
+def _at_most(value, length):
+    return len(value) <= length
 
 
-OBEYS = {  # keyword: does a value obey it?  What is not here is obeyed by construction,
-    "type": is_of,
-    "enum": is_one,
-    "const": lambda value, only: is_one(value, [only]),
-    "minimum": number_is(operator.ge),
-    "maximum": number_is(operator.le),
-    "exclusiveMinimum": number_is(operator.gt),
-    "exclusiveMaximum": number_is(operator.lt),
-    "multipleOf": number_is(
-        lambda value, step: abs(value / step - round(value / step)) < 1e-9),
-    "minLength": length_is(str, operator.ge),
-    "maxLength": length_is(str, operator.le),
-    "minItems": length_is(list, operator.ge),
-    "maxItems": length_is(list, operator.le),
-    "minProperties": length_is(dict, operator.ge),
-    "maxProperties": length_is(dict, operator.le),
-    "required": lambda value, names: (
-        type(value) is not dict or value.keys() >= set(names)),
-    "uniqueItems": lambda value, wanted: (
-        not wanted or type(value) is not list or len(value) < 2),
-    # ... or never, as far as we know.
-    **dict.fromkeys(("not", "if", "contains", "dependencies", "dependentRequired",
-                     "dependentSchemas", "patternProperties", "propertyNames",
-                     "unevaluatedItems", "unevaluatedProperties", "$dynamicRef"),
-                    lambda value, argument: False),
+def _rows(kind, keywords, rule):
+    return dict.fromkeys(keywords.split(), (kind, rule))
+
+
+RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobody knows)
+    **_rows("any", "not if $id $dynamicRef $recursiveRef", lambda *_: None),
+    "type": ("any", _is_a), "enum": ("any", _is_one),
+    "const": ("any", lambda value, constant: _is_one(value, [constant])),
+
+    "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
+    "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
+    "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
+        value % step if isinstance(step, int) else value / step % 1) == 0),
+
+    "minLength": ("string", _at_least), "maxLength": ("string", _at_most),
+    "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
+    **_rows("string", "pattern contentEncoding contentMediaType", lambda *_: None),
+
+    "minItems": ("array", _at_least), "maxItems": ("array", _at_most),
+    "uniqueItems": ("array", lambda value, on: (
+        not on or len(set(map(_key, value))) == len(value))),
+    **_rows("array", "items prefixItems", lambda *_: True),     # see `_Sampler.parts`
+    **_rows("array", "contains additionalItems unevaluatedItems", lambda *_: None),
+
+    "minProperties": ("object", _at_least), "maxProperties": ("object", _at_most),
+    "required": ("object", lambda value, names: value.keys() >= set(names)),
+    **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
+    **_rows("object", "patternProperties dependencies dependentRequired "
+            "dependentSchemas unevaluatedProperties", lambda each, _: not each or None),
 }
 
 
-def first_broken(value, schema):
-    """The first keyword of the schema that a value does not obey, or None."""
-    return next((keyword for keyword, argument in schema.items()
-                 if keyword in OBEYS and not OBEYS[keyword](value, argument)), None)
+def _said(here, *keywords):
+    """What the schemas of a list say with these keywords."""
+    return [schema[each] for each in keywords for schema in here if each in schema]
 
 
-def common_types(a, b):
-    a, b = as_list(a), as_list(b)
-    both = [each for each in a if each in b]
-    if "integer" in {*a, *b} - set(both) and ("number" in a) != ("number" in b):
-        both.append("integer")      # an integer is a number too
-    if not both:
-        raise unsatisfiable("type", "two different ones have to hold")
-    return both
+def _property(schema, name):
+    rest = schema.get("additionalProperties", True)
+    return schema.get("properties", {}).get(name, rest)
 
 
-def common_properties(a, b):
-    return {**a, **{name: {"allOf": [a[name], b[name]]} if name in a else b[name]
-                    for name in b}}
+def _item(schema, index):
+    """The schema of an item.  `items` as a list is how prefixItems was once written."""
+    rest = schema.get("items", True)
+    first = rest if isinstance(rest, list) else schema.get("prefixItems", ())
+    return first[index] if index < len(first) else rest is first or rest
 
 
-MERGED = {  # what one keyword becomes when two schemas both have to hold
-    "properties": common_properties,
-    "required": lambda a, b: [*a, *(name for name in b if name not in a)],
-    "enum": lambda a, b: [value for value in a if is_one(value, b)],
-    "type": common_types,
-    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems"), max),
-    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems"), min),
-    **dict.fromkeys(("title", "description", "default", "examples", "$schema", "$id",
-                     "$comment", "pattern", "strict", "definitions"), lambda a, b: b),
-}
-
-
-def merged(a, b):
-    """One schema for two that both have to hold."""
-    whole = {**a, **b}
-    for key in a.keys() & b.keys():
-        if key in MERGED:
-            whole[key] = MERGED[key](a[key], b[key])
-        elif a[key] != b[key]:
-            raise unsatisfiable(key, "two different ones have to hold")
-    return whole
-
-
-class Sampler:
-    """The walk through one schema: its root, and how much may still be made."""
+class _Sampler:
+    """One sample in the making: the root of its schema, and the work that is left."""
 
     def __init__(self, root):
-        self.root, self.left = root, 10_000     # definitions that double end here
+        self.root, self.left, self.fault = root, SAMPLE_WORK, None
+        self.trusting, self.trusted = False, set()
 
-    def target(self, ref):
-        """The schema that a reference means: "#" or "#/a/b", a pointer (RFC 6901)."""
-        place = self.root
-        for step in unquote(ref).split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            place = place.get(step) if type(place) is dict else None
-        if place is None or ref[0] != "#":
-            raise unsatisfiable("$ref", f"there is no {ref}")
-        return place
-
-    def flat(self, schema, refs):
-        """A schema, its references followed and allOf merged, and all those refs."""
-        self.left -= 1
+    def spend(self, work, keyword="$ref"):
+        self.left -= work
         if self.left < 0:
-            raise unsatisfiable("$ref", "the instance would be too large")
-        if type(schema) is bool:
-            schema = {} if schema else {"enum": []}
-        parts, seen, inside = list(schema.get("allOf", ())), refs, refs
-        if "$ref" in schema:
-            ref = schema["$ref"]
-            if ref in refs:
-                raise unsatisfiable("$ref", f"{ref} contains itself without an end")
-            inside = refs | {ref}
-            parts.insert(0, self.target(ref))
-        apart = {"allOf", "$ref", "$defs"}
-        whole = {key: value for key, value in schema.items() if key not in apart}
-        for part in parts:
-            part, met = self.flat(part, inside)
-            whole, seen = merged(whole, part), seen | met
-        return whole, seen
+            raise _unsatisfiable(keyword, "the instance or the work would be too large")
 
-    def variants(self, schema, refs):
-        """The schema, or it merged with each branch of its anyOf or oneOf."""
-        keyword = next((key for key in ("anyOf", "oneOf") if key in schema), None)
-        if keyword is None:
-            yield schema, refs
-            return
-        rest = {key: value for key, value in schema.items() if key != keyword}
-        fault = unsatisfiable(keyword, "it is empty")
-        for branch in schema[keyword]:
+    def also(self, schema):
+        """What holds wherever a schema does: its allOf, and the target of its $ref.
+
+        A $ref is "#", or a pointer (RFC 6901) such as "#/$defs/a".
+        """
+        yield from schema.get("allOf", ())
+        for ref in _said([schema], "$ref"):
+            place = {"#": self.root}
+            for step in unquote(ref).split("/"):
+                step = step.replace("~1", "/").replace("~0", "~")
+                place = place.get(step) if isinstance(place, dict) else None
+            if place is None:
+                raise _unsatisfiable("$ref", f"there is no {ref}")
+            yield place
+
+    # ------ the check
+
+    def broken(self, value, schema, keyword="allOf"):
+        """The first keyword that a value does not obey, or None.
+
+        Patterns are not run: a string of an author's example is trusted to match one.
+        """
+        if isinstance(schema, bool):
+            return None if schema else keyword
+        lists = _said([schema], "enum", "anyOf", "oneOf", "$ref")
+        self.spend(len(schema) + sum(map(len, lists)))
+        for keyword in filter(RULES.__contains__, schema):
+            (kind, rule), argument = RULES[keyword], schema[keyword]
+            verdict = not _is_a(value, kind) or rule(value, argument)
+            claim = verdict is None and kind == "string" and (value, keyword, argument)
+            if claim and self.trusting:
+                self.trusted.add(claim)
+            if verdict is None and claim not in self.trusted:
+                raise _unsatisfiable(keyword, "it is not known here")
+            if verdict is False:
+                return keyword
+        parts = itertools.starmap(self.broken, self.parts(value, schema))
+        return next(filter(None, parts), None)
+
+    def parts(self, value, schema):
+        """(a value, its schema, keyword) for the value itself and for what is in it."""
+        yield from ((value, each, "allOf") for each in self.also(schema))
+        for keyword in {"anyOf", "oneOf"} & schema.keys():
+            fits = (not self.broken(value, each) for each in schema[keyword])
+            yield value, any(fits) and not (keyword == "oneOf" and any(fits)), keyword
+        for name in value if isinstance(value, dict) else ():
+            yield value[name], _property(schema, name), "additionalProperties"
+            yield name, schema.get("propertyNames", True), "propertyNames"
+        for index, each in enumerate(value if isinstance(value, list) else ()):
+            yield each, _item(schema, index), "items"
+
+    # ------ the making
+
+    def make(self, schemas, name, above=frozenset(), others=()):
+        """A value that obeys all the schemas and is none of the others."""
+        schemas = [each for each in schemas if each is not False]  # seen further out
+        self.fault = _unsatisfiable("$ref", "it contains itself without an end")
+        for self.trusting, value in self.candidates(schemas, name, above):
             try:
-                yield from self.variants(*self.flat({"allOf": [rest, branch]}, refs))
-                fault = None
-            except APIError as error:
-                fault = fault and error
-        if fault:
-            raise fault
+                self.spend(len(to_json(value)))
+                keyword = self.broken(value, {"allOf": schemas})
+                if not keyword and not _is_one(value, others):
+                    return value
+                raise _unsatisfiable(keyword or "uniqueItems")
+            except APIError as fault:
+                self.fault = fault
+        raise self.fault
 
-    def makers(self, schema):
-        """The methods below that can make an instance, the likeliest first."""
-        if "const" in schema or "enum" in schema:
-            return [self.listed]
-        implied = (kind for kind, keywords in IMPLIED.items()
-                   if schema.keys() & set(keywords))
-        types = as_list(schema.get("type", next(implied, "object")))
-        unknown = [each for each in types if each not in JSON_TYPES]
-        if unknown:
-            raise unsatisfiable("type", f"{unknown[0]} is none of JSON's")
-        return [getattr(self, each) for each in types]
+    def candidates(self, todo, name, above, here=()):
+        """Each (is it an author's example?, value), reading the schemas `todo` in turn.
 
-    def instance(self, schema, refs):
-        """The first candidate that obeys; `refs`: those that we are inside of."""
-        fault = unsatisfiable("type", "none of JSON is left")
-        for variant, inner in self.variants(*self.flat(schema, refs)):
-            for maker in self.makers(variant):
-                try:
-                    return self.obeying(variant, maker(variant, inner))
-                except APIError as error:
-                    fault = error
-        raise fault
+        `above` has the ids of the schemas that this place is inside of: a schema inside
+        itself has no candidate, so a linked list ends with its other branch, null.
+        """
+        todo = [each for each in todo if not isinstance(each, bool)]
+        self.spend(1 + len(todo))
+        if not todo:
+            yield from self.values(here, name, above.union(map(id, here)))
+        elif id(todo[0]) not in above:
+            schema, *rest = todo
+            rest += self.also(schema)
+            choices = filter(None, _said([schema], "anyOf", "oneOf"))
+            for branches in itertools.product(*choices):
+                both = [*rest, *branches]
+                yield from self.candidates(both, name, above, (*here, schema))
 
-    def obeying(self, schema, candidates):
-        broken = "type"
-        for value in candidates:
-            broken = first_broken(value, schema)
-            if broken is None:
-                return value
-        raise unsatisfiable(broken)
+    def values(self, here, name, inside):
+        """The candidates of one reading: what its schemas list or a type makes."""
+        examples = [each[0] for each in _said(here, "examples") if each]
+        yield from ((True, value) for value in _said(here, "default") + examples)
+        listed = _said(here, "const") + sum(_said(here, "enum"), [])
+        types = (kind if type(kind) is list else [kind] for kind in _said(here, "type"))
+        implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
+        kinds = sum(types, []) or filter("any".__ne__, implied)
+        for kind in dict.fromkeys(kinds) or ["object"]:
+            try:
+                make = getattr(self, f"make_{kind}", None)
+                made = listed or CONSTANTS.get(kind) or make(here, name, inside)
+                yield from ((False, value) for value in made)
+            except APIError as fault:
+                self.fault = fault
 
-    # ------ candidates, one method a type
+    def make_object(self, here, name, inside):
+        """The required properties and enough others; then all of the properties."""
+        low = max(_said(here, "minProperties"), default=0)
+        required = [*dict.fromkeys(map(str, sum(_said(here, "required"), [])))]
+        names = [*dict.fromkeys(itertools.chain(required, *_said(here, "properties")))]
+        key = [{"type": "string"}, *_said(here, "propertyNames")]
+        while len(names) < low:
+            names.append(self.make(key, "key", inside, names))
+        for count in (max(low, len(required)), len(names)):
+            yield {each: self.make([_property(schema, each) for schema in here],
+                                   each, inside) for each in names[:count]}
 
-    def listed(self, schema, refs):
-        keyword = "const" if "const" in schema else "enum"
-        values = [schema["const"]] if keyword == "const" else schema["enum"]
-        obeying = [value for value in values if first_broken(value, schema) is None]
-        if not obeying:
-            raise unsatisfiable(keyword, "no value of it obeys the rest")
-        return obeying
+    def make_array(self, here, name, inside):
+        low, made = max(_said(here, "minItems"), default=0), []
+        self.spend(low, "minItems")
+        others = made if any(_said(here, "uniqueItems")) else ()
+        for index in range(low):
+            schemas = [_item(schema, index) for schema in here]
+            made.append(self.make(schemas, name, inside, others))
+        yield made
 
-    def object(self, schema, refs):
-        properties, names = schema.get("properties", {}), schema.get("required", ())
-        other = schema.get("additionalProperties", {})
-        for name in names:
-            if name not in properties and other is False:
-                raise unsatisfiable(
-                    "required", f"no other property than those named, not {name}")
-        yield {name: self.instance(properties.get(name, other), refs) for name in names}
+    def make_string(self, here, name, inside):
+        """The format's, else the name at its least length; then name2, name3, ..."""
+        name, low = name or "text", max(_said(here, "minLength"), default=0)
+        high = min(_said(here, "maxLength"), default=SAMPLE_WORK)
+        self.spend(low, "minLength")
+        yield from filter(None, map(FORMATS.get, _said(here, "format")))
+        for mark in ("", *map(str, range(2, 100))):
+            yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
 
-    def array(self, schema, refs):
-        if schema.get("minItems", 0) > 10_000:
-            raise unsatisfiable("minItems", "that is too much")
-        items = itertools.chain(schema.get("prefixItems", ()),
-                                itertools.repeat(schema.get("items", {})))
-        yield [self.instance(item, refs)
-               for item in itertools.islice(items, schema.get("minItems", 0))]
+    def make_number(self, here, name, inside):
+        """The number nearest to 0, one between the bounds, and multiples near them."""
+        low = max(_said(here, "minimum", "exclusiveMinimum"), default=-math.inf)
+        high = min(_said(here, "maximum", "exclusiveMaximum"), default=math.inf)
+        step, start = max(_said(here, "multipleOf"), default=1), min(max(0, low), high)
+        multiples = ((start // step + n) * step for n in NEAR)
+        for value in (start, (low + high) / 2, start + 0.5, *multiples):
+            if math.isfinite(value):
+                yield int(value) if value % 1 == 0 else value
 
-    def string(self, schema, refs):
-        if schema.get("minLength", 0) > 100_000:
-            raise unsatisfiable("minLength", "that is too much")
-        text = FORMATS.get(schema.get("format"), "")
-        yield text if text else "x" * schema.get("minLength", 0)
-
-    def number(self, schema, refs):
-        """0, and what lies next to the bounds, as multiples where they have to be."""
-        step = schema.get("multipleOf") or 1
-        bounds = [schema[key] for key in BOUNDS if key in schema]
-        yield from [0] * ("const" not in schema)
-        for bound in bounds:
-            below = math.floor(bound / step) * step
-            yield from (below, below + step, below - step, below + 2 * step)
-        if "multipleOf" not in schema:
-            yield from bounds
-            yield sum(bounds) / max(len(bounds), 1)
-
-    def integer(self, schema, refs):
-        numbers = self.number(schema, refs)
-        return (int(number) for number in numbers if number == int(number))
-
-    def boolean(self, schema, refs):
-        return False, True
-
-    def null(self, schema, refs):
-        return None,
+    make_integer = make_number
 
 
 def sample(schema):
-    """The smallest honest instance of a JSON Schema (draft 2020-12, as the API has it).
+    """An instance of a JSON Schema, as tool calls and structured outputs need one.
 
-    Example: {"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}},
-              "required": ["n"]} -> {"n": 3}
+    Only the required properties are made, unless more are needed.  A string is the name
+    of its property.  What cannot be obeyed is an APIError(400) that names the keyword.
 
-    Required properties only; the first branch of anyOf or oneOf that works; `pattern`
-    is not looked at.  Raises APIError(400) with the keyword that cannot be satisfied.
+    Example:
+        >>> sample({"type": "object", "required": ["city", "days"], "properties": {
+        ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
+        {'city': 'city', 'days': 3}
     """
+    if isinstance(schema, dict):        # an $id says nothing at the root
+        schema = {key: each for key, each in schema.items() if key != "$id"}
     try:
-        return Sampler(schema).instance(schema, frozenset("#"))
+        return json.loads(to_json(_Sampler(schema).make([{"allOf": [schema]}], "text")))
     except RecursionError:
-        raise unsatisfiable("type", "it is nested too deeply") from None
-    except (TypeError, ValueError, AttributeError, LookupError,
-            ArithmeticError) as error:
-        raise unsatisfiable("type", f"it is no JSON Schema ({error})") from None
+        raise _unsatisfiable("$ref", "it is nested too deeply") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
+        raise _unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
 
 
 # ----------------------------------------------------------------------------------
@@ -2107,20 +2110,10 @@ def is_delay(value):
     return is_number(value)
 
 
-REPLY_FIELDS = {  # what must be true of a value that is not None, and how to say it
-    "text": (lambda value: isinstance(value, (str, list, tuple)),
-             "a str, or a list of the pieces to send"),
-    "tool_calls": (lambda value: all(isinstance(call, ToolCall) for call in value),
-                   "a ToolCall or a list of them"),
-    "refusal": (lambda value: isinstance(value, str), "a str"),
-    "finish_reason": (lambda value: isinstance(value, str), "a str"),
-    "usage": (lambda value: isinstance(value, dict), "a dict"),
-    "delay": (is_delay, "a number of seconds, or two of them"),
-    "quirk": (lambda value: isinstance(value, str), "the name of a quirk"),
-    "headers": (lambda value: isinstance(value, dict), "a dict"),
-    "error": (lambda value: isinstance(value, APIError), "an APIError"),
-    "expect": (lambda value: isinstance(value, dict) or callable(value),
-               "a dict or a function"),
+REPLY_TYPES = {
+    "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
+    "finish_reason": str, "usage": dict, "delay": (int, float, list, tuple),
+    "quirk": str, "headers": dict, "error": APIError,
 }
 
 
@@ -2139,16 +2132,18 @@ class Reply:
                  usage=None, delay=0, quirk=None, headers=None, error=None, expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
-        given = dict(locals())
-        for name, (is_right, what) in REPLY_FIELDS.items():
-            if given[name] is not None and not is_right(given[name]):
-                raise TypeError(f"the {name} of a Reply must be {what}, "
-                                f"not {given[name]!r}")
+        self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
+        self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
+        self.quirk, self.headers, self.error = quirk, headers, error
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, REPLY_TYPES[name]):
+                raise TypeError(f"the {name} of a Reply cannot be {value!r}")
+        if not (all(isinstance(call, ToolCall) for call in self.tool_calls)
+                and is_delay(delay)):
+            raise TypeError("tool_calls must be ToolCalls, and a delay must be seconds "
+                            f"or (first, between), not {self.tool_calls!r} and {delay!r}")
         parse_quirk(quirk)
-        self.text, self.tool_calls, self.refusal = text, list(tool_calls or ()), refusal
-        self.finish_reason, self.usage, self.delay = finish_reason, usage or {}, delay
-        self.quirk, self.headers = quirk, header_fields(headers)
-        self.error, self.expect = error, expect
+        self.headers, self.expect = header_fields(headers), expect
 
     def __repr__(self):
         said = (f"{name}={value!r}" for name, value in vars(self).items() if value)
@@ -2308,7 +2303,7 @@ def brief(value, around=0):
 
     Example:
         >>> brief("x" * 200 + "here" + "y" * 200, around=200)
-        "...'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxhereyyyyyyyyyyyyyyyyyyyyyyyyyy...'..."
+        "...'xxx...xxxhereyyy...yyy'..."
     """
     if value is ABSENT:
         return "absent"
@@ -2692,8 +2687,8 @@ def until_done(blocks):
     not the upstream lingers.
 
     Example:
-        >>> list(until_done([b"data: 1\n", b"\ndata: [DO", b"NE]\n\n", b"more"]))
-        [b'data: 1\n', b'\n', b'data: [DONE]\n\n']
+        >>> list(until_done([b"data: 1\\n", b"\\ndata: [DO", b"NE]\\n\\n", b"more"]))
+        [b'data: 1\\n', b'\\n', b'data: [DONE]\\n\\n']
     """
     held = b""
     for block in blocks:
@@ -3149,15 +3144,14 @@ class RequestReader(Connection):
         return content
 
 
-def normal_path(target):
-    """The path of a route and the model in it, from the target of a request: single
-    slashes, no /v1, no query.
+def normal_path(path):
+    """A path as the key of a route, and the model in it: single slashes, no /v1.
 
     Example:
-        >>> normal_path("//v1/models/org%2Fm/?x=1"), normal_path("/engines/m/completions")
+        >>> normal_path("//v1/models/org%2Fm/"), normal_path("/engines/m/completions")
         (('/models/', 'org/m'), ('/completions', 'm'))
     """
-    parts = [part for part in target.partition("?")[0].split("/") if part]
+    parts = [part for part in path.split("/") if part]
     for _ in range(2):
         parts = parts[1:] if parts[:1] == ["v1"] else parts
     path = unquote("/" + "/".join(parts))
@@ -3215,8 +3209,8 @@ class Exchange:
 
     def __init__(self, head):
         self.method, self.path = head.method, masked(head.target)
-        self.headers = {name: masked(f"{name}: {value}")[len(name) + 2:]
-                        for name, value in head.fields.items()}
+        secrets = SECRET_FIELDS.intersection(head.fields)
+        self.headers = {**head.fields, **dict.fromkeys(secrets, "***")}
         self.content = b""              # the body as it came: the one copy that is kept
         self.status = self.outcome = self.seconds = None
         self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
@@ -3262,7 +3256,7 @@ class Incoming:
     def __init__(self, head=Head("", "/", (1, 1), {})):
         self.head, self.exchange = head, Exchange(head)
         self.method, self.target, self.version, self.fields = head
-        self.path, self.model = normal_path(head.target)
+        self.path, self.model = normal_path(head.target.partition("?")[0])
         self.content, self.quirk = b"", None
         self.has_our_key = self.failed = self.delivered = False
         self.cleanup = contextlib.ExitStack()
@@ -3569,6 +3563,214 @@ class Handler(BaseHTTPRequestHandler):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
                      exchange.method, printable(exchange.path), exchange.status,
                      exchange.outcome, exchange.events, exchange.seconds or 0)
+
+
+# ----------------------------------------------------------------------------------
+# Page.  A window on the wire: a conversation, and beside it each request, response and
+# event.  The page asks nobody but this server, and inserts text as text, never as HTML.
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 2fr 3fr }
+header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
+header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
+input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
+textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 } ul { padding-left: 1.2rem }
+main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
+main > div, aside > div { margin-bottom: auto }    /* the pane, reversed, stays at its end */
+#talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+#talk p::before { content: attr(class); display: block; font: .8rem system-ui, sans-serif; opacity: .75 }
+#talk:not(:empty) + #hints { display: none } [aria-busy=true] .turn:last-child::after { content: "…" }
+[aria-busy=true] + footer :not(textarea, #stop), [aria-busy=false] + footer #stop { display: none }
+aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call, .tool { font: .8rem/1.5 monospace }
+section { padding: .5rem 0 } section + section { border-top: 1px solid #8886 }
+summary { cursor: pointer; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+.bad summary { white-space: normal; overflow-wrap: anywhere } .bad b { font-weight: normal }
+.time, .envelope { opacity: .7 } pre { font: inherit; padding-left: 2ch } .note { font-weight: bold }
+aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: light-dark(#b3261e, #ffa198) }
+@media (max-width: 700px) { body { height: auto; grid: auto minmax(14rem, auto) auto auto / 100% }
+  main, aside { max-height: 75vh } aside { grid-area: 4 / 1 } textarea { flex-basis: 100% }
+  summary { white-space: normal; overflow-wrap: anywhere } .envelope { display: none } }
+</style>
+<header><h1>openai_compat</h1> <label>Model <input id="model"></label>
+<label>Key <input id="key" type="password" autocomplete="off"></label>
+<label><input id="stream" type="checkbox" checked> Stream</label>
+<label><input id="tool" type="checkbox"> Tool</label>
+<label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
+<main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
+<div id="talk" role="log" aria-live="polite"></div>
+<div id="hints"><p>Nothing has been said yet. Try this:</p><ul>
+<li>Write a message. The wire shows the request, the response, and each event with its seconds since
+the request. Open a line to see all of it. The last 500 events are kept.
+<li>Switch <b>Stream</b> off: the same reply comes whole, as one JSON object.
+<li>Switch <b>Tool</b> on: the request offers a tool, get_weather, and the reply has to call it.
+<li>Choose a <b>Quirk</b>, a deliberate fault, if the server runs with --quirk-header.</ul></div></main>
+<footer><textarea id="text" rows="3" autofocus aria-label="Message"
+placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
+<button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
+<aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
+<script>
+const $ = id => document.getElementById(id), STREAM = {stream: true, stream_options: {include_usage: true}};
+const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
+const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
+let messages = [], running = null;        // the conversation; what stops the request that runs
+const add = (parent, name, className, text = "") =>       // as text: HTML in a reply is seen, not obeyed
+  parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
+const grow = (turn, who, text, n = 0) =>  // add to the n-th line of this kind in a turn, or start it
+  text && (turn.getElementsByClassName(who)[n] || add(turn, "p", who)).append(text);
+const tell = (turn, {name, message}) =>   // fetch() throws a TypeError if a connection fails
+  grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
+// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
+function show(exchange, className, news, envelope, whole) {     // news: [name, value] pairs
+  const line = add(exchange, "details", className), summary = add(line, "summary");
+  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
+  for (const [name, value] of news) {
+    add(summary, "b", "", ` ${name} `);
+    summary.append(value);
+  }
+  add(summary, "span", "envelope", envelope);
+  add(line, "pre", "", whole);
+  return line;
+}
+function showEvent(exchange, event, said) {             // what is new in it is plain, the rest is dim
+  const {choices, error, usage, data, ...envelope} = said || {};
+  const {delta, message, finish_reason} = choices?.[0] || {};
+  const news = Object.entries({error, delta, message, finish_reason, usage, data})
+    .filter(([, value]) => value).map(([name, value]) => [name, JSON.stringify(value)]);
+  show(exchange, error ? "event bad" : "event", said ? news : [[event, ""]],
+       said && ` ${JSON.stringify(envelope)}`, event);
+  const events = $("wire").getElementsByClassName("event");
+  if (events.length > 500) events[0].remove();
+}
+const lines = headers =>
+  [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
+// ------ the protocol
+async function* events(response) {        // bytes -> events; a body that is no stream is like one event
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", read;
+  while (!(read = await reader.read()).done) {
+    const blocks = (rest + read.value).split(/\r?\n\r?\n/);     // a blank line ends an event
+    rest = blocks.pop();
+    yield* blocks;
+  }
+  if (rest) yield rest;
+}
+const dataOf = event => event.split(/\r?\n/).filter(line => line.startsWith("data:"))
+  .map(line => line.slice(5)).join("\n").trim();         // the other lines are comments, ids and the like
+const parse = data => { try { return Object(JSON.parse(data)); } catch { return null; } };
+async function* call(path, request) {     // show an exchange; yield its deltas, its message or its list
+  document.querySelectorAll(".failed").forEach(turn => turn.remove());
+  const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
+  const [method, body] = request ? ["POST", JSON.stringify(request)] : ["GET"];
+  const headers = new Headers(body && {"content-type": "application/json"});
+  if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
+  if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
+  exchange.started = performance.now();
+  show(exchange, "", [[method, url.pathname]], "", `${lines(headers)}\n\n${body || ""}`).open = request;
+  const response = await fetch(url, {method, headers, body, signal: running?.signal});
+  const {ok, status, statusText, headers: received} = response;
+  show(exchange, ok ? "" : "bad", [[status, statusText]], "", lines(received)).open = request;
+  let ended = ok && !request;             // a list of models has no end of its own
+  for await (const event of events(response)) {
+    const data = event[0] === "{" ? event : dataOf(event), said = parse(data);
+    showEvent(exchange, event, said);
+    if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
+    if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
+    const choice = said?.choices?.[0];    // there is none in [DONE], a comment, or the usage
+    ended ||= data === "[DONE]" || choice?.finish_reason;
+    yield choice?.delta || choice?.message || said || {};
+  }
+  if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
+}
+function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta or a message, and show it
+  if (content) reply.content += content;
+  if (refusal) reply.refusal = (reply.refusal || "") + refusal;
+  grow(turn, "assistant", content);
+  grow(turn, "refusal", refusal);
+  for (const {index, id, function: part = {}} of tool_calls || []) {
+    const calls = reply.tool_calls ||= [], n = index ?? (id ? calls.length : calls.length - 1);
+    if (!calls[n]) grow(turn, "tool-call", `${part.name} `, n);
+    calls[n] ||= {id, type: "function", function: {name: part.name, arguments: ""}};
+    calls[n].function.arguments += part.arguments || "";
+    grow(turn, "tool-call", part.arguments, n);
+  }
+}
+// ------ the conversation
+async function ask() {
+  const text = $("text").value, asked = [...messages, {role: "user", content: text}];
+  if (running || !text.trim()) return;
+  const turn = add($("talk"), "div", "turn"), reply = {role: "assistant", content: ""};
+  grow(turn, "user", text);
+  $("text").value = "";
+  busy(new AbortController());
+  try {
+    const request = {model: $("model").value, messages: asked, ...($("stream").checked && STREAM)};
+    if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
+    for await (const delta of call("chat/completions", request)) fold(reply, delta, turn);
+  } catch (error) {
+    tell(turn, error);
+    delete reply.tool_calls;              // their arguments may be cut
+    if (!reply.content && !reply.refusal) turn.className = "failed";    // the next try removes it
+  }
+  if (turn.className === "failed") $("text").value ||= text;
+  else messages = [...asked, reply];
+  for (const {id} of reply.tool_calls || []) {                  // the API wants an answer to each call
+    messages.push({role: "tool", tool_call_id: id, content: "21 degrees, sunny"});
+    add(turn, "p", "tool", messages.at(-1).content);
+  }
+  stop();                                 // a broken stream is not read to its end
+  busy(null);
+}
+async function list() {
+  try { for await (const {data} of call("models")) $("model").value ||= data?.[0]?.id || ""; }
+  catch (error) { tell(add($("talk"), "div", "failed"), error); }
+}
+const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
+const stop = () => running?.abort(Error("Stopped."));
+const isSend = event => event.key === "Enter" && !event.shiftKey && !event.isComposing;
+$("text").onkeydown = event => { if (isSend(event)) { event.preventDefault(); ask(); } };
+$("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
+onkeydown = event => { if (event.key === "Escape") stop(); };
+$("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
+[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, list];
+$("quirk").parentNode.hidden = $("quirk").length === 1;    // where no request may choose one
+list();
+</script>
+"""
+
+
+def page_with(quirks):
+    """The page, and in its menu the quirks that a request may choose.
+
+    The menu is HTML; the hashes are those of the style and the script, and stay.
+    """
+    options = "".join(f"<option>{name}</option>" for name in quirks)
+    return PAGE.replace("<!-- quirks -->", options).encode()
+
+
+def source_hash(text):
+    """How a Content-Security-Policy names a block that stands in the page itself."""
+    import hashlib              # not needed by those who never open the page
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
+    return f"'sha256-{digest.decode()}'"
+
+
+@functools.lru_cache(maxsize=1)
+def page_headers():
+    """The page may run its own script and style, and talk to this server: no more."""
+    (_, style), (_, script) = re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
+    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
+              "style-src": source_hash(style), "script-src": source_hash(script),
+              "base-uri": "'none'", "form-action": "'none'",
+              "frame-ancestors": "'none'",
+              "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
+    return {"content-type": "text/html; charset=utf-8",
+            "content-security-policy": "; ".join(map(" ".join, policy.items())),
+            "cross-origin-opener-policy": "same-origin",
+            "cross-origin-resource-policy": "same-origin",
+            "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
 
 
 # ----------------------------------------------------------------------------------
@@ -3981,8 +4183,11 @@ class Server(ThreadingHTTPServer):
         is_chat, backend = request["endpoint"] == "chat", self.backend
         for index in range(count_choices(request)):
             text = request["text"] if is_chat else prompts[index // request["best_of"]].text
-            reply = as_reply(backend({**copied(request), "index": index, "prompt": text,
-                                      "text": text}))
+            body = parse_json(incoming.content)
+            given = {name: copied(request[name])
+                     for name in {*body, "stop", "prompts"}.intersection(request)}
+            reply = as_reply(backend({**request, **given, "body": body, "index": index,
+                                      "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
             yield reply
@@ -4060,8 +4265,8 @@ class Server(ThreadingHTTPServer):
 
     def custom(self, incoming, function):
         """An endpoint of the user's: a function of the body, or a generator of events."""
-        body = parse_json(incoming.content) if incoming.method == "POST" else None
-        result = function(body)
+        has_body = incoming.method not in ("GET", "HEAD")
+        result = function(parse_json(incoming.content) if has_body else None)
         if not hasattr(result, "__next__"):
             return json_response(result)
         if callable(getattr(result, "close", None)):
@@ -4079,7 +4284,8 @@ class Server(ThreadingHTTPServer):
         return json_response([exchange.as_dict() for exchange in list(self.journal)])
 
     def page(self, incoming):
-        return Response(200, page_headers(), PAGE.encode())
+        quirks = QUIRKS if self.quirk_header else ()
+        return Response(200, page_headers(), page_with(quirks))
 
     ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
         "/chat/completions": {"POST": completion},
@@ -4134,115 +4340,6 @@ class Server(ThreadingHTTPServer):
         clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
         for line in trace_lines(block):
             self.trace(f"{clock} #{number} {direction} {line}")
-
-
-# ----------------------------------------------------------------------------------
-# Page.  For a look with a browser: talk, and see the wire beside it.
-
-PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif } textarea { flex: 1 9rem }
-body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 1fr 1fr } b { flex: 1 }
-header, footer { padding: .75rem 1rem; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
-input, textarea, button { font: inherit; padding: .25rem .6rem } input { width: min(24vw, 10rem) }
-main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
-div { margin-bottom: auto } /* reversed, it stays at its end */ .sent, .page, .no { font-weight: 600 }
-aside { grid-area: 2/2/4; background: #8882; font: .8rem/1.5 monospace } p:empty::after { content: "…" }
-p { margin: .75rem 0; white-space: pre-wrap; overflow-wrap: anywhere } header { grid-column: 1 / -1 }
-main p::before { content: attr(class); display: block; font-size: .8rem; opacity: .75 }
-[aria-busy=true] + footer :not(textarea, #stop), [aria-busy=false] + footer #stop { display: none }
-@media (max-width: 700px) { body { grid: auto 2fr auto 1fr / 100% } aside { grid-area: 4 / 1 } } </style>
-<header><b>openai_compat</b> <label>Model <input id="model"></label>
-<label>Key <input id="key" type="password" autocomplete="off"></label></header>
-<main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
-<div id="talk" role="log" aria-live="polite"></div></main>
-<footer><textarea id="text" rows="3" autofocus aria-label="Message"
-placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
-<button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
-<aside tabindex="0" aria-label="Events on the wire"><div id="wire"></div></aside>
-<script>
-const $ = id => document.getElementById(id);
-let messages = [], running = null;        // the conversation; what stops the reply that runs
-function show(pane, className, textContent) {   // as text: HTML in a reply is seen, not obeyed
-  if ($(pane).childElementCount === 500) $(pane).firstChild.remove();
-  return $(pane).appendChild(Object.assign(document.createElement("p"), {className, textContent}));
-}
-async function call(path, body) {         // -> the response; a refusal is an Error
-  const headers = {"content-type": "application/json"}, method = body ? "POST" : "GET";
-  if ($("key").value) headers.authorization = "Bearer " + $("key").value;
-  show("wire", "sent", `${method} /v1/${path} ${body || ""}`);
-  const response = await fetch("v1/" + path, {method, headers, body, signal: running?.signal});
-  if (response.ok) return response;
-  const text = show("wire", "", await response.text()).textContent;
-  throw Error(`${response.status}: ${text[0] === "{" ? JSON.parse(text).error.message : text}`);
-}
-async function* events(response) {        // bytes -> events; a blank line ends each
-  const reader = response.body.getReader(), decoder = new TextDecoder();
-  for (let rest = "", read; !(read = await reader.read()).done; ) {
-    const blocks = (rest + decoder.decode(read.value, {stream: true})).split(/\r?\n\r?\n/);
-    rest = blocks.pop();                  // an event's start; half a character is in the decoder
-    yield* blocks.map(block => show("wire", "", block).textContent);
-  }
-}
-async function answer(messages, seen) {   // the reply to a conversation, seen as it comes
-  let end, body = JSON.stringify({model: $("model").value, messages, stream: true});
-  for await (const event of events(await call("chat/completions", body))) {
-    const said = event.match(/^data:([^\r\n]*)/m)?.[1].trim();    // the rest is comment
-    const {error, choices} = said && said !== "[DONE]" ? JSON.parse(said) : {};
-    if (error) throw Error(error.message);
-    seen.append(choices?.[0]?.delta?.content || "");
-    end ||= choices?.[0]?.finish_reason || said === "[DONE]";
-  }
-  if (!end) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
-}
-async function ask() {
-  const text = $("text").value, asked = [...messages, {role: "user", content: text}];
-  if (running || !text.trim()) return;
-  busy(new AbortController());
-  show("talk", "user", text);
-  const seen = show("talk", "assistant", $("text").value = "");
-  await answer(asked, seen).catch(tell);
-  if (seen.textContent) messages = [...asked, {role: "assistant", content: seen.textContent}];
-  else $("text").value ||= text;
-  busy(null);
-}
-const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
-const stop = () => running?.abort(Error("Stopped."));
-const tell = error => show("talk", error.name === "TypeError" ? "no connection" : "page", error.message);
-const list = async () => $("model").value ||= (await (await call("models")).json()).data[0].id;
-const isSend = event => event.key === "Enter" && !event.shiftKey && !event.isComposing;
-$("text").onkeydown = event => { if (isSend(event)) { event.preventDefault(); ask(); } };
-$("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
-onkeydown = event => { if (event.key === "Escape") stop(); };
-$("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
-[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, () => list().catch(tell)];
-list().catch(tell);
-</script>
-"""
-
-
-def source_hash(text):
-    """How a Content-Security-Policy names a block that stands in the page itself."""
-    import hashlib              # not needed by those who never open the page
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
-    return f"'sha256-{digest.decode()}'"
-
-
-@functools.lru_cache(maxsize=1)
-def page_headers():
-    """The page may run its own script and style, and talk to this server: no more."""
-    (_, style), (_, script) = re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
-    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "style-src": source_hash(style), "script-src": source_hash(script),
-              "base-uri": "'none'", "form-action": "'none'",
-              "frame-ancestors": "'none'",
-              "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
-    return {"content-type": "text/html; charset=utf-8",
-            "content-security-policy": "; ".join(map(" ".join, policy.items())),
-            "cross-origin-opener-policy": "same-origin",
-            "cross-origin-resource-policy": "same-origin",
-            "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
 
 
 # ----------------------------------------------------------------------------------
@@ -4596,6 +4693,7 @@ if FAST:
     encode_json = fast_encode_json()
     writes_per_send = fast_writes_per_send
     http_date = functools.lru_cache(maxsize=4)(http_date)
+    normal_path = functools.lru_cache(maxsize=256)(normal_path)
     is_local = functools.lru_cache(maxsize=64)(is_local)
     ACCEPTORS = 8
     if hasattr(os, "sched_setaffinity"):

@@ -5,7 +5,9 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 """
 import base64
 import contextlib
+import functools
 import gc
+import hashlib
 import http.client
 import http.server
 import inspect
@@ -30,6 +32,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
+import warnings
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -42,9 +45,8 @@ from client import (BadReply, Client, ClientError, ConnectionFailed, StreamTrunc
 from openai_compat import (APIError, QUIRKS, Relay, Replay, Reply, Script, Server,
                            ToolCall, command, echo, sample, say, tokenize)
 
-
 # ==================================================================================
-# THE SERVER: each stage without a socket, then requests to a real one
+# THE HELPERS: everything that more than one section uses, and what proves it sound
 
 # ----------------------------------------------------------------------------------
 # Shapes.  What each object on the wire may hold, in the words of Python literals: a
@@ -151,25 +153,166 @@ def test_a_shape_refuses_what_is_not_of_it(value, shape):
 
 
 # ----------------------------------------------------------------------------------
-# Helpers.  A request and its reply over http.client, or over a bare socket where the
-# bytes themselves matter.
+# Waiting, and surroundings.  Nothing here sleeps for a fixed time.
+
+HERE = Path(openai_compat.__file__).resolve().parent
+SERVER, CLIENT = str(HERE / "openai_compat.py"), str(HERE / "client.py")
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+# A shell starts a background job with SIGINT ignored, and its children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def rows(table):
+    """A table {name: (value, ...)} as the parameters of a test."""
+    return [pytest.param(*row, id=name) for name, row in table.items()]
+
+
+def until(condition, seconds=30):
+    """Wait for a condition to hold; its value, or a failure at the deadline."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()         # once a turn: asking may itself be a request
+        if value:
+            return value
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def together(count, work):
+    """The results of `count` threads that do the same at once."""
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    """The environment of a newcomer, who has set nothing."""
+    for name in list(os.environ):
+        if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def calm(caplog):
+    """The server has logged no failure when the test is over."""
+    yield
+    assert [each for each in caplog.get_records("call") if each.levelname == "ERROR"] == []
+
+
+def outcome(server, place=-1):
+    """How an exchange ended, once it has."""
+    return until(lambda: server.journal and server.journal[place].outcome)
+
+
+# ----------------------------------------------------------------------------------
+# Bytes out.  A request as the bytes that a client sends.
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+BOTH = (CHAT_PATH, TEXT_PATH)
 HI = {"model": "m", "messages": [{"role": "user", "content": "Hello, world!"}]}
 PROMPT = {"model": "m", "prompt": "Hello, world!"}
+LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
-def loads(text):
-    """JSON as a strict client reads it: no NaN, no infinity."""
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} on the wire"))
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+def get(target=b"/health", headers=b"Host: x\r\n", method=b"GET", version=b"1.1"):
+    return b"%b %b HTTP/%b\r\n%b\r\n" % (method, target, version, headers)
+
+
+def posted(body, headers=b"", target=b"/v1/completions", version=b"1.1"):
+    headers = b"Host: x\r\n%bContent-Length: %d\r\n" % (headers, len(body))
+    return get(target, headers, b"POST", version) + body
+
+
+def post_chunked(coded, headers=b"", target=b"/v1/completions", version=b"1.1"):
+    headers = b"Host: x\r\n%bTransfer-Encoding: chunked\r\n" % headers
+    return get(target, headers, b"POST", version) + coded
+
+
+def request_bytes(body=HI, path=CHAT_PATH, headers=()):
+    """A request (body is bytes, or what becomes JSON) after which the server closes."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Connection": "close", **dict(headers)}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return posted(body, lines.encode("latin-1"), path.encode())
+
+
+def dial(server, timeout=30):
+    return socket.create_connection(server.server_address[:2], timeout)
+
+
+def half_close(connection):
+    connection.shutdown(socket.SHUT_WR)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                          struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+    connection.close()
+
+
+# ----------------------------------------------------------------------------------
+# Bytes in.  What came back, as it is read from a bare socket.
+
+def read_to_end(connection):
+    got, block = bytearray(), b"-"
+    while block and len(got) < 2**24:           # a reply that has no end shall fail, not hang
+        block = connection.recv(65536)
+        got += block
+    assert not block, "no end"
+    return bytes(got)
+
+
+def read_past(connection, mark):
+    """The bytes up to and with `mark`, and what came along with it."""
+    got = b""
+    while mark not in got:
+        block = connection.recv(65536)
+        assert block, f"closed after {got!r}"
+        got += block
+    return got
+
+
+def ended(connection):
+    """Has the other side closed, or died?"""
+    with contextlib.suppress(ConnectionError):
+        return connection.recv(65536) == b""
+    return True
+
+
+def transfer_chunks(stream):
+    """(the transfer chunks that the bytes begin with, what follows the last of them).
+
+    What follows is None where the last one, which is empty, has not come.
+    """
+    found = []
+    while stream:
+        size, _, stream = stream.partition(b"\r\n")
+        size = int(size, 16)
+        chunk, end, stream = stream[:size], stream[size:size + 2], stream[size + 2:]
+        if not chunk and end == b"\r\n":
+            return found, stream
+        found.append(chunk)
+    return found, None
 
 
 class Got:
-    """A reply: its status, headers (lower-case names) and bytes; JSON where it is JSON."""
+    """A reply: its status, headers (lower-case names) and body; JSON where it is JSON."""
 
-    def __init__(self, response):
-        self.status, self.body = response.status, response.read()
-        self.headers = {name.lower(): value for name, value in response.getheaders()}
+    def __init__(self, status, headers, body):
+        self.status, self.body = status, body
+        self.headers = {name.lower(): value for name, value in headers}
 
     @property
     def json(self):
@@ -178,19 +321,42 @@ class Got:
         return value
 
     @property
-    def error(self):
-        assert self.status >= 400
-        return self.json["error"]
-
-    @property
     def chunks(self):
         """The chunks of a stream that ended well."""
         return chunks_of(self.body)
+
+    @property
+    def text(self):
+        """What the first choice says, streamed or not."""
+        assert self.status == 200, self.body
+        if self.headers["content-type"] == "application/json":
+            first = self.json["choices"][0]
+            return first["message"]["content"] if "message" in first else first["text"]
+        return said_in_turn(self.chunks)[0]["text"] or ""
+
+    @property
+    def error(self):
+        """The error object of a refusal, or of a stream that ended with one."""
+        if self.status == 200:
+            blocks = self.body.decode().split("\n\n")
+            assert "data: [DONE]" not in blocks and blocks.pop() == ""
+            value = loads(blocks[-1][len("data: "):])
+        else:
+            assert self.status >= 400, self.body
+            assert self.headers["content-type"] == "application/json"
+            value = loads(self.body)
+        check_shape(value, ERROR)
+        return value["error"]
 
 
 WHOLE_SHAPES = {"chat.completion": CHAT, "text_completion": TEXT, "model": MODEL,
                 "list": MODELS}
 CHUNK_SHAPES = {"chat.completion.chunk": CHAT_CHUNK, "text_completion": TEXT_CHUNK}
+
+
+def loads(text):
+    """JSON as a strict client reads it: no NaN, no infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} on the wire"))
 
 
 def chunks_of(body):
@@ -205,25 +371,70 @@ def chunks_of(body):
     return chunks
 
 
+def got_on(connection):
+    """The reply on a socket; http.client raises unless it is complete."""
+    with http.client.HTTPResponse(connection) as response:
+        response.begin()
+        return Got(response.status, response.getheaders(), response.read())
+
+
+def replies(stream, to_head=False):
+    """All the replies in a stream of bytes; every byte has to belong to one."""
+    found = []
+    while stream:
+        head, blank, stream = stream.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [\w '-]*", line)[1])
+        headers = [field.split(": ", 1) for field in fields]
+        assert blank and len(dict(headers)) == len(fields), head
+        bodiless = to_head or status < 200 or status == 204
+        body, stream = (b"", stream) if bodiless else split_body(dict(headers), stream)
+        found.append(Got(status, headers, body))
+        to_head = False
+    return found
+
+
+def split_body(headers, stream):
+    """(body, what follows it), as RFC 9112 section 6.3 has a client find the end."""
+    if "transfer-encoding" in headers:
+        assert "content-length" not in headers
+        found, rest = transfer_chunks(stream)
+        assert rest is not None, "cut short"
+        return b"".join(found), rest
+    if "content-length" in headers:
+        length = int(headers["content-length"])
+        assert len(stream) >= length
+        return stream[:length], stream[length:]
+    assert headers["connection"] == "close"
+    return stream, b""
+
+
+# ----------------------------------------------------------------------------------
+# Asking.  `call`, `post`, `chat` and `ask` wait for the whole reply; `asking` gives the
+# socket, and the client leaves when its block ends; `talk` sends any bytes.
+
 def call(server, method, path, body=None, headers=()):
-    connection = HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = HTTPConnection(*server.server_address[:2], timeout=30)
     body = json.dumps(body) if isinstance(body, dict) else body
-    try:
+    with contextlib.closing(connection):
         connection.request(method, path, body, dict(headers))
-        return Got(connection.getresponse())
-    finally:
-        connection.close()
+        response = connection.getresponse()
+        return Got(response.status, response.getheaders(), response.read())
 
 
 def post(server, path, body, headers=()):
     return call(server, "POST", path, body, headers)
 
 
+def chat(server, text="Hi", path=CHAT_PATH, headers=(), **fields):
+    """The reply of a server to a chat with that text, which a completion has no field for."""
+    return post(server, path, {"model": "m", "messages": user(text), **fields}, headers)
+
+
 def ask(backend, path=CHAT_PATH, **fields):
     """What a server with this backend answers to a request with these fields."""
-    body = {**(HI if path == CHAT_PATH else PROMPT), **fields}
     with Server(backend) as server:
-        return post(server, path, body)
+        return post(server, path, {**(HI if path == CHAT_PATH else PROMPT), **fields})
 
 
 def message(backend, **fields):
@@ -232,64 +443,403 @@ def message(backend, **fields):
     return first["message"], first["finish_reason"]
 
 
-def deltas(chunks, index=0):
-    return [part["delta"] for chunk in chunks for part in chunk["choices"]
-            if part["index"] == index]
+def always(reply):
+    """A backend that gives the same reply each time."""
+    return lambda request: reply
+
+
+@contextlib.contextmanager
+def asking(server, text="Hi", path=CHAT_PATH, headers=(), **fields):
+    """A socket through which a chat was asked for; leaving the block, the client leaves."""
+    with dial(server) as connection:
+        body = {"model": "m", "messages": user(text), **fields}
+        connection.sendall(request_bytes(body, path, headers))
+        yield connection
 
 
 def leave(server, path, body, after=0):
     """Ask, read `after` events, and hang up."""
-    with socket.create_connection(server.server_address, timeout=20) as client:
-        client.sendall(request_bytes(path, body))
+    with dial(server) as connection:
+        connection.sendall(request_bytes(body, path))
         got = b""
         while got.count(b"data: ") < after:
-            got += client.recv(65536)
+            got += connection.recv(65536)
 
 
-def request_bytes(path, body, headers=""):
-    body = json.dumps(body).encode()
-    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}"
-            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
-
-
-def raw(server, path, body, headers=""):
-    """(what came, how it ended) of one request over a bare socket."""
-    with socket.create_connection(server.server_address, timeout=20) as client:
-        client.sendall(request_bytes(path, body, headers))
-        blocks = []
+def exchange(server, body, path=CHAT_PATH):
+    """(transfer chunks, how it ended) of one reply: "whole", "cut" or "reset"."""
+    blocks, how = [], "cut"
+    with dial(server) as connection:
+        connection.sendall(request_bytes(body, path))
         try:
-            for block in iter(lambda: client.recv(65536), b""):
-                blocks.append(block)
+            blocks += iter(lambda: connection.recv(65536), b"")
         except ConnectionResetError:
-            return b"".join(blocks), "reset"
-        return b"".join(blocks), "end"
+            how = "reset"
+    found, rest = transfer_chunks(b"".join(blocks).partition(b"\r\n\r\n")[2])
+    return found, "whole" if rest == b"" else how
 
 
-def transfer_chunks(got):
-    """(the transfer chunks of a raw reply, whether the last one, of no length, came too)."""
-    rest, chunks = got.partition(b"\r\n\r\n")[2], []
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        chunk, rest = rest[:int(size, 16)], rest[int(size, 16) + 2:]
-        if not chunk:
-            return chunks, rest == b""
-        chunks.append(chunk)
-    return chunks, False
+def talk(server, raw, to_head=False):
+    """Send, and read until the server closes: the replies."""
+    with dial(server) as connection:
+        connection.sendall(raw)
+        return replies(read_to_end(connection), to_head)
 
 
-def until(condition, seconds=15):
-    """Wait for a condition to hold; its value, or a failure at the deadline."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        threading.Event().wait(0.002)
-    return condition()
+def statuses(server, raw, to_head=False):
+    return [got.status for got in talk(server, raw, to_head)]
 
 
-def outcome(server, place=-1):
-    """How an exchange ended, once it has."""
-    return until(lambda: server.journal and server.journal[place].outcome)
+def served(server):
+    """A connection that has had a reply and is kept."""
+    connection = dial(server)
+    connection.sendall(get())
+    assert read_past(connection, b"}").startswith(b"HTTP/1.1 200")
+    return connection
 
+
+def is_closed(server):
+    """Does the server take no more connections?"""
+    try:
+        dial(server).close()
+    except OSError:
+        return True
+    return False
+
+
+def deltas(chunks, index=0):
+    return [choice["delta"] for chunk in chunks for choice in chunk["choices"]
+            if choice["index"] == index]
+
+
+def said_in_turn(chunks):
+    """{index: what that choice says} of a stream, from its deltas."""
+    said = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        one = said.setdefault(choice["index"], {
+            "text": None, "refusal": None, "calls": [], "function": (), "reason": None,
+            "logprobs": None})
+        delta = choice.get("delta", {"content": choice.get("text")})
+        for name, field in (("text", "content"), ("refusal", "refusal")):
+            if delta.get(field) is not None:
+                one[name] = (one[name] or "") + delta[field]
+        for fragment in delta.get("tool_calls", []):
+            add_fragment(one["calls"], fragment)
+        if "function_call" in delta:
+            name, text = one["function"] or ("", "")
+            one["function"] = (name + delta["function_call"].get("name", ""),
+                               text + delta["function_call"]["arguments"])
+        one["reason"] = one["reason"] or choice["finish_reason"]
+        one["logprobs"] = added_logprobs(one["logprobs"], choice["logprobs"])
+    return said
+
+
+def add_fragment(calls, fragment):
+    (kind,) = fragment.keys() & {"function", "custom"}
+    name = fragment[kind].get("name")
+    text = fragment[kind]["arguments" if kind == "function" else "input"]
+    if name is not None:
+        assert fragment["index"] == len(calls)      # call 0 is complete before 1 opens
+        calls.append((name, text))
+    else:
+        assert fragment["index"] == len(calls) - 1
+        calls[-1] = (calls[-1][0], calls[-1][1] + text)
+
+
+def added_logprobs(so_far, more):
+    if so_far is None or more is None:
+        return so_far or more
+    return {field: so_far[field] if more[field] is None else (so_far[field] or []) + more[field]
+            for field in so_far}
+
+
+def said_in(stream):
+    """The texts of the deltas in the bytes of a stream, or in a part of one."""
+    said = re.findall(rb'"delta":\{"content":("(?:[^"\\]|\\.)*")', stream)
+    return [json.loads(text.decode()) for text in said]
+
+
+# ----------------------------------------------------------------------------------
+# Backends that wait, and say what became of them.
+
+class Endless:
+    """Yields its pieces, waits for `go_on` (where told to), then goes on for ever.
+
+    Tells when it began and when it was closed; its generators are kept, so that no
+    garbage collector closes them.
+    """
+
+    def __init__(self, *pieces, more="x ", waits=False, pause=0.001):
+        self.pieces, self.more, self.pause, self.kept = pieces, more, pause, []
+        self.begun, self.go_on, self.closed = (threading.Event() for _ in range(3))
+        if not waits:
+            self.go_on.set()
+
+    def __call__(self, request):
+        self.kept.append(self.speak())
+        return self.kept[-1]
+
+    def speak(self):
+        self.begun.set()
+        try:
+            yield from self.pieces
+            self.go_on.wait(60)
+            while True:
+                time.sleep(self.pause)
+                yield self.more
+        finally:
+            self.closed.set()
+
+
+class Gate:
+    """A program says its number at the gate and waits there until the test lets it pass.
+
+    The test does so by closing its side; when the program dies, the test finds that
+    side closed.
+    """
+
+    PRELUDE = """
+import json, os, signal, socket, subprocess, sys
+def out(text):
+    sys.stdout.buffer.write(text if isinstance(text, bytes) else text.encode())
+    sys.stdout.flush()
+def knock():
+    return socket.create_connection(("127.0.0.1", %d))
+def gate():
+    knock().recv(1)
+def child(code):
+    return subprocess.Popen([sys.executable, "-S", "-c", prelude + code])
+"""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.settimeout(30)
+        self.port = self.listener.getsockname()[1]
+
+    def program(self, code, *arguments):
+        prelude = self.PRELUDE % self.port
+        prelude += "prelude = %r\n" % prelude
+        return [sys.executable, "-S", "-c", prelude + code, *arguments]
+
+    def arrival(self):
+        """The next program at the gate, as a socket: close it, and the program goes on."""
+        door, _ = self.listener.accept()
+        door.settimeout(30)
+        return door
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    with gate.listener:
+        yield gate
+
+
+def program(code, *arguments):
+    """A program of a few lines that needs no gate."""
+    return [sys.executable, "-S", "-c", "import json, os, signal, sys\n" + code, *arguments]
+
+
+# ----------------------------------------------------------------------------------
+# A fake server.  `Upstream` does what the test says, in the test's own thread; `playing`
+# does so in a thread of its own, for a client that blocks.
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+               b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+def reply(body, status="200 OK", **headers):
+    """The bytes of a whole reply; body is bytes, or what becomes JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = ["HTTP/1.1 " + status, f"Content-Length: {len(body)}"]
+    head += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(head + ["", ""]).encode() + body
+
+
+def transfer_chunk(block):
+    return b"%x\r\n%b\r\n" % (len(block), block)
+
+
+def streamed(*events):
+    """The bytes of a streamed reply, a transfer chunk for each event."""
+    return STREAM_HEAD + b"".join(map(transfer_chunk, events)) + b"0\r\n\r\n"
+
+
+class Upstream:
+    """One connection at a time: the test reads what came and says what goes back."""
+
+    def __init__(self, tls=None):
+        self.listener, self.tls = socket.create_server(("127.0.0.1", 0)), tls
+        self.listener.settimeout(60)
+        self.url = f"http{'s' * bool(tls)}://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+
+    def accept(self):
+        """(connection, (request line, headers in lower case, body)) of the next request."""
+        connection, _ = self.listener.accept()
+        connection.settimeout(30)
+        if self.tls:
+            connection = self.tls.wrap_socket(connection, server_side=True)
+        with connection.makefile("rb") as file:
+            line, headers = file.readline().decode("latin-1").strip(), {}
+            while line:
+                name, colon, value = file.readline().decode("latin-1").partition(":")
+                if not colon:
+                    break
+                headers[name.lower()] = value.strip()
+            return connection, (line, headers, file.read(int(headers.get("content-length", 0))))
+
+
+@pytest.fixture
+def upstream():
+    upstream = Upstream()
+    with upstream.listener:
+        yield upstream
+
+
+@contextlib.contextmanager
+def playing(*replies, tls=None):
+    """A loopback server: its n-th connection gets the n-th reply, later ones the last.
+
+    A reply is bytes, or a function of the connection. Gives the base_url and the list
+    of the requests as they come: (request line, headers in lower case, body).
+    """
+    upstream, requests, over = Upstream(tls), [], []
+
+    def serve():
+        for reply in itertools.chain(replies, itertools.repeat(replies[-1])):
+            with contextlib.suppress(OSError):
+                connection, request = upstream.accept()
+                with connection:
+                    if over:
+                        return
+                    requests.append(request)
+                    connection.sendall(reply) if isinstance(reply, bytes) else reply(connection)
+            if over:
+                return
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield upstream.url, requests
+    finally:
+        over.append(True)
+        socket.create_connection(upstream.listener.getsockname()).close()   # wakes accept
+        thread.join(30)
+        upstream.listener.close()
+
+
+# ----------------------------------------------------------------------------------
+# Processes: one that has ended, and the command line's, as it serves.
+
+def environment(base_url=None, **more):
+    """The environment of a process that somebody starts who has set nothing else."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("OPENAI_", "PYTHON", "PYTEST_"))
+            and not name.lower().endswith("_proxy")}
+    return {**kept, **({"OPENAI_BASE_URL": base_url} if base_url else {}), **more}
+
+
+def finished(*words, **options):
+    """A process that has ended: its returncode, stdout and stderr, which are text."""
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "timeout": 120,
+               "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment(),
+               **options}
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run(words, **options)
+
+
+class Running:
+    """A server that the command line has started; `end` gives its status and last words.
+
+    `said` holds the lines up to the one that says where it serves.
+    """
+
+    def __init__(self, *flags, start=(sys.executable, SERVER), port=0, **options):
+        options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE,
+                   "encoding": "utf-8", "env": environment(), **options}
+        self.process = subprocess.Popen([*start, "--port", str(port), *flags], **options)
+        self.said = []
+        while not (self.said and "Serving" in self.said[-1]):
+            self.said.append(self.process.stderr.readline())
+            assert self.said[-1], self.said
+        self.base_url = re.search(r"https?://\S+/v1", self.said[-1])[0]
+        host, port = re.search(r"//\[?(.+?)\]?:(\d+)/", self.base_url).groups()
+        self.server_address = host, int(port)
+
+    def end(self):
+        self.process.terminate()
+        said = self.process.stderr.read().splitlines()
+        return self.process.wait(30), said
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
+
+
+def free_port(remainder=0, step=1):
+    """A port that is free, below those that systems give away; port % step == remainder."""
+    while True:
+        port = random.randrange(20000, 32000) // step * step + remainder
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+# ----------------------------------------------------------------------------------
+# TLS: a certificate of 127.0.0.1 that it has signed itself, good until 2120.
+
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBgDCCASWgAwIBAgIUYUvUzm5yCYqKMcreM6Z8APebrM0wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJMTI3LjAuMC4xMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAkxMjcuMC4wLjEwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAASllf9Ha0gW8sf72oN2LIMp4RHMynZgwk6Ha/W73dGv0M3aBUXgi4F9
+kVlDgagQqSiCcU2n6T48hO2ZbQFhftCMo1MwUTAdBgNVHQ4EFgQU2YUXQCIP0tHs
+T1vfY8BWCMm/4fIwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQwDwYD
+VR0RBAgwBocEfwAAATAKBggqhkjOPQQDAgNJADBGAiEAyZYGuix4vgk4eaJwpA5I
+Apxn1Ha1v6rQocxdGa7tSv4CIQCQd0d42UbwMV8FDu8GYXbvisegMUmSEcjanLMQ
+2svDiw==
+-----END CERTIFICATE-----
+"""
+CERTIFICATE_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgJT+mm/brlDA2fuRw
+nrtk3xNgOJV8ki9eNXqR1dkfhRahRANCAASllf9Ha0gW8sf72oN2LIMp4RHMynZg
+wk6Ha/W73dGv0M3aBUXgi4F9kVlDgagQqSiCcU2n6T48hO2ZbQFhftCM
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.fixture(scope="session")
+def tls_files(tmp_path_factory):
+    """The files (certificate, key)."""
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "certificate.pem").write_text(CERTIFICATE)
+    (folder / "key.pem").write_text(CERTIFICATE_KEY)
+    return str(folder / "certificate.pem"), str(folder / "key.pem")
+
+
+@pytest.fixture(scope="session")
+def certificate(tls_files):
+    """The file of the certificate, and a server's context with it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*tls_files)
+    return tls_files[0], context
+
+
+@contextlib.contextmanager
+def secured(server, tls_files):
+    """A TLS connection to the server, checked against its certificate."""
+    context = ssl.create_default_context(cafile=tls_files[0])
+    with dial(server) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+        yield secure
+
+
+# ==================================================================================
+# THE SERVER: what a request may be, and what becomes of it
 
 # ----------------------------------------------------------------------------------
 # Transcripts.  Requests and the bytes of their replies; only ids and times are replaced.
@@ -417,32 +967,7 @@ def test_the_models_byte_for_byte():
 
 
 # ----------------------------------------------------------------------------------
-# JSON and requests.  What a body may be, and the refusal of everything else.
-
-@pytest.mark.parametrize("body, hint", [
-    (b"", "Expecting value"), (b"{", "Expecting"), (b"[]", "an array"), (b'"x"', "a string"),
-    (b"null", "null"), (b"1", "an integer"), (b"true", "a boolean"), (b"{'a':1}", "Expecting"),
-    (b'{"a":NaN}', "NaN"), (b'{"a":-Infinity}', "-Infinity"), (b'{"a":1e999}', "1e999"),
-    (b'{"a":"\xff"}', "UTF-8"), (b'{"a":"\xed\xa0\x80"}', "UTF-8"), (b'{"a":1}x', "Extra"),
-    ('{"a":1}'.encode("utf-16"), "UTF-8"), (b"[" * 100_000, ""), (b'{"a":"\n"}', "control"),
-])
-def test_a_body_is_one_json_object_in_utf8(body, hint):
-    with pytest.raises(APIError) as error:
-        openai_compat.parse_json(body)
-    assert (error.value.status, error.value.param, error.value.code) == (400, None, None)
-    assert re.match("We could not parse the JSON body.*" + hint, str(error.value))
-
-
-@pytest.mark.parametrize("body", [b'{"a":1}', b'\xef\xbb\xbf{"a":1}', b' {"a" : 1}\r\n\t',
-                                  b'{"a":2,"a":1}'])
-def test_json_as_clients_send_it_is_read(body):
-    assert openai_compat.parse_json(body) == {"a": 1}
-
-
-def test_a_body_may_hold_any_character_and_half_a_character():
-    assert openai_compat.parse_json('{"é世":"😀\\ud83d\\u0000"}'.encode()) == {
-        "é世": "😀\ud83d\0"}
-
+# Requests.  What a body may hold, and the refusal of everything else.
 
 def parsed(path=CHAT_PATH, **fields):
     parse = openai_compat.parse_chat if path == CHAT_PATH else openai_compat.parse_completion
@@ -458,7 +983,6 @@ def refused(path=CHAT_PATH, **fields):
     return error.value.message, error.value.param, error.value.code
 
 
-BOTH = (CHAT_PATH, TEXT_PATH)
 TYPES = [  # field, paths, what it has to be, values of other types
     ("n",                 BOTH, "an integer", ("1", 1.0, True, [], {})),
     ("max_tokens",        BOTH, "an integer", ("1", 1.5, False, [], {})),
@@ -571,10 +1095,6 @@ USER = HI["messages"][0]
 
 def tool_message(id):
     return {"role": "tool", "tool_call_id": id, "content": "x"}
-
-
-def user(content):
-    return [{"role": "user", "content": content}]
 
 
 def made_call(**fields):
@@ -738,15 +1258,6 @@ def test_a_completion_needs_a_prompt():
         openai_compat.parse_completion({"model": "m"})
 
 
-@pytest.mark.parametrize("prompt, prompts", [
-    ("a", ["a"]), ("", [""]), (["a"], ["a"]), (["a", "b"], ["a", "b"]), ([17], [[17]]),
-    ([17, 18], [[17, 18]]), ([[17], [18, 19]], [[17], [18, 19]]), (None, ["<|endoftext|>"]),
-    ([0], [[0]]),
-])
-def test_a_prompt_has_four_forms(prompt, prompts):
-    assert parsed(TEXT_PATH, prompt=prompt)["prompts"] == prompts
-
-
 @pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize("field", ["top_k", "min_p", "chat_template_kwargs", "thinking"])
 def test_unknown_fields_pass(path, field):
@@ -907,17 +1418,10 @@ def test_any_code_point_is_a_token():
     assert "".join(tokenize(every)) == every
 
 
-def test_a_token_id_reads_as_itself_and_counts_one():
-    got = ask(echo, TEXT_PATH, prompt=[17, 18]).json
-    assert got["choices"][0]["text"] == "<|17|><|18|>"
-    assert got["usage"]["prompt_tokens"] == 2
-
-
 def test_a_tokenizer_may_be_put_in_its_place():
     with Server(say("abc"), tokenize=list) as server:
-        got = post(server, CHAT_PATH, {**HI, "max_tokens": 2}).json
-    assert got["choices"][0]["message"]["content"] == "ab"
-    assert got["usage"]["prompt_tokens"] == len("Hello, world!")
+        got = post(server, CHAT_PATH, {**HI, "max_tokens": 2})
+    assert got.text == "ab" and got.json["usage"]["prompt_tokens"] == len("Hello, world!")
 
 
 def test_a_tokenizer_may_decode():
@@ -925,8 +1429,7 @@ def test_a_tokenizer_may_decode():
         return list(text)
     letters.decode = chr
     with Server(tokenize=letters) as server:
-        got = post(server, TEXT_PATH, {**PROMPT, "prompt": [72, 105]}).json
-    assert got["choices"][0]["text"] == "Hi"
+        assert post(server, TEXT_PATH, {**PROMPT, "prompt": [72, 105]}).text == "Hi"
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -939,17 +1442,32 @@ def test_one_of_its_tokens_may_be_empty(path):
             assert post(server, path, {**body, "stream": True}).chunks
 
 
+@pytest.mark.parametrize("text", [
+    "one two  three\n" * 20000, "世" * 70000,
+    *("世" * length + "e\u0301\u0301\U0001f469\u200d\U0001f469 x"
+      for length in range(65530, 65537))], ids=lambda text: f"{text[:3]}... {len(text)}")
+def test_a_long_text_has_the_tokens_that_it_has(text):
+    got = ask(always(text), TEXT_PATH)
+    assert got.text == text
+    assert got.json["usage"]["completion_tokens"] == len(tokenize(text))
+
+
+def test_a_word_of_any_length_is_said():
+    assert ask(always("a " + "x" * 200000)).text == "a " + "x" * 200000
+
+
 # ----------------------------------------------------------------------------------
-# Schema samples.  Each instance is checked by a small validator of the test's own.
+# Schema samples.  Each instance is checked by a small validator of the test's own, and
+# under the marker interop by the package jsonschema and by pydantic.
 
 def fits(value, schema, root):
-    """Is the value an instance of the schema, as far as these keywords say?"""
+    """Is the value an instance of the schema?  For the keywords of KEYWORDS, and $ref."""
     if isinstance(schema, bool):
         return schema
     if "$ref" in schema:
         target = root
         for name in schema["$ref"].split("/")[1:]:
-            target = target[name.replace("~1", "/")]
+            target = target[name]
         if not fits(value, target, root):
             return False
     return all(holds(value, schema[keyword], schema, root)
@@ -958,7 +1476,8 @@ def fits(value, schema, root):
 
 def has_type(value, types, *_):
     types = [types] if isinstance(types, str) else types
-    return any(type(value) in JSON_TYPES[each] for each in types)
+    return any(type(value) in JSON_TYPES[each] for each in types) or (
+        "integer" in types and type(value) is float and value.is_integer())
 
 
 def on(kind, test):
@@ -966,40 +1485,61 @@ def on(kind, test):
     return lambda value, limit, *_: type(value) not in kind or test(value, limit)
 
 
-def members_fit(value, properties, schema, root):
-    return all(fits(item, properties.get(name, schema.get("additionalProperties", True)), root)
-               for name, item in (value.items() if type(value) is dict else ()))
+def members_fit(value, _, schema, root):
+    return type(value) is not dict or all(
+        fits(item, schema.get("properties", {}).get(
+            name, schema.get("additionalProperties", True)), root)
+        for name, item in value.items())
+
+
+def items_fit(value, _, schema, root):
+    rest = itertools.repeat(schema.get("items", True))
+    return type(value) is not list or all(
+        fits(item, each, root)
+        for item, each in zip(value, itertools.chain(schema.get("prefixItems", ()), rest)))
+
+
+def same(a, b):
+    """Equality in JSON: 1 and 1.0 are equal, 1 and true are not."""
+    if type(a) in (list, dict) or type(b) in (list, dict):
+        a, b = ([*x.items()] if type(x) is dict else x for x in (a, b))
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b and (type(a) is bool) == (type(b) is bool)
 
 
 JSON_TYPES = {"object": (dict,), "array": (list,), "string": (str,), "null": (type(None),),
               "number": (int, float), "integer": (int,), "boolean": (bool,)}
+LENGTHS = [("Length", str), ("Items", list), ("Properties", dict)]
 KEYWORDS = {
     "type": has_type,
-    "enum": lambda value, values, *_: value in values,
-    "const": lambda value, wanted, *_: value == wanted,
+    "enum": lambda value, values, *_: any(same(value, each) for each in values),
+    "const": lambda value, wanted, *_: same(value, wanted),
     "minimum": on((int, float), lambda value, limit: value >= limit),
     "maximum": on((int, float), lambda value, limit: value <= limit),
     "exclusiveMinimum": on((int, float), lambda value, limit: value > limit),
     "exclusiveMaximum": on((int, float), lambda value, limit: value < limit),
-    "multipleOf": on((int, float), lambda value, step: math.isclose(
-        value / step, round(value / step), abs_tol=1e-9)),
-    "minLength": on((str,), lambda value, limit: len(value) >= limit),
-    "maxLength": on((str,), lambda value, limit: len(value) <= limit),
-    "minItems": on((list,), lambda value, limit: len(value) >= limit),
-    "maxItems": on((list,), lambda value, limit: len(value) <= limit),
+    "multipleOf": on((int, float), lambda value, step: (value / step).is_integer()),
+    **{"min" + noun: on((kind,), lambda value, limit: len(value) >= limit)
+       for noun, kind in LENGTHS},
+    **{"max" + noun: on((kind,), lambda value, limit: len(value) <= limit)
+       for noun, kind in LENGTHS},
+    "uniqueItems": on((list,), lambda value, wanted: not wanted or not any(
+        same(*pair) for pair in itertools.combinations(value, 2))),
     "required": on((dict,), lambda value, names: value.keys() >= set(names)),
-    "properties": members_fit,
-    "items": lambda value, schema, _, root: type(value) is not list or all(
-        fits(item, schema, root) for item in value),
+    "properties": members_fit, "additionalProperties": members_fit,
+    "prefixItems": items_fit, "items": items_fit,
+    "propertyNames": lambda value, schema, _, root: type(value) is not dict or all(
+        fits(name, schema, root) for name in value),
     "anyOf": lambda value, schemas, _, root: any(fits(value, each, root) for each in schemas),
-    "oneOf": lambda value, schemas, _, root: any(fits(value, each, root) for each in schemas),
+    "oneOf": lambda value, schemas, _, root: 1 == sum(fits(value, each, root)
+                                                      for each in schemas),
     "allOf": lambda value, schemas, _, root: all(fits(value, each, root) for each in schemas),
+    # Not known to `sample`: an instance to which one of them applies is refused.
+    "pattern": on((str,), lambda value, pattern: re.search(pattern, value)),
+    "not": lambda value, schema, _, root: not fits(value, schema, root),
+    "contains": lambda value, schema, _, root: type(value) is not list or any(
+        fits(item, schema, root) for item in value),
 }
-NODE = {"type": "object", "required": ["value", "next"], "properties": {
-    "value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
-                                                     {"type": "null"}]}}}
-TREE = {"type": "object", "required": ["children"], "properties": {
-    "children": {"type": "array", "items": {"$ref": "#"}}}}
 
 
 def an_object(**properties):
@@ -1007,232 +1547,298 @@ def an_object(**properties):
             "additionalProperties": False}
 
 
-@pytest.mark.parametrize("schema, instance", [
-    ({}, {}), (True, {}), ({"type": "object"}, {}), ({"type": "array"}, []),
-    ({"type": "string"}, ""), ({"type": "integer"}, 0), ({"type": "boolean"}, False),
-    ({"type": "null"}, None), ({"type": ["string", "null"]}, ""),
-    (an_object(a={"type": "string"}), {"a": ""}),
-    ({"type": "object", "properties": {"a": {"type": "string"}}}, {}),
-    ({"type": "object", "required": ["a"], "properties": {
-        "a": an_object(b={"type": "null"})}}, {"a": {"b": None}}),
+def a_set(item, least=2):
+    return {"type": "array", "uniqueItems": True, "items": item, "minItems": least}
+
+
+STRING, INTEGER, NUMBER_TYPE = {"type": "string"}, {"type": "integer"}, {"type": "number"}
+NODE = an_object(value=INTEGER, next={"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]})
+TREE = {"type": "object", "required": ["children"], "properties": {
+    "children": {"type": "array", "items": {"$ref": "#"}}}}
+KINDS = [{"type": "object", "properties": {"kind": {"const": kind}}} for kind in ("cat", "dog")]
+SATISFIED = [
+    ({}, {}), (True, {}), ({"type": "object"}, {}), ({"type": "array"}, []), (STRING, "text"),
+    ({"$id": "https://example.com/a", **STRING}, "text"),
+    (INTEGER, 0), ({"type": "boolean"}, False), ({"type": "null"}, None),
+    ({"type": ["string", "null"]}, "text"), (an_object(city=STRING), {"city": "city"}),
+    ({"type": "object", "properties": {"a": STRING}}, {}), (an_object(**{"": STRING}), {"": "text"}),
+    (an_object(tags={"type": "array", "items": STRING, "minItems": 1}), {"tags": ["tags"]}),
     ({"enum": ["x", "y"]}, "x"), ({"const": 5}, 5), ({"const": None}, None),
-    ({"type": "string", "enum": ["x"]}, "x"), ({"enum": [1, "x"], "type": "string"}, "x"),
-    ({"const": {"a": [1]}}, {"a": [1]}),
-    ({"type": "string", "pattern": "^a+$"}, ""), ({"type": "string", "minLength": 3}, "xxx"),
+    ({"enum": [1, "x"], "type": "string"}, "x"), ({"const": {"a": [1]}}, {"a": [1]}),
+    ({"enum": [1, True], "type": "boolean"}, True), ({"enum": [True, 1.0], "const": 1}, 1),
+    ({"enum": [{"a": 1}, {"a": "x"}], "properties": {"a": STRING}}, {"a": "x"}),
+    ({**STRING, "minLength": 6}, "textxx"), ({**STRING, "maxLength": 2}, "te"),
+    ({**STRING, "default": "d"}, "d"), ({**STRING, "examples": ["e", 1]}, "e"),
+    ({**STRING, "default": 1}, "text"), ({**STRING, "pattern": "^a", "default": "ab"}, "ab"),
+    ({**an_object(a={**STRING, "pattern": "^b"}), "examples": [{"a": "b"}]}, {"a": "b"}),
     ({"type": "array", "items": {"type": "null"}, "minItems": 2}, [None, None]),
-    ({"type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "minItems": 2}, [1, 2]),
-    ({"type": "integer", "minimum": 3}, 3), ({"type": "integer", "maximum": -3}, -3),
-    ({"type": "integer", "exclusiveMinimum": 3}, 4),
-    ({"type": "integer", "exclusiveMaximum": -3}, -4),
-    ({"type": "integer", "minimum": 2.5}, 3), ({"type": "integer", "maximum": -2.5}, -3),
-    ({"type": "integer", "minimum": 5, "multipleOf": 4}, 8),
-    ({"type": "integer", "minimum": -9, "maximum": -5, "multipleOf": 4}, -8),
-    ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, 0.5),
-    ({"type": "number", "minimum": 0.25, "maximum": 0.75}, 0.25),
-    ({"type": "number", "minimum": 1, "maximum": 2}, 1),
-    ({"type": "number", "minimum": -2, "maximum": 2}, 0),
-    ({"type": "number", "minimum": 1, "multipleOf": 0.5}, 1.0),
-    ({"anyOf": [{"const": 1}, {"const": 2}]}, 1),
-    ({"anyOf": [{"enum": []}, {"const": 2}]}, 2), ({"oneOf": [False, {"const": 2}]}, 2),
-    ({"type": "object", "required": ["a"], "anyOf": [
-        {"properties": {"a": {"const": 1}}}, {"properties": {"a": {"const": 2}}}]}, {"a": 1}),
-    ({"type": "integer", "anyOf": [{"type": "string"}, {"minimum": 7}]}, 7),
-    ({"allOf": [{"type": "integer"}, {"minimum": 3}, {"minimum": 5}]}, 5),
+    ({"type": "array", "prefixItems": [INTEGER, STRING], "items": False, "minItems": 2},
+     [0, "text"]),
+    ({"prefixItems": [INTEGER], "items": STRING, "minItems": 2}, [0, "text"]),
+    (a_set(STRING, 3), ["text", "text2", "text3"]), (a_set(INTEGER, 3), [0, 1, -1]),
+    (a_set({"type": "boolean"}), [False, True]), (a_set({"enum": [1, 1.0, True]}), [1, True]),
+    ({**INTEGER, "minimum": 3}, 3), ({**INTEGER, "maximum": -3}, -3),
+    ({**INTEGER, "exclusiveMinimum": 3}, 4), ({**INTEGER, "exclusiveMaximum": -3}, -4),
+    ({**INTEGER, "minimum": 2.5}, 3), ({**INTEGER, "maximum": -2.5}, -3),
+    ({**INTEGER, "minimum": 5, "multipleOf": 4}, 8),
+    ({**INTEGER, "minimum": -9, "maximum": -5, "multipleOf": 4}, -8),
+    ({**INTEGER, "minimum": 2 ** 70, "multipleOf": 3}, 2 ** 70 + 2),
+    ({**NUMBER_TYPE, "exclusiveMinimum": 0, "exclusiveMaximum": 1}, 0.5),
+    ({**NUMBER_TYPE, "minimum": 0.25}, 0.25), ({**NUMBER_TYPE, "minimum": -2}, 0),
+    ({**NUMBER_TYPE, "minimum": 0.7, "multipleOf": 0.5}, 1),
+    ({"oneOf": [INTEGER, NUMBER_TYPE]}, 0.5), ({"anyOf": [{"enum": []}, {"const": 2}]}, 2),
+    ({"oneOf": [False, {"const": 2}]}, 2), ({"oneOf": KINDS}, {"kind": "cat"}),
+    ({**INTEGER, "anyOf": [STRING, {"minimum": 7}]}, 7),
+    ({"oneOf": [an_object(a=INTEGER), an_object(a=NUMBER_TYPE, b=STRING)]}, {"a": 0}),
+    ({"allOf": [INTEGER, {"minimum": 3}, {"minimum": 5}]}, 5),
     ({"allOf": [{"required": ["a"]}, {"required": ["b"]}], "properties": {
         "a": {"const": 1}, "b": {"const": 2}}}, {"a": 1, "b": 2}),
-    ({"allOf": [{"type": "integer"}, {"type": "number"}]}, 0),
-    ({"allOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, 2),
-    ({"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}}, 1),
+    ({"allOf": [NUMBER_TYPE, INTEGER]}, 0), ({"allOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, 2),
+    ({"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": INTEGER}}, 3),
     ({"$ref": "#/definitions/a", "definitions": {"a": {"const": 1}}}, 1),
-    ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"const": 1}}}, 1),
-    ({"$ref": "#/$defs/a", "minimum": 3, "$defs": {"a": {"type": "integer"}}}, 3),
-    ({"$ref": "#/$defs/node", "$defs": {"node": NODE}},
-     {"value": 0, "next": None}),
+    ({"$ref": "#/$defs/node", "$defs": {"node": NODE}}, {"value": 0, "next": None}),
     (TREE, {"children": []}),
-    ({"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}],
-      "$defs": {"a": {"const": 1}}}, 1),
     ({"allOf": [{"$ref": "#/$defs/b"}, {"$ref": "#/$defs/c"}], "$defs": {
-        "a": {"type": "integer"}, "b": {"$ref": "#/$defs/a", "minimum": 1},
+        "a": INTEGER, "b": {"$ref": "#/$defs/a", "minimum": 1},
         "c": {"$ref": "#/$defs/a", "minimum": 2}}}, 2),
-    ({**an_object(a={"$ref": "#/$defs/x"}, b={"$ref": "#/$defs/x"}),
-      "$defs": {"x": {"const": 1}}}, {"a": 1, "b": 1}),
-])
-def test_a_sample_is_the_smallest_honest_instance(schema, instance):
+    ({"propertyNames": {"const": "a"}, "additionalProperties": INTEGER}, {}),
+    ({"type": "object", "patternProperties": {"^a": INTEGER}}, {}),
+    ({"type": "object", "minProperties": 2, "additionalProperties": INTEGER},
+     {"key": 0, "key2": 0}),
+    ({"minProperties": 2, "propertyNames": {"enum": ["r", "g"]}, "additionalProperties": INTEGER},
+     {"r": 0, "g": 0}),
+    ({"type": "object", "minProperties": 1, "properties": {"a": INTEGER}}, {"a": 0}),
+]
+
+
+@pytest.mark.parametrize("schema, instance", SATISFIED)
+def test_a_sample_is_a_small_instance_of_its_schema(schema, instance):
     got = sample(schema)
-    assert got == instance and type(got) is type(instance)
-    assert fits(got, schema, schema)
+    assert same(got, instance) and type(got) is type(instance) and fits(got, schema, schema)
 
 
-@pytest.mark.parametrize("format, pattern", [
-    ("date", r"\d{4}-\d\d-\d\d"),
+@pytest.mark.parametrize("ref, names", [
+    ("#/$defs/a~1b", "a/b"), ("#/$defs/a~01b", "a~1b"), ("#/%24defs/a%20b", "a b")])
+def test_a_reference_is_a_json_pointer(ref, names):
+    assert sample({"$ref": ref, "$defs": {names: {"const": 1}}}) == 1
+
+
+def test_items_can_be_a_list_as_in_older_drafts():
+    assert sample({"items": [INTEGER, STRING], "minItems": 2, "maxItems": 2}) == [0, "text"]
+
+
+@pytest.mark.parametrize("form, pattern", [
+    ("date", r"\d{4}-\d\d-\d\d"), ("time", r"\d\d:\d\d:\d\dZ"), ("duration", "P1D"),
     ("date-time", r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)"),
     ("email", r"\w+@\w+\.\w+"), ("uuid", r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
-    ("uri", r"https?://\S+"), ("nobody-knows", ""),
+    ("uuid1", r".{14}1.*"), ("uuid5", r".{14}5.*"), ("uri", r"https?://\S+"),
+    ("hostname", r"[\w.]+"), ("ipv4", r"(\d+\.){3}\d+"), ("ipv6", "[0-9a-f:]+"),
+    ("ipv4network", r"(\d+\.){3}\d+/\d+"), ("password", "text"), ("binary", "text"),
 ])
-def test_a_sample_obeys_the_format(format, pattern):
-    assert re.fullmatch(pattern, sample({"type": "string", "format": format}))
+def test_a_sample_obeys_the_format(form, pattern):
+    assert re.fullmatch(pattern, sample({"type": "string", "format": form}))
 
 
 @pytest.mark.parametrize("schema, keyword", [
-    (False, "enum"), ({"enum": []}, "enum"), ({"type": "bogus"}, "type"),
-    ({"enum": ["x"], "type": "integer"}, "enum"), ({"const": "x", "type": "integer"}, "const"),
-    ({"type": "integer", "minimum": 2, "maximum": 1}, "m..imum"),
-    ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "exclusiveM..imum"),
-    ({"type": "integer", "minimum": 1, "maximum": 3, "multipleOf": 5}, "multipleOf|m..imum"),
-    ({"type": "string", "minLength": 3, "maxLength": 2}, "m..Length"),
-    ({"type": "string", "format": "date", "maxLength": 2}, "maxLength"),
+    (False, "allOf"), ({"enum": []}, "enum|type"), ({"enum": ["x"], **INTEGER}, "type"),
+    ({"const": "x", **INTEGER}, "type"), ({"enum": [True], "const": 1}, "enum|const"),
+    ({**INTEGER, "minimum": 2, "maximum": 1}, "m..imum"),
+    ({**INTEGER, "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "exclusiveM..imum"),
+    ({**INTEGER, "minimum": 1, "maximum": 3, "multipleOf": 5}, "multipleOf|m..imum"),
+    ({**STRING, "minLength": 3, "maxLength": 2}, "m..Length"),
+    ({**STRING, "format": "date", "maxLength": 2}, "format|maxLength"),
+    ({**STRING, "format": "nobody-knows"}, "format"), ({**STRING, "pattern": "^a+$"}, "pattern"),
+    (an_object(a={"default": "b"}, b={"enum": ["b"], "pattern": "^x"}), "pattern"),
+    ({"required": ["a"], "propertyNames": {"pattern": "^b"}}, "pattern"),
     ({"type": "array", "minItems": 2, "maxItems": 1}, "m..Items"),
-    ({"type": "array", "minItems": 2, "uniqueItems": True}, "uniqueItems"),
-    ({"type": "array", "minItems": 10**9, "items": {"type": "null"}}, "minItems"),
-    ({"type": "string", "minLength": 10**9}, "minLength"),
-    ({"type": "object", "minProperties": 1}, "minProperties"),
-    ({"type": "object", "required": ["a"], "additionalProperties": False},
-     "required|additionalProperties"),
-    ({"allOf": [{"type": "string"}, {"type": "null"}]}, "type"),
-    ({"allOf": [{"const": 1}, {"const": 2}]}, "allOf|const"),
-    ({"allOf": [{"enum": [1]}, {"enum": [2]}]}, "enum"),
-    ({"not": {}}, "not"), ({"if": {}}, "if"), ({"contains": {}}, "contains"),
+    ({"type": "array", "minItems": 2, "items": False}, "items"),
+    (a_set({"type": "boolean"}, 3), "uniqueItems"), (a_set({"enum": [1, 1.0]}), "uniqueItems"),
+    ({"type": "object", "minProperties": 1, "maxProperties": 0}, "m..Properties"),
+    ({"type": "object", "minProperties": 1, "patternProperties": {"a": {}}}, "patternProperties"),
+    ({"required": ["a"], "additionalProperties": False}, "required|additionalProperties"),
+    ({"allOf": [an_object(a=STRING), {"required": ["b"]}]}, "additionalProperties"),
+    ({"allOf": [STRING, {"type": "null"}]}, "type"), ({"allOf": [{"const": 1}, {"const": 2}]}, "const"),
+    ({"oneOf": [{"required": ["a"]}, {"required": ["a"]}]}, "oneOf"),
+    (an_object(a={"$id": "a", "$ref": "#/$defs/b"}), r"\$ref|\$id"), ({"not": {}}, "not"), ({"if": {}}, "if"), ({"contains": {}}, "contains"),
     ({"$ref": "#/$defs/none"}, r"\$ref"), ({"$ref": "http://example.com/"}, r"\$ref"),
-    ({"$ref": "#"}, r"\$ref"),
+    ({"$ref": "other#/$defs/a", "$defs": {"a": {}}}, r"\$ref"),
+    ({"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}}, r"\$ref"), ({"$ref": "#"}, r"\$ref"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, r"\$ref"),
     ({"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#"}}}, r"\$ref"),
     ({"anyOf": []}, "anyOf"), ({"oneOf": [{"not": {}}]}, "not|oneOf"),
-    ({"enum": [1, 5], "minimum": 9}, "enum|minimum"),
-    ({"const": 1, "enum": [2]}, "enum|const"),
+    ({"enum": [1, 5], "minimum": 9}, "minimum"), ({"type": "bogus"}, "type"),
 ])
 def test_what_cannot_be_satisfied_is_a_400_that_names_the_keyword(schema, keyword):
     with pytest.raises(APIError) as error:
         sample(schema)
-    assert error.value.status == 400 and re.search(f"'({keyword})'", error.value.message)
-
-
-@pytest.mark.parametrize("schema", [
-    None, 1, "x", [], {"type": 1}, {"properties": 1}, {"type": "object", "required": 1},
-    {"type": "object", "required": [1]}, {"type": "array", "minItems": "x"}, {"enum": 1},
-    {"anyOf": 1}, {"allOf": {}}, {"$ref": 1}, {"type": "number", "multipleOf": 0},
-    {"type": "integer", "minimum": "x"}, {"type": ["x"]}, {"type": []}, {"type": {}},
-    {"type": "object", "required": ["a"], "properties": {"a": 1}},
-    {"type": "object", "required": ["a"], "properties": []}, {"$ref": "#/$defs/0/x"},
-    {"type": "number", "minimum": 5, "multipleOf": 1e-320}, {"type": "string", "minLength": -1},
-    {"type": "string", "format": []}, {"type": "array", "minItems": 1.5},
-])
-def test_what_is_no_schema_is_a_400_or_an_instance(schema):
-    try:
-        json.dumps(sample(schema), allow_nan=False)
-    except APIError as error:
-        assert error.status == 400
+    assert (error.value.status, error.value.code) == (400, "invalid_json_schema")
+    assert re.search(f"'({keyword})'", error.value.message)
 
 
 def doubling(combine, depth=40):
     """Definitions that each use the next one twice."""
     below = {f"d{i}": combine({"$ref": f"#/$defs/d{i + 1}"}) for i in range(depth)}
-    return {"$ref": "#/$defs/d0", "$defs": {**below, f"d{depth}": {"type": "integer"}}}
+    return {"$ref": "#/$defs/d0", "$defs": {**below, f"d{depth}": INTEGER}}
 
 
-@pytest.mark.parametrize("combine", [
-    lambda ref: an_object(a=ref, b=ref),
-    lambda ref: {"type": "array", "items": ref, "minItems": 2},
-    lambda ref: {"allOf": [ref, ref]},
-    lambda ref: {"anyOf": [{"allOf": [ref, {"type": "null"}]}, ref]},
-    lambda ref: {"anyOf": [an_object(a=ref, b=False), an_object(a=ref)]},
-])
-def test_definitions_that_double_end(combine):
-    try:
-        sample(doubling(combine))
-    except APIError as error:
-        assert error.status == 400
+def nested(wrap, depth=900):
+    return functools.reduce(lambda schema, _: wrap(schema), range(depth), INTEGER)
 
 
-def test_a_deep_schema_ends():
-    schema = {"type": "integer"}
-    for _ in range(900):
-        schema = an_object(a=schema)
-    try:
-        assert sample(schema).keys() == {"a"}
-    except APIError as error:
-        assert error.status == 400
+@pytest.mark.parametrize("schema", [
+    None, 1, 1.5, "x", [], {"type": 1}, {"properties": 1}, {"type": "object", "required": 1},
+    {"type": "object", "required": [1]}, {"type": "array", "minItems": "x"}, {"enum": 1},
+    {"anyOf": 1}, {"$ref": 1}, {"type": "number", "multipleOf": 0}, {"type": ["x"]},
+    {"type": "integer", "minimum": "x"}, {"type": []}, {"type": {}}, {"$ref": "#/$defs/0/x"},
+    an_object(a=1), {"type": "object", "required": ["a"], "properties": []},
+    {"type": "number", "minimum": 5, "multipleOf": 1e-320}, {"enum": [10 ** 400], "multipleOf": .1},
+    {"type": "string", "format": []}, {"type": "array", "minItems": 1.5}, {"default": math.nan},
+    {"type": "number", "minimum": math.inf}, {"const": object()},
+    # Too large, too much work, too deep:
+    *map(doubling, (lambda ref: an_object(a=ref, b=ref), lambda ref: {"allOf": [ref, ref]},
+                    lambda ref: {"items": ref, "minItems": 2}, lambda ref: {"oneOf": [ref, ref]},
+                    lambda ref: {"anyOf": [{"allOf": [ref, {"type": "null"}]}, ref]},
+                    lambda ref: {"anyOf": [an_object(a=ref, b=False), an_object(a=ref)]})),
+    nested(lambda schema: an_object(a=schema)), nested(lambda schema: {"anyOf": [schema]}),
+    {"type": "array", "minItems": 10 ** 9}, {"type": "array", "minItems": 200_000},
+    {"type": "string", "minLength": 10 ** 9}, {"type": "object", "minProperties": 10 ** 9},
+    {"type": "array", "items": {"type": "string", "minLength": 10 ** 5}, "minItems": 1000},
+    {"type": "array", "items": {"const": "x" * 10 ** 5}, "minItems": 1000},
+    an_object(**{f"a{i}": {"type": "object", "required": ["x" * 10 ** 5]} for i in range(100)}),
+    {"type": "string", "enum": list(range(10 ** 5))}, {"allOf": [{}] * 10 ** 5},
+    {"uniqueItems": True, "default": list(range(10 ** 5)), "minItems": 10 ** 5},
+    {"type": "string", "anyOf": [{"const": i} for i in range(10 ** 5)]},
+], ids=lambda schema: repr(schema)[:40])
+def test_a_hostile_schema_is_refused(schema):
+    with pytest.raises(APIError) as error:
+        sample(schema)
+    assert error.value.status == 400 and len(error.value.message) < 10 ** 3
 
 
 def random_schema(pick, depth):
     """A schema of the keywords that `fits` knows, satisfiable or not."""
-    kind = pick.choice(["object", "array", "string", "number", "integer", "boolean", "any",
-                        "all", "enum"] if depth else ["string", "number", "integer", "null"])
-    width = pick.randrange(1, 4) if depth else 0
-    inner = [random_schema(pick, depth - 1) for _ in range(width)]
-    if kind == "any":
-        return {pick.choice(["anyOf", "oneOf"]): inner}
-    if kind == "all":
-        return {"allOf": inner}
-    if kind == "enum":
-        return {"enum": [pick.choice([0, 1, "a", None, 2.5]) for _ in range(2)]}
-    schema = {"type": kind}
-    if kind == "object":
-        names = "abc"[:len(inner)]
-        schema.update(properties=dict(zip(names, inner)),
-                      required=[name for name in names if pick.random() < 0.7])
-    elif kind == "array":
-        schema.update(items=inner[0], minItems=pick.randrange(3))
-    elif kind == "string" and pick.random() < 0.5:
-        schema.update(minLength=pick.randrange(4), maxLength=pick.randrange(2, 6))
-    elif kind in ("number", "integer"):
-        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            if pick.random() < 0.3:
-                schema[keyword] = pick.randrange(-8, 9) / pick.choice([1, 1, 2])
-        if pick.random() < 0.3:
-            schema["multipleOf"] = pick.choice([1, 2, 3, 0.5])
-    return schema
+    inner = [random_schema(pick, depth - 1) for _ in range(pick.randrange(1, 4) if depth else 0)]
+    combined = [
+        {"anyOf": inner}, {"oneOf": inner}, {**inner[0], "allOf": inner[1:]},
+        {"$ref": pick.choice(["#", *["#/$defs/a", "#/$defs/b"] * 3])},
+        {"enum": pick.choices([0, 1, 1.0, True, "a", None, 2.5, [], {"a": 1}], k=2)},
+        {"type": "object", "properties": dict(zip("abc", inner)),
+         "required": some(pick, 0.4, "abcd"), **some(pick, 0.2, {
+             "additionalProperties": pick.choice([False, inner[0]]), "minProperties": 2,
+             "maxProperties": 2, "propertyNames": {"enum": ["a", "b", "c"]}})},
+        {"type": "array", "items": inner[0], "minItems": pick.randrange(3), **some(pick, 0.2, {
+            "items": False, "prefixItems": inner, "maxItems": 2, "uniqueItems": True})},
+    ] if depth else []
+    number = {"type": pick.choice(["integer", "number"]), **some(pick, 0.25, {
+        "multipleOf": pick.choice([1, 2, 3, 0.5, 0.01]), **{
+            bound: pick.randrange(-8, 9) / pick.choice([1, 1, 2, 8]) for bound in BOUNDS}})}
+    text = {"type": "string", **some(pick, 0.3, {
+        "minLength": pick.randrange(4), "maxLength": pick.randrange(2, 6)})}
+    rare = {"default": pick.choice([0, "a", [], {}, 1.5]), "examples": [1, "b"],
+            "pattern": "a", "not": {"type": "string"}, "contains": {"type": "null"}}
+    plain = [number, text, {"type": pick.choice(["null", "boolean"])}]
+    return {**pick.choice([*combined, *combined, *plain]), **some(pick, 0.02, rare)}
+
+
+def some(pick, share, items):
+    """A random share of a list, or of a dict."""
+    kept = [item for item in items if pick.random() < share]
+    return {name: items[name] for name in kept} if type(items) is dict else kept
+
+
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def random_samples(count, seed):
+    """(schema, instance) for those of `count` random schemas that `sample` satisfies."""
+    pick = random.Random(seed)
+    for _ in range(count):
+        schema = {"$defs": {"a": random_schema(pick, 1), "b": random_schema(pick, 2)},
+                  **random_schema(pick, 3)}
+        with contextlib.suppress(APIError):
+            yield schema, sample(schema)
+
+
+def trusts(schema):
+    """Has the schema a pattern?  It is trusted to match an example that stands with it."""
+    return '"pattern"' in json.dumps(schema)
 
 
 def test_every_sample_is_an_instance_of_its_schema():
-    pick, made = random.Random(3), 0
-    for _ in range(3000):
-        schema = random_schema(pick, 3)
-        try:
-            instance = sample(schema)
-        except APIError:
-            continue
-        made += 1
-        assert fits(instance, schema, schema), (schema, instance)
-    assert made > 1000
+    made = list(random_samples(600, seed=3))
+    for schema, instance in made:
+        assert trusts(schema) or fits(instance, schema, schema), (schema, instance)
+    assert len(made) > 300
+
+
+@pytest.mark.interop
+def test_jsonschema_accepts_every_sample(tmp_path):
+    made = [pair for pair in [*random_samples(10_000, seed=4), *SATISFIED, *(
+        (schema, sample(schema)) for schema, _ in SATISFIED)] if not trusts(pair[0])]
+    (tmp_path / "made.json").write_text(json.dumps(made))
+    assert len(made) > 5_000
+    assert printed("jsonschema", """
+import json, jsonschema, sys
+for schema, instance in json.load(open(sys.argv[2])):
+    try:
+        if not jsonschema.Draft202012Validator(schema).is_valid(instance):
+            print(schema, instance)
+    except RecursionError:
+        pass        # jsonschema follows a schema that leads to itself at the same place
+""", "", str(tmp_path / "made.json")) == []
+
+
+@pytest.mark.interop
+def test_pydantic_accepts_the_sample_of_a_model():
+    assert printed("jsonschema", PYDANTIC, "", str(HERE)) == ["49 models"]
+
+
+PYDANTIC = '''
+import sys; sys.path.insert(0, sys.argv[2])
+import datetime, decimal, enum, ipaddress, uuid
+from typing import Annotated, Any, Literal, Optional, Union
+from annotated_types import Len
+from pydantic import *
+from pydantic.dataclasses import dataclass
+from openai_compat import sample
+
+class Color(enum.Enum): red, green = "r", "g"
+class Point(BaseModel): x: float; y: float = Field(gt=0.5, lt=0.75)
+class Node(BaseModel): value: int; next: Optional["Node"]
+class Tree(BaseModel): name: str; children: list["Tree"]
+class Cat(BaseModel): kind: Literal["cat"]; lives: int = Field(ge=1, le=9)
+class Dog(BaseModel): kind: Literal["dog"] = "dog"; name: str = Field(min_length=8)
+class Strict(BaseModel): model_config = ConfigDict(extra="forbid", strict=True); n: int
+class Example(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"code": "AB"}]})
+    code: str = Field(pattern="^[A-Z]+$")
+@dataclass
+class Data: a: int; b: list[str]
+
+text = Annotated[str, Field(min_length=2, max_length=3)]
+kinds = [
+    Color, Union[int, str], Optional[Point], Union[Point, Color], tuple[int, text, Point],
+    Annotated[Union[Cat, Dog], Field(discriminator="kind")], list[Point], Any, Data, bytes,
+    dict[Literal["a"], int], dict[Color, int], dict[datetime.date, int], bool, None, SecretStr,
+    dict[Annotated[str, Field(pattern="^a")], int], Annotated[dict[str, int], Len(1)],
+    Annotated[dict[Color, int], Len(2)], Annotated[set[int], Len(2)], frozenset[Color],
+    Annotated[set[str], Len(3, 4)], Annotated[list[text], Len(2)], decimal.Decimal, AnyUrl,
+    Annotated[int, Field(gt=3, multiple_of=5)], Annotated[float, Field(ge=1.115)], HttpUrl,
+    datetime.datetime, datetime.date, datetime.time, datetime.timedelta, uuid.UUID, UUID1,
+    UUID3, UUID4, UUID5, ipaddress.IPv4Address, ipaddress.IPv6Address, ipaddress.IPv4Network,
+    PositiveInt, Literal["x", 1], Annotated[str, Field(pattern="^a", examples=["ab"])],
+]
+models = [Point, Node, Tree, Dog, Strict, Example,
+          *(create_model("M", field=(kind, ...)) for kind in kinds)]
+for each in models:
+    each.model_validate(sample(each.model_json_schema()))
+print(len(models), "models")
+'''
 
 
 # ----------------------------------------------------------------------------------
-# Choices.  Limits and stops on pieces that nobody had to say.
-
-def pieces_of(texts, reason="stop"):
-    """Pieces as a stage gets them: each a list of its tokens, and Finish."""
-    return [*([text] for text in texts), openai_compat.Finish(reason)]
-
-
-def read(pieces):
-    """(the text, the finish_reason) of what a stage yields."""
-    *pieces, end = pieces
-    assert isinstance(end, openai_compat.Finish)
-    assert all(type(piece) is list and "".join(piece) for piece in pieces)
-    return "".join(map("".join, pieces)), str(end)
-
-
-@pytest.mark.parametrize("limit, expected", [
-    (0, ("", "length")), (1, ("a", "length")), (2, ("ab", "length")), (3, ("abc", "stop")),
-    (4, ("abc", "stop")),
-])
-def test_up_to_a_limit(limit, expected):
-    assert read(openai_compat.up_to(pieces_of("abc"), limit)) == expected
-
-
-@pytest.mark.parametrize("limit, expected", [(1, ("a", "length")), (2, ("ab", "length")),
-                                             (3, ("abc", "stop"))])
-def test_a_limit_cuts_inside_a_piece(limit, expected):
-    pieces = [["a", "b", "c"], openai_compat.Finish("stop")]
-    assert read(openai_compat.up_to(pieces, limit)) == expected
-
-
-def test_a_limit_takes_no_more_pieces_than_it_needs():
-    def pieces():
-        yield from (["a"], ["b"], ["c"])
-        pytest.fail("one too many was asked for")
-    assert read(openai_compat.up_to(pieces(), 2)) == ("ab", "length")
-
+# Sequences.  Limits and stops, on a text that comes in every possible cut: each choice
+# of a request says the text in pieces of its own.
 
 def cuts(text):
     """Every way to cut a text into pieces."""
@@ -1241,67 +1847,81 @@ def cuts(text):
         yield [text[a:b] for a, b in zip([0, *places], [*places, len(text)])] if text else []
 
 
-def expected_stop(text, stops):
-    """What until_stop has to say, from reading the text one character at a time."""
+def said_of(server, ways, **fields):
+    """{(text, finish_reason)} of a text that is cut into pieces in each of these ways."""
+    said = set()
+    for start in range(0, len(ways), 128):
+        part = ways[start:start + 128]
+        server.backend = lambda request: iter(part[request["index"]])
+        choices = chat(server, n=len(part), **fields).json["choices"]
+        assert len(choices) == len(part)
+        said |= {(choice["message"]["content"], choice["finish_reason"]) for choice in choices}
+    return said
+
+
+# Each character a token, or each piece one.
+tokenizers = pytest.mark.parametrize("tokenize", [list, lambda text: [text]],
+                                     ids=["characters", "pieces"])
+
+
+@pytest.mark.parametrize("limit, expected", [
+    (0, ("", "length")), (1, ("a", "length")), (2, ("ab", "length")), (3, ("abc", "stop")),
+    (4, ("abc", "stop")), (None, ("abc", "stop"))])
+def test_a_limit_cuts_wherever_the_pieces_end(limit, expected):
+    with Server(tokenize=list) as server:
+        assert said_of(server, [*cuts("abc")], max_tokens=limit) == {expected}
+
+
+def before_stop(text, stops):
+    """What is said before the first stop, from reading the text a character at a time."""
     for end in range(len(text) + 1):
-        ended = [stop for stop in stops if text[:end].endswith(stop)]
-        if ended:
-            return text[:end - max(map(len, ended))], "stop"
-    return text, "length"
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[:end - max(map(len, complete))]
+    return text
 
 
-STOPS = [
+@tokenizers
+@pytest.mark.parametrize("text, stops", [
     ("Hello END x", ["END"]), ("Hello EN", ["END"]), ("aaab", ["aab"]), ("aaaaaa", ["aaa"]),
     ("ababac", ["abac"]), ("abcabd", ["abd", "bca"]), ("xabcdey", ["abcd", "bc"]),
     ("xabcdey", ["bc", "abc"]), ("xabey", ["abcd", "be"]), ("END", ["END"]), ("", ["END"]),
     ("a\n\nb", ["\n\n", "\n"]), ("世界和平", ["界和"]), ("e\u0301x", ["\u0301"]),
-    ("😀😁😂", ["😁"]), ("aXbYc", ["Y", "X"]), ("ababab", ["bb", "abc"]),
-]
-
-
-@pytest.mark.parametrize("text, stops", STOPS)
-def test_a_stop_may_span_pieces(text, stops):
-    for cut in cuts(text):
-        pieces = pieces_of(cut, "length")
-        assert read(openai_compat.until_stop(pieces, stops)) == expected_stop(text, stops), cut
-
-
-@pytest.mark.parametrize("text, stops", STOPS)
-def test_a_stop_may_span_tokens_of_a_piece(text, stops):
-    for cut in cuts(text):
-        pieces = [cut, openai_compat.Finish("length")]
-        assert read(openai_compat.until_stop(pieces, stops)) == expected_stop(text, stops), cut
+    ("😀😁😂", ["😁"]), ("aXbYc", ["Y", "X"]), ("ababab", ["bb", "abc"])])
+def test_a_stop_may_span_pieces(text, stops, tokenize):
+    with Server(tokenize=tokenize) as server:
+        assert said_of(server, [*cuts(text)], stop=stops) == {(before_stop(text, stops), "stop")}
 
 
 def test_any_stops_in_any_text():
     pick = random.Random(4)
-    for _ in range(1500):
-        text = "".join(pick.choice("ab") for _ in range(pick.randrange(12)))
-        stops = ["".join(pick.choice("ab") for _ in range(pick.randrange(1, 5)))
-                 for _ in range(pick.randrange(1, 4))]
-        cut = pick.choice([*cuts(text[:9])]) + list(text[9:])
-        got = read(openai_compat.until_stop(pieces_of(cut, "length"), stops))
-        assert got == expected_stop(text, stops), (cut, stops)
+
+    def letters(least, most):
+        return "".join(pick.choice("ab") for _ in range(pick.randrange(least, most)))
+    with Server(tokenize=list) as server:
+        for _ in range(200):
+            text, stops = letters(0, 10), [letters(1, 5) for _ in range(pick.randrange(1, 4))]
+            ways = pick.choices([*cuts(text)], k=8)
+            assert said_of(server, ways, stop=stops) == {(before_stop(text, stops), "stop")}, (
+                ways, stops)
 
 
 def test_only_what_may_become_a_stop_is_held_back():
-    said = []
+    expected = [("Hello", ""), ("E", "Hello"), ("N", "Hello"), ("x", "Hello"),
+                ("y", "HelloENx")]
+    arrived, seen = [], []
 
-    def pieces():
-        for text, so_far in (("Hello", ""), ("E", "Hello"), ("N", "Hello"), ("x", "Hello"),
-                             ("y", "HelloENx")):
-            assert "".join(said) == so_far
-            yield [text]
-        yield openai_compat.Finish("stop")
-    for piece in openai_compat.until_stop(pieces(), ["END"]):
-        said.append("".join(piece))
-
-
-def test_a_stop_ends_the_reading():
-    def pieces():
-        yield ["x", "END"]
-        pytest.fail("one too many was asked for")
-    assert read(openai_compat.until_stop(pieces(), ["END"])) == ("x", "stop")
+    def backend(request):
+        for piece, so_far in expected:      # a send to the loopback has arrived at once
+            while (select.select([client], [], [], 0)[0]
+                   or len("".join(said_in(b"".join(arrived)))) < len(so_far)):
+                arrived.append(client.recv(65536))
+            seen.append((piece, "".join(said_in(b"".join(arrived)))))
+            yield piece
+    with Server(backend) as server, dial(server) as client:
+        client.sendall(request_bytes({**HI, "stream": True, "stop": "END"}))
+        until(lambda: len(seen) == len(expected))
+    assert seen == expected
 
 
 @pytest.mark.parametrize("pieces, fields, expected", [
@@ -1309,18 +1929,28 @@ def test_a_stop_ends_the_reading():
     (("a", "b", "c"), {"max_tokens": 2}, ("ab", "length")),
     (("a", "b", "c"), {"max_tokens": 2, "max_completion_tokens": 9}, ("ab", "length")),
     (("a", "b", "c"), {"max_tokens": 9, "max_completion_tokens": 2}, ("ab", "length")),
-    (("a", "b", "c"), {"max_tokens": None}, ("abc", "stop")),
     (("a", "EN", "D"), {"max_tokens": 3, "stop": "END"}, ("a", "stop")),
     (("a", "EN", "D"), {"max_tokens": 2, "stop": "END"}, ("aEN", "length")),
     (("a", "b", "END"), {"max_tokens": 2, "stop": "END"}, ("ab", "length")),
     (("a", "b"), {"stop": ["b"]}, ("a", "stop")), (("a", "b"), {"stop": "a"}, ("", "stop")),
     (("a", "b"), {"stop": []}, ("ab", "stop")), (("a", "b"), {"stop": ""}, ("ab", "stop")),
+    (("a", "b"), {"stop": ["", "b"]}, ("a", "stop")),
+    (("a", "b", "c", "d", "e"), {"stop": ["v", "w", "x", "y", "e"]}, ("abcd", "stop")),
     (("a b", " c"), {"max_tokens": 1}, ("a", "length")), ((), {}, ("", "stop")),
     ((), {"max_tokens": 0}, ("", "stop")), (("a",), {"max_tokens": 0}, ("", "length")),
 ])
 def test_a_reply_obeys_limit_and_stop(pieces, fields, expected):
     first, reason = message(say(*pieces), **fields)
     assert (first["content"], reason) == expected
+
+
+@pytest.mark.parametrize("fields, expected, left", [
+    ({"max_tokens": 1}, ("x", "length"), ["one too many"]),      # the second tells of a cut
+    ({"stop": "END"}, ("x", "stop"), ["one too many"])])
+def test_no_more_pieces_are_asked_for_than_needed(fields, expected, left):
+    rest = iter(["x", "END", "one too many"])
+    first, reason = message(always(rest), **fields)
+    assert (first["content"], reason) == expected and list(rest) == left
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -1330,27 +1960,15 @@ def test_an_absent_limit_is_none(path):
     assert got["usage"]["completion_tokens"] > 1000
 
 
-def test_a_tokens_cost_is_that_of_its_piece():
-    assert ask(say("a b", "c d")).json["usage"]["completion_tokens"] == 4
-
-
 @pytest.mark.parametrize("fields, reason", [
     ({}, "content_filter"), ({"max_tokens": 1}, "length"), ({"stop": "b"}, "stop")])
 def test_a_replys_finish_reason_stands_where_nothing_cut(fields, reason):
-    reply = Reply("a b", finish_reason="content_filter")
-    assert message(lambda request: reply, **fields)[1] == reason
+    assert message(always(Reply("a b", finish_reason="content_filter")), **fields)[1] == reason
 
 
-def test_choices_interleave_one_per_chunk():
-    chunks = ask(say("a", "b"), stream=True, n=3).chunks
+def test_choices_interleave_one_per_chunk_until_each_has_ended():
+    chunks = ask(lambda request: iter(["x"] * request["index"] * 2), stream=True, n=3).chunks
     assert all(len(chunk["choices"]) == 1 for chunk in chunks)
-    assert [chunk["choices"][0]["index"] for chunk in chunks] == [0, 1, 2] * 4
-
-
-def test_a_choice_that_ends_early_leaves_the_others_their_turns():
-    def backend(request):
-        yield from ["x"] * (request["index"] * 2)
-    chunks = ask(backend, stream=True, n=3).chunks
     assert [chunk["choices"][0]["index"] for chunk in chunks] == [
         0, 1, 2, 0, 1, 2, 1, 2, 1, 2, 2, 2]
 
@@ -1365,37 +1983,45 @@ def test_each_choice_has_its_role_once_and_its_end_once():
 
 def test_a_backend_is_called_once_per_choice_in_order():
     seen = []
-
-    def backend(request):
-        seen.append((request["index"], request["prompt"]))
-        return "x"
-    ask(backend, TEXT_PATH, prompt=["a", "b"], n=2)
+    ask(lambda request: seen.append((request["index"], request["prompt"])) or "x", TEXT_PATH,
+        prompt=["a", "b"], n=2)
     assert seen == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
 
 
-def test_choices_are_numbered_prompt_by_prompt():
-    got = ask(lambda request: f"{request['prompt']}{request['index']}", TEXT_PATH,
-              prompt=["a", "b"], n=2).json
-    assert [(choice["index"], choice["text"]) for choice in got["choices"]] == [
-        (0, "a0"), (1, "a1"), (2, "b2"), (3, "b3")]
+COMPLETIONS = {  # rule: (backend, fields, the text of each choice)
+    "a prompt is a text": (echo, {"prompt": "a"}, ["a"]),
+    "which may be empty": (echo, {"prompt": ""}, [""]),
+    "or several texts": (echo, {"prompt": ["a", "b"]}, ["a", "b"]),
+    "or token ids": (echo, {"prompt": [17, 18]}, ["<|17|><|18|>"]),
+    "0 among them": (echo, {"prompt": [0]}, ["<|0|>"]),
+    "or several lists of them": (echo, {"prompt": [[17], [18, 19]]}, ["<|17|>", "<|18|><|19|>"]),
+    "null is the end of a text": (echo, {"prompt": None}, ["<|endoftext|>"]),
+    "choices are numbered prompt by prompt": (
+        lambda request: f"{request['prompt']}{request['index']}",
+        {"prompt": ["a", "b"], "n": 2}, ["a0", "a1", "b2", "b3"]),
+    "of best_of the first n are returned": (
+        lambda request: str(request["index"]), {"prompt": ["a", "b"], "n": 2, "best_of": 3},
+        ["0", "1", "3", "4"]),
+    "echo puts the prompt before the reply": (say(" you"), {"echo": True, "prompt": "Hi"},
+                                              ["Hi you"]),
+    "echo reads token ids as they count": (
+        say("x"), {"echo": True, "prompt": [[17], [18, 19]]}, ["<|17|>x", "<|18|><|19|>x"]),
+    "what is echoed is not searched for stops": (
+        say(" c b d"), {"echo": True, "prompt": "a b", "stop": "b"}, ["a b c "]),
+    "a suffix is no part of the reply": (say("x"), {"suffix": "SUF"}, ["x"]),
+}
 
 
-def test_of_best_of_the_first_n_are_returned_and_all_are_paid_for():
-    got = ask(lambda request: str(request["index"]), TEXT_PATH, prompt=["a", "b"], n=2,
-              best_of=3).json
-    assert [(choice["index"], choice["text"]) for choice in got["choices"]] == [
-        (0, "0"), (1, "1"), (2, "3"), (3, "4")]
-    assert got["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+@pytest.mark.parametrize("backend, fields, texts", rows(COMPLETIONS))
+def test_a_completion_says(backend, fields, texts):
+    choices = ask(backend, TEXT_PATH, **fields).json["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [*enumerate(texts)]
 
 
 @pytest.mark.parametrize("path, fields", [(CHAT_PATH, {"n": 129}),
                                           (TEXT_PATH, {"prompt": ["x"] * 43, "n": 3})])
 def test_more_than_128_choices_are_refused(path, fields):
     assert ask(echo, path, **fields).status == 400
-
-
-def test_128_choices_are_given():
-    assert len(ask(say("x"), n=128).json["choices"]) == 128
 
 
 # ----------------------------------------------------------------------------------
@@ -1413,47 +2039,6 @@ def said_at_once(completion):
         "function": tuple(choice.get("message", {}).get("function_call", {}).values()),
         "reason": choice["finish_reason"], "logprobs": choice["logprobs"],
     } for choice in completion["choices"]}
-
-
-def said_in_turn(chunks):
-    """{index: what that choice says} of a stream, from its parts."""
-    said = {}
-    for part in (part for chunk in chunks for part in chunk["choices"]):
-        one = said.setdefault(part["index"], {
-            "text": None, "refusal": None, "calls": [], "function": (), "reason": None,
-            "logprobs": None})
-        delta = part.get("delta", {"content": part.get("text")})
-        for name, field in (("text", "content"), ("refusal", "refusal")):
-            if delta.get(field) is not None:
-                one[name] = (one[name] or "") + delta[field]
-        for fragment in delta.get("tool_calls", []):
-            add_fragment(one["calls"], fragment)
-        if "function_call" in delta:
-            name, text = one["function"] or ("", "")
-            one["function"] = (name + delta["function_call"].get("name", ""),
-                               text + delta["function_call"]["arguments"])
-        one["reason"] = one["reason"] or part["finish_reason"]
-        one["logprobs"] = added_logprobs(one["logprobs"], part["logprobs"])
-    return said
-
-
-def add_fragment(calls, fragment):
-    (kind,) = fragment.keys() & {"function", "custom"}
-    name = fragment[kind].get("name")
-    text = fragment[kind]["arguments" if kind == "function" else "input"]
-    if name is not None:
-        assert fragment["index"] == len(calls)      # call 0 is complete before 1 opens
-        calls.append((name, text))
-    else:
-        assert fragment["index"] == len(calls) - 1
-        calls[-1] = (calls[-1][0], calls[-1][1] + text)
-
-
-def added_logprobs(so_far, more):
-    if so_far is None or more is None:
-        return so_far or more
-    return {field: so_far[field] if more[field] is None else (so_far[field] or []) + more[field]
-            for field in so_far}
 
 
 def model(request):
@@ -1531,29 +2116,38 @@ def test_usage_has_a_chunk_of_its_own_at_the_end(path):
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
-@pytest.mark.parametrize("path, fields, prompt, completion", [
-    (CHAT_PATH, {}, 4, 2), (CHAT_PATH, {"n": 3}, 4, 6), (CHAT_PATH, {"max_tokens": 1}, 4, 1),
-    (CHAT_PATH, {"messages": user("a b") + user("c")}, 3, 2),
-    (TEXT_PATH, {}, 4, 2), (TEXT_PATH, {"n": 3}, 4, 6), (TEXT_PATH, {"best_of": 3}, 4, 6),
-    (TEXT_PATH, {"prompt": ["a", "b c"], "n": 2}, 3, 8), (TEXT_PATH, {"echo": True}, 4, 2),
-    (TEXT_PATH, {"prompt": [[1, 2], [3]]}, 3, 4), (TEXT_PATH, {"suffix": "x y z"}, 4, 2),
-])
-def test_usage_adds_up(path, fields, prompt, completion):
-    usage = ask(say("x", "y"), path, **fields).json["usage"]
+COUNTED = {  # rule: (path, backend, fields, prompt tokens, completion tokens)
+    "a chat": (CHAT_PATH, say("x", "y"), {}, 4, 2),
+    "each choice": (CHAT_PATH, say("x", "y"), {"n": 3}, 4, 6),
+    "no more than the limit": (CHAT_PATH, say("x", "y"), {"max_tokens": 1}, 4, 1),
+    "each message": (CHAT_PATH, say("x", "y"), {"messages": user("a b") + user("c")}, 3, 2),
+    "each token of a piece": (CHAT_PATH, say("a b", "c d"), {}, 4, 4),
+    "a call's arguments": (CHAT_PATH, always(ToolCall("f", {"n": 1})), {}, 4,
+                           len(tokenize('{"n":1}'))),
+    "a completion": (TEXT_PATH, say("x", "y"), {}, 4, 2),
+    "each choice of a completion": (TEXT_PATH, say("x", "y"), {"n": 3}, 4, 6),
+    "all of best_of": (TEXT_PATH, say("x", "y"), {"best_of": 3}, 4, 6),
+    "all of best_of, of each prompt": (TEXT_PATH, say("x"), {"prompt": ["a", "b"], "n": 2,
+                                                             "best_of": 3}, 2, 6),
+    "each prompt once": (TEXT_PATH, say("x", "y"), {"prompt": ["a", "b c"], "n": 2}, 3, 8),
+    "an echo not at all": (TEXT_PATH, say("x", "y"), {"echo": True}, 4, 2),
+    "a token id as one": (TEXT_PATH, say("x", "y"), {"prompt": [[1, 2], [3]]}, 3, 4),
+    "a suffix not at all": (TEXT_PATH, say("x", "y"), {"suffix": "x y z"}, 4, 2),
+}
+
+
+@pytest.mark.parametrize("path, backend, fields, prompt, completion", rows(COUNTED))
+def test_usage_counts(path, backend, fields, prompt, completion):
+    usage = ask(backend, path, **fields).json["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (
         prompt, completion, prompt + completion)
-
-
-def test_the_tokens_of_a_calls_arguments_count():
-    usage = ask(lambda request: ToolCall("f", {"n": 1})).json["usage"]
-    assert usage["completion_tokens"] == len(tokenize('{"n":1}'))
 
 
 @pytest.mark.parametrize("corrections, total", [
     ({"prompt_tokens": 70}, 72), ({"completion_tokens": 9}, 13), ({"total_tokens": 99}, 99),
     ({"prompt_tokens": 1, "completion_tokens": 1}, 2)])
 def test_a_reply_may_correct_its_usage(corrections, total):
-    usage = ask(lambda request: Reply("a b", usage=corrections)).json["usage"]
+    usage = ask(always(Reply("a b", usage=corrections))).json["usage"]
     assert usage["total_tokens"] == total and corrections.items() <= usage.items()
 
 
@@ -1564,46 +2158,17 @@ def test_the_service_tier_is_the_resolved_one(asked, told):
     assert ask(echo, service_tier=asked).json["service_tier"] == told
 
 
-def test_the_models_name_is_that_of_the_request():
-    assert ask(echo, model="any/thing-1").json["model"] == "any/thing-1"
-
-
 def test_created_is_now():
     before = int(time.time())
     assert before <= ask(echo).json["created"] <= time.time()
 
 
-def test_no_two_replies_share_an_id():
-    with Server() as server:
-        assert len({post(server, CHAT_PATH, HI).json["id"] for _ in range(20)}) == 20
-
-
-def test_no_two_calls_share_an_id():
-    reply = Reply(tool_calls=[ToolCall("f"), ToolCall("f")])
-    choices = ask(lambda request: reply, n=2).json["choices"]
-    assert len({made["id"] for choice in choices
-                for made in choice["message"]["tool_calls"]}) == 4
-
-
-# ------ echo and suffix of a completion
-
-def test_echo_puts_the_prompt_before_the_reply():
-    got = ask(say(" you"), TEXT_PATH, echo=True, prompt="Hi").json
-    assert got["choices"][0]["text"] == "Hi you"
-
-
-def test_echo_reads_token_ids_as_they_count():
-    got = ask(say("x"), TEXT_PATH, echo=True, prompt=[[17], [18, 19]]).json
-    assert [choice["text"] for choice in got["choices"]] == ["<|17|>x", "<|18|><|19|>x"]
-
-
-def test_a_suffix_is_no_part_of_the_reply():
-    assert ask(say("x"), TEXT_PATH, suffix="SUF").json["choices"][0]["text"] == "x"
-
-
-def test_the_echoed_prompt_is_not_searched_for_stops():
-    got = ask(say(" c b d"), TEXT_PATH, echo=True, prompt="a b", stop="b").json["choices"][0]
-    assert (got["text"], got["finish_reason"]) == ("a b c ", "stop")
+def test_no_two_replies_and_no_two_calls_share_an_id():
+    with Server(always(Reply(tool_calls=[ToolCall("f"), ToolCall("f")]))) as server:
+        made = [chat(server, n=2).json for _ in range(20)]
+    calls = [call["id"] for each in made for choice in each["choices"]
+             for call in choice["message"]["tool_calls"]]
+    assert len({each["id"] for each in made}) == 20 and len(set(calls)) == len(calls) == 80
 
 
 # ------ log probabilities
@@ -1623,26 +2188,16 @@ def test_top_logprobs_are_as_many_as_asked_for_and_likeliest_first(top):
         assert len(likely) == (top or 0) and likely == sorted(likely, reverse=True)
         assert len({other["token"] for other in token["top_logprobs"]}) == len(likely)
         assert token["logprob"] <= 0 and math.isfinite(token["logprob"])
-
-
-def test_the_probabilities_of_a_place_are_at_most_one():
-    got = ask(say("x"), logprobs=True, top_logprobs=20).json["choices"][0]["logprobs"]
-    assert sum(math.exp(other["logprob"]) for other in got["content"][0]["top_logprobs"]) <= 1
-
-
-def test_without_logprobs_there_are_none():
-    assert ask(say("x")).json["choices"][0]["logprobs"] is None
-    assert ask(say("x"), TEXT_PATH).json["choices"][0]["logprobs"] is None
+        assert sum(map(math.exp, likely)) <= 1
 
 
 def test_each_chunk_has_the_logprobs_of_its_own_text():
     chunks = ask(say("a b", "c"), stream=True, logprobs=True).chunks
-    parts = [chunk["choices"][0] for chunk in chunks]
-    assert parts[0]["logprobs"] == {"content": [], "refusal": None}
-    assert parts[-1]["logprobs"] is None
-    for part in parts[1:-1]:
-        said = "".join(token["token"] for token in part["logprobs"]["content"])
-        assert said == part["delta"]["content"]
+    first, *middle, last = [chunk["choices"][0] for chunk in chunks]
+    assert first["logprobs"] == {"content": [], "refusal": None} and last["logprobs"] is None
+    for choice in middle:
+        said = "".join(token["token"] for token in choice["logprobs"]["content"])
+        assert said == choice["delta"]["content"]
 
 
 def text_logprobs(said, **fields):
@@ -1664,44 +2219,125 @@ def test_text_logprobs_are_parallel_and_of_the_text(top):
         assert top <= len(likely) <= top + 1 and math.isfinite(logprob)
 
 
-def test_with_echo_the_logprobs_cover_the_prompt_and_begin_with_null():
-    logprobs = text_logprobs(["c"], logprobs=1, prompt="a b", echo=True)
-    assert logprobs["tokens"] == ["a", " b", "c"]
-    assert logprobs["text_offset"] == [0, 1, 3]
-    assert [each is None for each in logprobs["token_logprobs"]] == [True, False, False]
-    assert [each is None for each in logprobs["top_logprobs"]] == [True, False, False]
-
-
-def test_an_echoed_empty_prompt_keeps_the_columns_parallel():
-    assert text_logprobs(["x"], logprobs=1, prompt="", echo=True)["tokens"] == ["x"]
-
-
-def test_a_scorer_gets_the_logprobs_of_its_prompt_alone():
-    logprobs = text_logprobs(["x"], logprobs=1, prompt=[5, 6, 7], echo=True, max_tokens=0)
-    assert len(logprobs["tokens"]) == 3 and all(logprobs["top_logprobs"][1:])
-
-
-def test_a_scorer_that_asks_for_one_token_more_gets_one_more():
-    logprobs = text_logprobs(["x", "y"], logprobs=1, prompt=[5, 6], echo=True, max_tokens=1)
-    assert len(logprobs["tokens"]) == 3
-
-
-def test_a_stop_within_a_token_leaves_the_logprobs_of_the_rest():
-    logprobs = text_logprobs(["Hello"], logprobs=1, stop="ll")
-    assert logprobs["tokens"] == ["He"]
+@pytest.mark.parametrize("said, fields, tokens", [
+    (["c"], {"prompt": "a b", "echo": True}, ["a", " b", "c"]),
+    (["x"], {"prompt": "", "echo": True}, ["x"]),
+    (["x"], {"prompt": [5, 6, 7], "echo": True, "max_tokens": 0}, ["<|5|>", "<|6|>", "<|7|>"]),
+    (["x", "y"], {"prompt": [5, 6], "echo": True, "max_tokens": 1}, ["<|5|>", "<|6|>", "x"]),
+    (["Hello"], {"stop": "ll"}, ["He"])],
+    ids=["an echo", "an empty echo", "a scorer", "a scorer, and one more", "a cut token"])
+def test_text_logprobs_cover(said, fields, tokens):
+    logprobs = text_logprobs(said, logprobs=1, **fields)
+    assert logprobs["tokens"] == tokens
+    offset = 0 if "echo" in fields else len("Hello, world!")
+    assert logprobs["text_offset"] == [offset + len("".join(tokens[:i])) for i in range(len(tokens))]
+    null = [bool(i == 0 and fields.get("echo") and fields["prompt"]) for i in range(len(tokens))]
+    assert [each is None for each in logprobs["token_logprobs"]] == null
+    assert [each is None for each in logprobs["top_logprobs"]] == null
 
 
 def test_logprobs_of_half_a_character_are_json():
-    got = ask(lambda request: "\ud83d", logprobs=True, top_logprobs=1).json
+    got = ask(always("\ud83d"), logprobs=True, top_logprobs=1).json
     assert got["choices"][0]["logprobs"]["content"][0]["token"] == "\ud83d"
 
 
-# ------ tool calls
+# ------ tool calls and refusals
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+def choose(kind, **named):
+    return {**TOOLS, "tool_choice": {"type": kind, kind: named}}
+
+
+ALLOWED = [{"type": "function", "function": {"name": "g"}}]
+ANSWERS = {  # rule: (backend, fields, content, {name: arguments} of the calls, reason)
+    "a call has no content": (always(ToolCall("f", {"n": 1})), TOOLS, None, {"f": '{"n":1}'},
+                              "tool_calls"),
+    "arguments may be text, and go out as they are": (
+        always(ToolCall("f", '{"n" : 1, broken')), TOOLS, None, {"f": '{"n" : 1, broken'},
+        "tool_calls"),
+    "no arguments are an empty object": (
+        always([ToolCall("f"), ToolCall("g", "")]), TOOLS, None, {"f": "{}", "g": "{}"},
+        "tool_calls"),
+    "a custom tool is called with text": (always(ToolCall("c", "any text")), TOOLS, None,
+                                          {"c": "any text"}, "tool_calls"),
+    "a call may be yielded": (lambda request: iter(["a", ToolCall("f")]), TOOLS, "a",
+                              {"f": "{}"}, "tool_calls"),
+    "text and calls may be in one message": (always(Reply("a", ToolCall("f"))), TOOLS, "a",
+                                             {"f": "{}"}, "tool_calls"),
+    "a reply without calls has none": (echo, TOOLS, "Hello, world!", None, "stop"),
+    "arguments are never cut": (always(ToolCall("f", {"n": 1})),
+                                {**TOOLS, "max_tokens": 1, "stop": "n"}, None,
+                                {"f": '{"n":1}'}, "tool_calls"),
+    "but they use up the limit of the text after them": (
+        say(ToolCall("f", {"n": 1}), "a"), {**TOOLS, "max_tokens": 3}, None, {"f": '{"n":1}'},
+        "length"),
+    "calls are parallel": (always(Reply(tool_calls=[ToolCall("f"), ToolCall("g")])), TOOLS, None,
+                           {"f": "{}", "g": "{}"}, "tool_calls"),
+    "or said to be": (always(Reply(tool_calls=[ToolCall("f"), ToolCall("g")])),
+                      {**TOOLS, "parallel_tool_calls": True}, None, {"f": "{}", "g": "{}"},
+                      "tool_calls"),
+    "or one at most": (always(Reply(tool_calls=[ToolCall("f"), ToolCall("g")])),
+                       {**TOOLS, "parallel_tool_calls": False}, None, {"f": "{}"},
+                       "tool_calls"),
+    "of legacy functions one is called": (
+        always(Reply(tool_calls=[ToolCall("f", {"n": 1}), ToolCall("g")])), FUNCTIONS, None,
+        {"f": '{"n":1}'}, "function_call"),
+    "echo calls the tool that it has to": (echo, {**TOOLS, "tool_choice": "required"}, None,
+                                           {"f": '{"n":0}'}, "tool_calls"),
+    "by its name": (echo, choose("function", name="f"), None, {"f": '{"n":0}'}, "tool_calls"),
+    "or another": (echo, choose("function", name="g"), None, {"g": "{}"}, "tool_calls"),
+    "or a custom one": (echo, choose("custom", name="c"), None, {"c": "Hello, world!"},
+                        "tool_calls"),
+    "or one of those allowed": (echo, choose("allowed_tools", mode="required", tools=ALLOWED),
+                                None, {"g": "{}"}, "tool_calls"),
+    "but none that is only allowed": (echo, choose("allowed_tools", mode="auto", tools=ALLOWED),
+                                      "Hello, world!", None, "stop"),
+    "none where it may not": (echo, {**TOOLS, "tool_choice": "none"}, "Hello, world!", None,
+                              "stop"),
+    "none where it need not": (echo, {**TOOLS, "tool_choice": "auto"}, "Hello, world!", None,
+                               "stop"),
+    "null is auto": (echo, {**TOOLS, "tool_choice": None}, "Hello, world!", None, "stop"),
+    "echo calls the function that it has to": (
+        echo, {**FUNCTIONS, "function_call": {"name": "g"}}, None, {"g": "{}"}, "function_call"),
+    "no function where it may not": (echo, {**FUNCTIONS, "function_call": "none"},
+                                     "Hello, world!", None, "stop"),
+    "no function where it need not": (echo, {**FUNCTIONS, "function_call": "auto"},
+                                      "Hello, world!", None, "stop"),
+    "null is auto there too": (echo, {**FUNCTIONS, "function_call": None}, "Hello, world!", None,
+                               "stop"),
+    "echo answers an instance of the schema": (
+        echo, {"response_format": schema_format(an_object(a={"const": "世"}))}, '{"a":"世"}', None,
+        "stop"),
+    "of any schema": (echo, {"response_format": schema_format({"type": "integer", "minimum": 3})},
+                      "3", None, "stop"),
+    "or of none": (echo, {"response_format": {"type": "json_schema", "json_schema": {"name": "s"}}},
+                   "{}", None, "stop"),
+    "or one JSON object": (echo, {"response_format": {"type": "json_object"}},
+                           '{"text":"Hello, world!"}', None, "stop"),
+    "or text": (echo, {"response_format": {"type": "text"}}, "Hello, world!", None, "stop"),
+    "other backends say what they say": (
+        say("x"), {**FORCED, "response_format": schema_format({"type": "null"})}, "x", None,
+        "stop"),
+}
+
+
+@pytest.mark.parametrize("backend, fields, content, calls, reason", rows(ANSWERS))
+def test_a_message_holds(backend, fields, content, calls, reason):
+    got, finish_reason = message(backend, **fields)
+    made = [each[each["type"]] for each in got.get("tool_calls", ())]
+    made += [got["function_call"]] if "function_call" in got else []
+    assert got["content"] == content and finish_reason == reason
+    assert (dict(each.values() for each in made) or None) == calls
+    assert ("function_call" in got) == (reason == "function_call")
+    assert ("tool_calls" in got) == (reason == "tool_calls" or reason == "length")
+
 
 def test_a_call_is_streamed_as_an_opening_and_fragments():
-    made = ToolCall("f", {"n": 1}, id="call_x")
-    got = ask(lambda request: made, stream=True, **TOOLS)
-    role, opening, *fragments, end = deltas(got.chunks)
+    chunks = ask(always(ToolCall("f", {"n": 1}, id="call_x")), stream=True, **TOOLS).chunks
+    role, opening, *fragments, end = deltas(chunks)
     assert role == {"role": "assistant", "content": None, "refusal": None} and end == {}
     assert opening == {"tool_calls": [{"index": 0, "id": "call_x", "type": "function",
                                        "function": {"name": "f", "arguments": ""}}]}
@@ -1710,157 +2346,27 @@ def test_a_call_is_streamed_as_an_opening_and_fragments():
                for fragment in fragments)
 
 
-def test_arguments_may_be_text_and_go_out_as_they_are():
-    first, _ = message(lambda request: ToolCall("f", '{"n" : 1, broken'), **TOOLS)
-    assert first["tool_calls"][0]["function"]["arguments"] == '{"n" : 1, broken'
-
-
-@pytest.mark.parametrize("arguments", [{}, None, "", "{}"])
-def test_no_arguments_are_an_empty_object(arguments):
-    first, _ = message(lambda request: ToolCall("f", arguments), **TOOLS)
-    assert first["tool_calls"][0]["function"]["arguments"] == "{}"
-
-
-def test_a_call_without_text_has_no_content():
-    first, reason = message(lambda request: ToolCall("f", {}), **TOOLS)
-    assert first["content"] is None and reason == "tool_calls"
-
-
-def test_a_yielded_call_is_a_reason_to_finish():
-    assert message(lambda request: iter(["a", ToolCall("f")]), **TOOLS)[1] == "tool_calls"
-
-
-def test_text_and_calls_may_be_in_one_message():
-    first, reason = message(lambda request: Reply("a", ToolCall("f")), **TOOLS)
-    assert (first["content"], len(first["tool_calls"]), reason) == ("a", 1, "tool_calls")
-
-
-def test_a_reply_without_calls_has_no_list_of_them():
-    assert "tool_calls" not in message(echo, **TOOLS)[0]
-
-
-def test_arguments_are_never_cut():
-    first, _ = message(lambda request: ToolCall("f", {"n": 1}), max_tokens=1, stop="n", **TOOLS)
-    assert first["tool_calls"][0]["function"]["arguments"] == '{"n":1}'
-
-
-def test_arguments_use_up_the_limit_of_the_text_after_them():
-    first, reason = message(say(ToolCall("f", {"n": 1}), "a"), max_tokens=3, **TOOLS)
-    assert len(first["tool_calls"]) == 1 and reason == "length" and not first["content"]
-
-
-@pytest.mark.parametrize("parallel, count", [(True, 2), (None, 2), (False, 1)])
-def test_without_parallel_calls_there_is_one_at_most(parallel, count):
-    reply = Reply(tool_calls=[ToolCall("f"), ToolCall("g")])
-    first, reason = message(lambda request: reply, parallel_tool_calls=parallel, **TOOLS)
-    assert (len(first["tool_calls"]), reason) == (count, "tool_calls")
-
-
-def test_legacy_functions_get_a_function_call():
-    first, reason = message(lambda request: ToolCall("f", {"n": 1}), **FUNCTIONS)
-    assert first["function_call"] == {"name": "f", "arguments": '{"n":1}'}
-    assert reason == "function_call" and "tool_calls" not in first and first["content"] is None
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_legacy_functions_are_called_one_at_a_time(stream):
-    reply = Reply(tool_calls=[ToolCall("f", {"n": 1}), ToolCall("g")])
-    got = ask(lambda request: reply, stream=stream, **FUNCTIONS)
-    said = said_in_turn(got.chunks) if stream else said_at_once(got.json)
-    assert said[0]["function"] == ("f", '{"n":1}')
-
-
 def test_a_legacy_call_is_streamed_as_an_opening_and_fragments():
-    chunks = ask(lambda request: ToolCall("f", {}), stream=True, **FUNCTIONS).chunks
-    _, opening, *fragments, end = deltas(chunks)
+    calls = always([ToolCall("f", {}), ToolCall("g")])
+    _, opening, *fragments, end = deltas(ask(calls, stream=True, **FUNCTIONS).chunks)
     assert opening == {"function_call": {"name": "f", "arguments": ""}} and end == {}
     assert "".join(fragment["function_call"]["arguments"] for fragment in fragments) == "{}"
 
 
-def test_a_custom_tool_is_called_with_text():
-    first, _ = message(lambda request: ToolCall("c", "any text"), **TOOLS)
-    assert first["tool_calls"][0]["custom"] == {"name": "c", "input": "any text"}
-
-
-def test_a_refusal_is_streamed_in_its_own_field():
-    got = ask(lambda request: Reply(refusal="I can't"), stream=True)
-    role, *middle, end = deltas(got.chunks)
+def test_a_refusal_is_no_content_and_streamed_in_its_own_field():
+    backend = always(Reply(refusal="I can't"))
+    assert message(backend) == (
+        {"role": "assistant", "content": None, "refusal": "I can't"}, "stop")
+    role, *middle, end = deltas(ask(backend, stream=True).chunks)
     assert role == {"role": "assistant", "content": None, "refusal": ""} and end == {}
     assert "".join(delta["refusal"] for delta in middle) == "I can't"
 
 
-def test_a_refusal_is_no_content():
-    first, reason = message(lambda request: Reply(refusal="No."))
-    assert (first["content"], first["refusal"], reason) == (None, "No.", "stop")
-
-
+@both
 @pytest.mark.parametrize("what", ["call", "calls", "refusal"])
-@pytest.mark.parametrize("stream", [False, True])
 def test_a_text_completion_has_no_place_for_a_call(what, stream):
     got = ask(model, TEXT_PATH, prompt=what, stream=stream)
     assert got.status == 500 and re.search("tool call|refusal", got.error["message"])
-
-
-# ------ what the built-in echo obeys
-
-N_ARGUMENTS = '{"n":0}'
-
-
-@pytest.mark.parametrize("fields, name, text", [
-    ({"tool_choice": "required"}, "f", N_ARGUMENTS),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "f", N_ARGUMENTS),
-    ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "g", "{}"),
-    ({"tool_choice": {"type": "custom", "custom": {"name": "c"}}}, "c", "Hello, world!"),
-    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {
-        "mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]}}},
-     "g", "{}"),
-])
-def test_echo_calls_the_tool_it_is_forced_to(fields, name, text):
-    first, reason = message(echo, **TOOLS, **fields)
-    made = first["tool_calls"][0]
-    assert list(made[made["type"]].values()) == [name, text]
-    assert (len(first["tool_calls"]), reason, first["content"]) == (1, "tool_calls", None)
-
-
-@pytest.mark.parametrize("fields", [
-    {}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"tool_choice": None},
-    {"tool_choice": {"type": "allowed_tools", "allowed_tools": {
-        "mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}}}])
-def test_echo_calls_no_tool_unasked(fields):
-    assert message(echo, **TOOLS, **fields)[0]["content"] == "Hello, world!"
-
-
-def test_echo_calls_the_function_it_is_forced_to():
-    first, _ = message(echo, function_call={"name": "g"}, **FUNCTIONS)
-    assert first["function_call"] == {"name": "g", "arguments": "{}"}
-
-
-@pytest.mark.parametrize("choice", [None, "none", "auto"])
-def test_echo_calls_no_function_unasked(choice):
-    assert message(echo, function_call=choice, **FUNCTIONS)[0]["content"] == "Hello, world!"
-
-
-def schema_format(schema):
-    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
-
-
-@pytest.mark.parametrize("form, wanted", [
-    (schema_format(an_object(a={"const": "世"})), {"a": "世"}),
-    (schema_format({"type": "integer", "minimum": 3}), 3),
-    ({"type": "json_schema", "json_schema": {"name": "s"}}, {}),
-])
-def test_echo_answers_an_instance_of_the_schema(form, wanted):
-    first, reason = message(echo, response_format=form)
-    assert (json.loads(first["content"]), reason) == (wanted, "stop")
-
-
-def test_echo_answers_one_json_object():
-    first, _ = message(echo, response_format={"type": "json_object"})
-    assert type(json.loads(first["content"])) is dict
-
-
-def test_text_is_a_response_format():
-    assert message(echo, response_format={"type": "text"})[0]["content"] == "Hello, world!"
 
 
 @pytest.mark.parametrize("fields", [
@@ -1873,11 +2379,6 @@ def test_a_schema_that_echo_cannot_satisfy_is_a_400(fields):
     assert got.status == 400 and "'not'" in got.error["message"]
 
 
-def test_other_backends_say_what_they_say():
-    first, _ = message(say("x"), response_format=schema_format({"type": "null"}), **FORCED)
-    assert first["content"] == "x"
-
-
 # ------ events
 
 @pytest.mark.parametrize("text, line", [
@@ -1886,70 +2387,60 @@ def test_other_backends_say_what_they_say():
     ("\x7f\"\\/", '"\x7f\\"\\\\/"'),
 ])
 def test_an_event_is_one_line_of_utf8(text, line):
-    assert openai_compat.event(text) == f"data: {line}\n\n".encode()
-
-
-def test_events_end_with_done():
-    assert b"".join(openai_compat.events([{"a": 1}, {"a": None}])) == (
-        b'data: {"a":1}\n\ndata: {"a":null}\n\ndata: [DONE]\n\n')
+    assert b"".join(openai_compat.events([{"a": text}])) == (
+        f'data: {{"a":{line}}}\n\ndata: [DONE]\n\n'.encode())
 
 
 def test_chunks_may_differ_in_any_field():
     chunks = [{"id": 1, "choices": [1]}, {"id": 1, "choices": [2]}, {"id": 2, "choices": [2]},
               {"id": 2, "usage": None, "choices": []}, {"choices": [], "usage": {"id": 2}}]
-    alone = [openai_compat.event(chunk) for chunk in chunks]
-    assert list(openai_compat.events(chunks)) == [*alone, b"data: [DONE]\n\n"]
+    alone = ["data: %s\n\n" % json.dumps(chunk, separators=(",", ":")) for chunk in chunks]
+    assert b"".join(openai_compat.events(chunks)).decode() == "".join(alone) + "data: [DONE]\n\n"
 
 
-def test_json_is_the_same_where_its_c_part_is_missing(monkeypatch):
-    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
-    encode = openai_compat.encoder(json.encoder.encode_basestring, ensure_ascii=False)
-    assert encode({"é": [1, None, "\n"]}) == openai_compat.compact({"é": [1, None, "\n"]})
+def test_the_wire_is_the_same_where_the_c_part_of_json_is_missing():
+    code = """
+import json, json.encoder, sys, urllib.request
+json.encoder.c_make_encoder = None
+from openai_compat import Server, say
+with Server(say("é", 'world"', chr(0x2028))) as server:
+    body = b'{"model": "m", "stream": true, "prompt": "x"}'
+    with urllib.request.urlopen(server.base_url + "/completions", body) as reply:
+        sys.stdout.buffer.write(reply.read())
+"""
+    there = finished(sys.executable, "-c", code, cwd=str(HERE)).stdout
+    here = ask(say("é", 'world"', chr(0x2028)), TEXT_PATH, model="m", stream=True).body
+    assert pinned(there.encode()) == pinned(here) and "world" in there
 
 
+@both
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_never_goes_out(number):
-    with pytest.raises(ValueError):
-        openai_compat.event({"a": number})
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_number_that_is_none_never_reaches_the_wire(stream):
-    got = ask(lambda request: Reply("x", usage={"prompt_tokens": math.nan}), stream=stream,
+def test_what_is_no_number_never_reaches_the_wire(number, stream):
+    got = ask(always(Reply("x", usage={"prompt_tokens": number})), stream=stream,
               **({"stream_options": {"include_usage": True}} if stream else {}))
-    assert b"NaN" not in got.body and b'"error"' in got.body
+    assert not re.search(rb"NaN|Infinity", got.body) and got.error
 
 
 @pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "\ud83d", "😀", "a\r\nb", "\0"])
 def test_any_text_survives_the_wire(path, text):
     where = {"messages": user(text)} if path == CHAT_PATH else {"prompt": text}
-    chunks = ask(echo, path, stream=True, **where).chunks
-    assert said_in_turn(chunks)[0]["text"] == text
+    assert ask(echo, path, stream=True, **where).text == text
 
 
 # ----------------------------------------------------------------------------------
 # Backends.  What may be returned and yielded, what may be raised, and when it is closed.
 
 @pytest.mark.parametrize("backend, pieces", [
-    (lambda request: "a b", ["a", " b"]), (lambda request: ["a b", "c"], ["a b", "c"]),
-    (lambda request: ("a", "b"), ["a", "b"]),
-    (lambda request: iter(["a", "", "b"]), ["a", "b"]),
-    (lambda request: (piece for piece in "ab"), ["a", "b"]),
-    (lambda request: Reply("a b"), ["a", " b"]),
-    (say("a ", "b"), ["a ", "b"]), (lambda request: "", []), (lambda request: [], []),
-    (lambda request: Reply(), []),
+    (always("a b"), ["a", " b"]), (always(["a b", "c"]), ["a b", "c"]),
+    (always(("a", "b")), ["a", "b"]), (lambda request: iter(["a", "", "b"]), ["a", "b"]),
+    (lambda request: (word[::-1] for word in request["text"].split()), [",olleH", "!dlrow"]),
+    (always(Reply("a b")), ["a", " b"]), (say("a ", "b"), ["a ", "b"]), (always(""), []),
+    (always([]), []), (always(Reply()), []),
 ])
 def test_what_a_backend_may_say(backend, pieces):
     _, *middle, end = deltas(ask(backend, stream=True).chunks)
     assert [delta["content"] for delta in middle] == pieces and end == {}
-
-
-def test_a_generator_function_is_a_backend():
-    def backend(request):
-        for word in request["text"].split():
-            yield word[::-1]
-    assert message(backend)[0]["content"] == ",olleH!dlrow"
 
 
 @pytest.mark.parametrize("path, fields, wanted", [
@@ -1969,16 +2460,11 @@ def test_a_backend_gets_the_request(path, fields, wanted):
 WRONG = [None, 5, 1.5, True, b"x", {"a": 1}, object()]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("value", WRONG, ids=repr)
-def test_what_no_backend_may_return_is_a_500_that_says_so(value, stream):
-    got = ask(lambda request: value, stream=stream)
-    assert got.status == 500 and type(value).__name__ in got.error["message"]
-
-
-@pytest.mark.parametrize("value", [*WRONG, ["x"], Reply("x")], ids=repr)
-def test_what_no_backend_may_yield_is_a_500_that_says_so(value):
-    got = ask(lambda request: iter([value]), stream=True)
+@pytest.mark.parametrize("stream, backend, value", [
+    *((stream, always(value), value) for stream in (False, True) for value in WRONG),
+    *((True, always([value]), value) for value in (*WRONG, ["x"], Reply("x")))])
+def test_what_no_backend_may_return_or_yield_is_a_500_that_says_so(stream, backend, value):
+    got = ask(backend, stream=stream)
     assert got.status == 500 and type(value).__name__ in got.error["message"]
 
 
@@ -1989,15 +2475,21 @@ def failing(error, *pieces):
     return backend
 
 
+def raising(error):
+    def backend(request):
+        raise error
+    return backend
+
+
 TEAPOT = APIError(418, "I'm a teapot.", "pot", "teapot", "tea", {"retry-after-ms": "20"})
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("pieces", [(), ("",)])
-def test_an_error_before_the_first_piece_is_a_status(stream, pieces):
-    got = ask(failing(TEAPOT, *pieces), stream=stream)
+@both
+@pytest.mark.parametrize("backend", [raising(TEAPOT), failing(TEAPOT), failing(TEAPOT, "")],
+                         ids=["called", "at once", "after nothing"])
+def test_an_error_before_the_first_piece_is_a_status(backend, stream):
+    got = ask(backend, stream=stream)
     assert got.status == 418 and got.headers["retry-after-ms"] == "20"
-    assert got.headers["content-type"] == "application/json"
     assert got.error == {"message": "I'm a teapot.", "type": "tea", "param": "pot",
                          "code": "teapot"}
 
@@ -2008,45 +2500,25 @@ def test_an_error_in_a_whole_reply_is_a_status_whenever_it_comes():
 
 def test_a_later_error_is_an_event_without_done():
     got = ask(failing(TEAPOT, "a"), stream=True)
-    *events, last, rest = got.body.split(b"\n\n")
-    assert got.status == 200 and rest == b"" and len(events) == 2
-    assert loads(last[6:])["error"]["message"] == "I'm a teapot."
-    check_shape(loads(last[6:]), ERROR)
+    assert got.status == 200 and got.error["message"] == "I'm a teapot."
+    assert got.body.count(b"data: ") == 3 and b"[DONE]" not in got.body
 
 
-def test_an_error_that_is_raised_and_not_yielded_is_a_status():
-    def backend(request):
-        raise TEAPOT
-    assert ask(backend, stream=True).status == 418
-
-
-@pytest.mark.parametrize("stream", [False, True])
+@both
+@pytest.mark.parametrize("pieces", [(), ("a",)], ids=["at once", "later"])
 @pytest.mark.parametrize("error", [
     RuntimeError("secret"), SystemExit("secret"), StopIteration("secret")], ids=repr)
-def test_any_other_error_is_a_500_and_stays_at_home(error, stream, caplog):
-    def backend(request):
-        raise error
-    got = ask(backend, stream=stream)
-    assert got.status == 500 and b"secret" not in got.body
+def test_any_other_error_is_a_500_and_stays_at_home(error, pieces, stream, caplog):
+    got = ask(failing(error, *pieces) if pieces else raising(error), stream=stream)
+    assert got.status == (200 if stream and pieces else 500) and b"secret" not in got.body
     assert got.error["message"].startswith("The server had an error while processing")
     assert got.error["type"] == "server_error"
     assert "secret" in caplog.text and "Traceback" in caplog.text
 
 
-def test_any_other_error_later_is_an_event(caplog):
-    got = ask(failing(RuntimeError("secret"), "a"), stream=True)
-    assert got.status == 200 and b"secret" not in got.body and b"[DONE]" not in got.body
-    assert loads(got.body.split(b"\n\n")[-2][6:])["error"]["type"] == "server_error"
-    assert "secret" in caplog.text
-
-
 def test_a_connection_outlives_an_error():
     with Server(failing(RuntimeError("x"))) as server:
-        connection = HTTPConnection(*server.server_address)
-        for status in (500, 500):
-            connection.request("POST", CHAT_PATH, json.dumps(HI))
-            assert Got(connection.getresponse()).status == status
-        connection.close()
+        assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
 
 
 @pytest.mark.parametrize("status, kind, code", [
@@ -2064,67 +2536,9 @@ def test_no_quota_is_not_to_be_tried_again():
     assert error.type == "insufficient_quota" and error.headers["x-should-retry"] == "false"
 
 
-def closing_backend(*pieces):
-    """A backend, an event that says that it was closed, and one that lets it go on.
-
-    Its generator is kept, so that no garbage collector closes it.
-    """
-    closed, go_on, kept = threading.Event(), threading.Event(), []
-
-    def speak():
-        try:
-            yield from pieces
-            go_on.wait(20)
-            yield from itertools.repeat("x ", 100_000)
-        finally:
-            closed.set()
-
-    def backend(request):
-        kept.append(speak())
-        return kept[-1]
-    return backend, closed, go_on
-
-
-@pytest.mark.parametrize("path", BOTH)
-def test_a_generator_is_closed_when_a_client_leaves_its_stream(path):
-    backend, closed, go_on = closing_backend("a", "b")
-    with Server(backend) as server:
-        leave(server, path, {**HI, **PROMPT, "stream": True}, after=2)
-        go_on.set()
-        assert closed.wait(15) and outcome(server) == "client left"
-
-
-@pytest.mark.parametrize("path", BOTH)
-def test_a_generator_is_closed_when_a_client_leaves_its_whole_reply(path):
-    backend, closed, go_on = closing_backend("a", "b")
-    with Server(backend) as server:
-        leave(server, path, {**HI, **PROMPT})
-        go_on.set()
-        assert closed.wait(15) and outcome(server) == "client left"
-
-
 def test_a_generator_is_closed_when_the_limit_is_reached():
-    backend, closed, go_on = closing_backend("a", "b")
-    go_on.set()
-    assert ask(backend, max_tokens=2, stream=True).chunks and closed.wait(15)
-
-
-def test_all_generators_are_closed_when_one_fails():
-    closed, kept = [], []
-
-    def backend(request):
-        kept.append(speak(request))
-        return kept[-1]
-
-    def speak(request):
-        try:
-            yield "a"
-            if request["index"] == 1:
-                raise TEAPOT
-            yield from "bcdef"
-        finally:
-            closed.append(request["index"])
-    assert b"teapot" in ask(backend, n=3, stream=True).body and sorted(closed) == [0, 1, 2]
+    endless = Endless("a", "b")
+    assert ask(endless, max_tokens=2, stream=True).chunks and endless.closed.wait(30)
 
 
 class Said(list):
@@ -2140,38 +2554,33 @@ class Said(list):
             raise self.fault
 
 
-def as_raised(error):
-    raise error
+def test_all_generators_are_closed_when_one_fails():
+    choices = [Endless("a"), failing(TEAPOT, "a"), Endless("a")]
+    got = ask(lambda request: choices[request["index"]](request), n=3, stream=True)
+    assert got.error["code"] == "teapot"
+    assert choices[0].closed.is_set() and choices[2].closed.is_set()
 
 
 def test_what_the_first_choice_says_is_closed_when_the_second_fails_at_once():
     first = Said("a")
-    backend = Script(lambda request: first if request["index"] == 0 else as_raised(TEAPOT))
+    backend = Script(lambda request: first if request["index"] == 0 else raising(TEAPOT)(request))
     assert ask(backend, n=2).status == 418 and first.closed == 1
 
 
 def test_a_fault_in_closing_harms_neither_the_neighbour_nor_the_connection():
     choices = [Said("a"), Said("b", fault=ValueError("no"))]
+    body = json.dumps({**PROMPT, "n": 2}).encode()
     with Server(lambda request: choices[request["index"]]) as server:
-        connection = HTTPConnection(*server.server_address)
-        with contextlib.closing(connection):
-            for _ in range(2):
-                connection.request("POST", CHAT_PATH, json.dumps({**HI, "n": 2}))
-                assert connection.getresponse().read().count(b'"finish_reason":"stop"') == 2
+        *got, _ = talk(server, posted(body) * 2 + LAST)
+    assert [[choice["text"] for choice in each.json["choices"]] for each in got] == [["a", "b"]] * 2
     assert [choice.closed for choice in choices] == [2, 2]
 
 
 def test_a_reply_of_pieces_may_say_more():
     reply = Reply(finish_reason="length", tool_calls=[ToolCall("f", {})])
     reply.pieces = ["a", "b"]
-    said, reason = message(lambda request: reply)
+    said, reason = message(always(reply))
     assert (said["content"], len(said["tool_calls"]), reason) == ("ab", 1, "length")
-
-
-def test_a_header_that_was_added_late_may_be_a_number():
-    reply = Reply("x")
-    reply.headers["x-n"] = 5
-    assert ask(lambda request: reply).headers["x-n"] == "5"
 
 
 def test_arguments_that_hold_themselves_are_refused():
@@ -2181,46 +2590,39 @@ def test_arguments_that_hold_themselves_are_refused():
         ToolCall("f", circle)
 
 
-def test_a_half_closed_client_has_left():
-    backend, closed, go_on = closing_backend("a")
-    with Server(backend) as server:
-        with socket.create_connection(server.server_address) as client:
-            client.sendall(request_bytes(CHAT_PATH, {**HI, "stream": True}))
-            client.shutdown(socket.SHUT_WR)
-            go_on.set()
-            assert closed.wait(15) and outcome(server) == "client left"
-
-
 def test_an_event_goes_out_before_the_next_piece_is_made():
-    arrived = threading.Event()
-
-    def backend(request):
-        yield "first"
-        assert arrived.wait(15), "the first piece was held back"
-        yield "second"
-    with Server(backend) as server, socket.create_connection(server.server_address) as client:
-        client.sendall(request_bytes(CHAT_PATH, {**HI, "stream": True}))
-        got = b""
-        while b"first" not in got:
-            got += client.recv(65536)
-        arrived.set()
-        assert b"second" in b"".join(iter(lambda: client.recv(65536), b""))
+    endless = Endless("first", more="second", waits=True)
+    with Server(endless) as server, asking(server, stream=True) as client:
+        assert b"second" not in read_past(client, b"first")
+        endless.go_on.set()
+        read_past(client, b"second")
 
 
-@pytest.mark.parametrize("backend", [say("a", "b"), lambda request: iter("ab"),
-                                     lambda request: "a b"])
+@pytest.mark.parametrize("backend", [say("a", "b"), lambda request: iter("ab"), always("a b")],
+                         ids=["say", "an iterator", "a text"])
 def test_each_event_is_one_transfer_chunk(backend):
     with Server(backend) as server:
-        got, _ = raw(server, CHAT_PATH, {**HI, "stream": True})
-    chunks, ended = transfer_chunks(got)
-    assert ended and len(chunks) == 5
+        chunks, how = exchange(server, {**HI, "stream": True})
+    assert how == "whole" and len(chunks) == 5
     assert all(chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") for chunk in chunks)
 
 
-def test_a_reply_may_bring_headers():
-    for stream in (False, True):
-        got = ask(lambda request: Reply("x", headers={"x-mine": "7"}), stream=stream)
-        assert got.headers["x-mine"] == "7"
+# ------ headers
+
+@both
+def test_a_reply_may_bring_headers_which_are_text_whatever_they_are_made_of(stream):
+    reply = Reply("x", headers={"x-mine": "7", "X-Count": 3})
+    reply.headers["x-late"] = 5
+    headers = ask(always(reply), stream=stream).headers
+    assert (headers["x-mine"], headers["x-count"], headers["x-late"]) == ("7", "3", "5")
+
+
+@pytest.mark.parametrize("value", ["a\r\nset-cookie: b", "a\nb", "a\0b"])
+@pytest.mark.parametrize("make", [lambda headers: Reply("a", headers=headers),
+                                  lambda headers: APIError(400, "no", headers=headers)])
+def test_a_header_cannot_smuggle_another(make, value):
+    with pytest.raises(ValueError):
+        make({"x-mine": value})
 
 
 def test_every_reply_has_a_request_id_of_its_own():
@@ -2231,9 +2633,11 @@ def test_every_reply_has_a_request_id_of_its_own():
     assert len(set(ids)) == 5 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_processing_time_is_a_number(stream):
-    assert ask(echo, stream=stream).headers["openai-processing-ms"].isdigit()
+@both
+def test_the_processing_time_is_that_of_the_first_piece(stream):
+    begun = time.monotonic()
+    told = ask(always(Reply("a", delay=(0.05, 0))), stream=stream).headers["openai-processing-ms"]
+    assert told.isdigit() and 50 <= int(told) <= 1000 * (time.monotonic() - begun)
 
 
 def test_a_stream_says_what_it_is():
@@ -2244,74 +2648,71 @@ def test_a_stream_says_what_it_is():
 
 # ------ delays
 
-@pytest.mark.parametrize("delay, least", [(0.03, 0.06), ((0.08, 0), 0.08), ([0, 0.05], 0.05)])
-def test_a_reply_takes_its_time(delay, least):
-    with Server(lambda request: Reply("a b", delay=delay)) as server:
-        begun = time.monotonic()
-        assert post(server, CHAT_PATH, HI).json
-        assert time.monotonic() - begun >= least
+@both
+@pytest.mark.parametrize("text, delay, least", [
+    ("a b", 0.03, 0.06), ("a b", (0.08, 0), 0.08), ("a b", [0, 0.05], 0.05),
+    ("a", (0, 3600), 0), ("a", (0.05, 3600), 0.05)])
+def test_a_reply_takes_its_time_and_no_pause_follows_its_end(text, delay, least, stream):
+    begun = time.monotonic()
+    assert ask(always(Reply(text, delay=delay)), stream=stream).text == text
+    assert time.monotonic() - begun >= least
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("delay, events", [(60, 0), ((60, 0), 0), ((0, 60), 2)])
+@both
+@pytest.mark.parametrize("delay, events", [(3600, 0), ((3600, 0), 0), ((0, 3600), 2)])
 def test_a_pause_ends_when_the_client_leaves(stream, delay, events):
-    with Server(lambda request: Reply("a b c", delay=delay)) as server:
+    with Server(always(Reply("a b c", delay=delay))) as server:
         leave(server, CHAT_PATH, {**HI, "stream": stream}, after=events if stream else 0)
         assert outcome(server) == "client left"
         assert server.journal[0].events == (events if stream else 0)
 
 
 def test_a_pause_ends_when_the_server_does():
-    with Server(lambda request: Reply("a", delay=60)) as server:
-        thread = threading.Thread(target=leave, args=(server, CHAT_PATH, HI), daemon=True)
-        thread.start()
+    with Server(always(Reply("a", delay=3600))) as server, asking(server) as client:
         until(lambda: server.journal)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 30
+        server.close()
+        [got] = replies(read_to_end(client))
+    assert got.status == 503 and "shutting down" in got.error["message"]
 
 
 # ----------------------------------------------------------------------------------
 # Script.
 
+NOT_FOLLOWED = 500      # the status of a request that a script did not expect
+
+
 def contents(server, count, **fields):
-    return [post(server, CHAT_PATH, {**HI, **fields}).json["choices"][0]["message"]["content"]
-            for _ in range(count)]
+    return [chat(server, **fields).text for _ in range(count)]
 
 
 def test_a_script_is_taken_step_by_step():
-    with Server(Script("a", Reply("b"), lambda request: request["text"])) as server:
-        assert contents(server, 3) == ["a", "b", "Hello, world!"]
+    def spoken(request):
+        yield from "cd"
+    with Server(Script("a", Reply("b"), spoken, lambda request: request["text"])) as server:
+        assert contents(server, 4) == ["a", "b", "cd", "Hi"]
 
 
 def test_a_step_may_be_a_call_or_a_list_of_them():
     with Server(Script(ToolCall("f"), [ToolCall("f"), ToolCall("g")])) as server:
-        got = [post(server, CHAT_PATH, {**HI, **TOOLS}).json for _ in range(2)]
+        got = [chat(server, **TOOLS).json for _ in range(2)]
     assert [[made["function"]["name"] for made in each["choices"][0]["message"]["tool_calls"]]
             for each in got] == [["f"], ["f", "g"]]
 
 
 def test_a_step_may_be_an_error():
     with Server(Script(TEAPOT, "b")) as server:
-        assert post(server, CHAT_PATH, HI).error["code"] == "teapot"
-        assert contents(server, 1) == ["b"]
-
-
-def test_a_step_may_be_a_generator_function():
-    def step(request):
-        yield from "ab"
-    with Server(Script(step)) as server:
-        assert contents(server, 1) == ["ab"]
+        assert chat(server).error["code"] == "teapot" and contents(server, 1) == ["b"]
 
 
 def test_all_choices_of_a_request_say_the_same_step():
     with Server(Script("a", "b")) as server:
         for text in "ab":
-            got = post(server, CHAT_PATH, {**HI, "n": 3}).json
+            got = chat(server, n=3).json
             assert [choice["message"]["content"] for choice in got["choices"]] == [text] * 3
 
 
 def not_followed(script, *bodies):
-    """(the error of the last reply, the AssertionError's text) of a script that fails."""
+    """(the last reply, the AssertionError's text) of a script that fails."""
     with pytest.raises(AssertionError) as fault:
         with Server(script) as server:
             for body in bodies:
@@ -2319,15 +2720,15 @@ def not_followed(script, *bodies):
     return got, str(fault.value)
 
 
-def test_a_request_past_the_end_is_a_500_and_fails_the_block():
+def test_a_request_past_the_end_is_refused_and_fails_the_block():
     got, fault = not_followed(Script("a"), {}, {})
-    assert got.status == 500 and got.headers["x-should-retry"] == "false"
+    assert got.status == NOT_FOLLOWED and got.headers["x-should-retry"] == "false"
     assert "step 2" in got.error["message"] and "step 2" in fault
 
 
 def test_a_step_left_over_fails_the_block():
-    _, fault = not_followed(Script("a", "b", "c"), {})
-    assert "step 2" in fault and "2 of 3" in fault
+    _, fault = not_followed(Script("a", Reply("Bye"), "c"), {})
+    assert "step 2" in fault and "2 of 3" in fault and "Reply(text='Bye')" in fault
 
 
 def test_an_unused_script_fails_the_block():
@@ -2345,10 +2746,11 @@ def test_an_unused_script_fails_the_block():
         "include_usage": False}}, ("stream_options.include_usage", "True", "False")),
     ({"model": "m", "n": 2}, {"n": 1}, ("n is 1", "2")),
     ({"n": 1}, {}, ("n", "absent")),
+    (lambda body: False, {}, ()),
 ])
 def test_an_unexpected_request_is_told_its_first_difference(expect, body, words):
     got, fault = not_followed(Script(Reply("a", expect=expect)), body)
-    assert got.status == 500 and got.headers["x-should-retry"] == "false"
+    assert got.status == NOT_FOLLOWED and got.headers["x-should-retry"] == "false"
     assert all(word in got.error["message"] and word in fault for word in ("step 1", *words))
 
 
@@ -2362,42 +2764,36 @@ def test_a_request_as_expected_gets_its_step(expect):
             "include_usage": True, "include_obfuscation": False}}).status == 200
 
 
-def test_expect_may_be_a_function_that_says_no():
-    got, fault = not_followed(Script(Reply("a", expect=lambda body: False)), {})
-    assert got.status == 500 and "step 1" in got.error["message"] and "step 1" in fault
-
-
 def test_an_unexpected_request_does_not_use_up_its_step():
+    got = []
     with pytest.raises(AssertionError, match="step 1"):
-        with Server(Script(Reply("a", expect={"n": 1}))) as server:
-            assert post(server, CHAT_PATH, HI).status == 500
-            assert contents(server, 1, n=1) == ["a"]
+        with Server(Script(Reply("a", expect={"n": 1}), "b")) as server:
+            got += [chat(server, **fields) for fields in ({}, {"n": 1}, {})]
+    assert [each.status for each in got] == [NOT_FOLLOWED, 200, 200]
+    assert [each.text for each in got[1:]] == ["a", "b"]
 
 
 def test_expect_sees_the_body_as_sent():
     with Server(Script(Reply("a", expect=lambda body: body == HI))) as server:
-        assert contents(server, 1) == ["a"]
+        assert post(server, CHAT_PATH, HI).text == "a"
 
 
 def test_an_error_in_the_block_is_the_context_of_the_scripts():
     with pytest.raises(AssertionError, match="step 1") as fault:
         with Server(Script()) as server:
-            post(server, CHAT_PATH, HI)
+            chat(server)
             raise KeyError("of the block")
     assert isinstance(fault.value.__context__, KeyError)
 
 
-def test_an_error_in_the_block_is_not_hidden_by_a_step_left_over():
-    with pytest.raises(KeyError, match="of the block"):
-        with Server(Script("a")):
-            raise KeyError("of the block")
-
-
-def test_an_interrupted_block_says_so():
-    with pytest.raises(KeyboardInterrupt):
-        with Server(Script()) as server:
-            post(server, CHAT_PATH, HI)
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("script, error", [(Script("left over"), KeyError),
+                                           (Script(), KeyboardInterrupt)])
+def test_what_ends_the_block_is_not_hidden(script, error):
+    with pytest.raises(error):
+        with Server(script) as server:
+            if error is KeyboardInterrupt:
+                chat(server)
+            raise error("of the block")
 
 
 def test_a_script_can_be_checked_in_the_middle():
@@ -2411,29 +2807,24 @@ def test_a_script_can_be_checked_in_the_middle():
 
 
 def test_a_refused_request_takes_no_step():
-    with Server(Script("a")) as server:
-        assert post(server, CHAT_PATH, {**HI, "n": 0}).status == 400
+    with Server(Script("a"), quirk_header=True) as server:
+        assert chat(server, n=0).status == 400
+        assert chat(server, headers={"X-Quirk": "bogus"}).status == 400
         assert contents(server, 1) == ["a"]
 
 
 def test_a_script_serves_both_endpoints():
     with Server(Script("a", "b")) as server:
-        assert post(server, TEXT_PATH, PROMPT).json["choices"][0]["text"] == "a"
-        assert contents(server, 1) == ["b"]
+        assert post(server, TEXT_PATH, PROMPT).text == "a" and contents(server, 1) == ["b"]
 
 
 def test_twenty_clients_take_each_step_once():
     def slow(body):                             # gives the others time to come between
         return not threading.Event().wait(0.001)
-    steps, said = [str(i) for i in range(60)], []
+    steps = [str(i) for i in range(60)]
     with Server(Script(*(Reply(step, expect=slow) for step in steps))) as server:
-        threads = [threading.Thread(target=lambda: said.extend(contents(server, 3, n=2)))
-                   for _ in range(20)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-    assert sorted(said) == sorted(steps)
+        said = together(20, lambda: contents(server, 3, n=2))
+    assert sorted(itertools.chain(*said)) == sorted(steps)
 
 
 def from_file(tmp_path, steps):
@@ -2450,7 +2841,7 @@ def test_a_script_may_come_from_a_file(tmp_path):
         {"error": {"status": 429, "message": "slow down", "code": "rate_limit_exceeded",
                    "headers": {"retry-after-ms": "20"}}}])
     with Server(script) as server:
-        got = [post(server, CHAT_PATH, {**HI, **TOOLS}) for _ in range(4)]
+        got = [chat(server, **TOOLS) for _ in range(4)]
     first, second, third = (each.json["choices"][0] for each in got[:3])
     assert first["message"]["content"] == "世界" and second["finish_reason"] == "length"
     assert [made["function"]["arguments"] for made in third["message"]["tool_calls"]] == [
@@ -2474,23 +2865,23 @@ NAMED = """comment crlf no_space bom id_field retry_block empty_data split_bytes
     no_role role_every usage_always no_done no_finish no_terminator missing_tool_index
     duplicate_tool_id bad_json error_event truncate stall reset html_502""".split()
 STREAMED = {**HI, **TOOLS, "stream": True}
-
-
-def a_call(request):
-    return Reply(tool_calls=[ToolCall("f", {"n": 1}, "call_a"), ToolCall("g", {}, "call_b")])
+PLAIN = "".join(f"data: {event}\n\n" for event in (
+    ROLE, delta('"content":"a"'), delta('"content":"b"'), delta("", '"stop"'), "[DONE]"))
+EVENTS = PLAIN.count("data: ")
+FIRST_EVENTS = [
+    "".join(event + "\n\n" for event in PLAIN.split("\n\n")[:k]) for k in range(EVENTS)]
 
 
 def quirked(quirk, backend=say("a", "b"), body=STREAMED):
-    """(transfer chunks, whether the last came, the head, how it ended) with that quirk."""
+    """(transfer chunks, how it ended) of a reply with that quirk."""
     with Server(backend, quirk=quirk) as server:
-        got, end = raw(server, CHAT_PATH, body)
-    return (*transfer_chunks(got), got.partition(b"\r\n\r\n")[0], end)
+        return exchange(server, body)
 
 
 def written(quirk, backend=say("a", "b")):
     """The whole body with that quirk, pinned, of a reply that ended well."""
-    chunks, ended, head, end = quirked(quirk, backend)
-    assert ended and end == "end" and head.startswith(b"HTTP/1.1 200 ")
+    chunks, how = quirked(quirk, backend)
+    assert how == "whole"
     return pinned(b"".join(chunks))
 
 
@@ -2498,24 +2889,13 @@ def chunks_in(body):
     return [loads(line[6:]) for line in body.split("\n") if line.startswith("data: {")]
 
 
-PLAIN = "".join(f"data: {event}\n\n" for event in (
-    ROLE, delta('"content":"a"'), delta('"content":"b"'), delta("", '"stop"'), "[DONE]"))
-EVENTS = PLAIN.count("data: ")
-
-
-def test_the_quirks_are_those_that_are_named():
+def test_the_quirks_are_those_that_are_named_and_say_what_they_do():
     assert sorted(QUIRKS) == sorted(NAMED)
-
-
-def test_every_quirk_says_what_it_does():
     assert all(QUIRKS[name].__doc__ for name in NAMED)
 
 
-def test_without_a_quirk_the_body_is_plain():
-    assert written(None) == PLAIN
-
-
 @pytest.mark.parametrize("quirk, undone", [
+    (None, lambda body: body),
     ("comment", lambda body: re.sub(r":[^\n]*\n\n(?=data: )", "", body)),
     ("crlf", lambda body: body.replace("\r\n", "\n")),
     ("no_space", lambda body: re.sub("(?m)^data:", "data: ", body)),
@@ -2527,33 +2907,31 @@ def test_without_a_quirk_the_body_is_plain():
 ])
 def test_a_quirk_about_lines_does_that_and_no_more(quirk, undone):
     body = written(quirk)
-    assert body != PLAIN and undone(body) == PLAIN
+    assert (body == PLAIN) == (quirk is None) and undone(body) == PLAIN
 
 
-def test_crlf_ends_every_line():
-    body = written("crlf")
-    assert body.count("\r\n") == body.count("\n") == 2 * EVENTS
+@pytest.mark.parametrize("quirk, pattern, count", [
+    ("crlf", r"\r\n", 2 * EVENTS), ("crlf", r"\n", 2 * EVENTS),
+    ("comment", r"(?m)^:.*\n\ndata: ", EVENTS),
+    ("id_field", r"(?m)^id: ?\d+\n(data: .*\n\n):.*\n\n", EVENTS),
+    ("retry_block", r"(?m)^retry: ", EVENTS), ("empty_data", r"(?m)^data: ?\n\n", EVENTS)])
+def test_a_quirk_about_lines_is_in_every_event(quirk, pattern, count):
+    assert len(re.findall(pattern, written(quirk))) == count
 
 
-def test_ids_come_before_comment_blocks():
-    body = written("id_field")
-    assert len(re.findall(r"(?m)^id: ?\d+$", body)) > 1
-    assert re.search(r"(?m)^id: ?\d+\n(data: .*\n\n):.*\n\n", body)
-
-
-def test_comments_come_before_each_event():
-    assert len(re.findall(r"(?m)^:.*\n\ndata: ", written("comment"))) == EVENTS
-
-
-def test_split_bytes_sends_each_byte_alone():
-    chunks, ended, _, _ = quirked("split_bytes")
-    assert ended and {len(chunk) for chunk in chunks} == {1}
-    assert pinned(b"".join(chunks)) == PLAIN
+@pytest.mark.parametrize("body, whole", [(STREAMED, False), (HI, True)], ids=["streamed", "whole"])
+def test_split_bytes_sends_each_byte_alone(body, whole):
+    chunks, how = quirked("split_bytes", body=body)
+    assert how == "whole" and {len(chunk) for chunk in chunks} == {1}
+    if whole:
+        check_shape(loads(b"".join(chunks)), CHAT)
+    else:
+        assert pinned(b"".join(chunks)) == PLAIN
 
 
 def test_one_write_sends_all_at_once():
-    chunks, ended, _, _ = quirked("one_write", lambda request: iter("ab"))
-    assert ended and [pinned(chunk) for chunk in chunks] == [PLAIN]
+    chunks, how = quirked("one_write", lambda request: iter("ab"))
+    assert how == "whole" and [pinned(chunk) for chunk in chunks] == [PLAIN]
 
 
 def test_no_role_takes_the_role_away():
@@ -2580,21 +2958,24 @@ def test_no_finish_ends_with_neither_reason_nor_done():
 
 
 def test_no_terminator_closes_without_the_last_transfer_chunk():
-    chunks, ended, _, end = quirked("no_terminator")
-    assert not ended and end == "end" and pinned(b"".join(chunks)) == PLAIN
+    chunks, how = quirked("no_terminator")
+    assert how == "cut" and pinned(b"".join(chunks)) == PLAIN
+
+
+def fragments(quirk):
+    """The fragments of two calls with that quirk."""
+    calls = always([ToolCall("f", {"n": 1}, "call_a"), ToolCall("g", {}, "call_b")])
+    return [made for chunk in chunks_in(written(quirk, calls))
+            for made in chunk["choices"][0]["delta"].get("tool_calls", [])]
 
 
 def test_missing_tool_index_takes_the_index_away():
-    body = written("missing_tool_index", a_call)
-    calls = [made for chunk in chunks_in(body)
-             for made in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    calls = fragments("missing_tool_index")
     assert len(calls) > 2 and not any("index" in made for made in calls)
 
 
 def test_duplicate_tool_id_repeats_id_and_name():
-    body = written("duplicate_tool_id", a_call)
-    calls = [made for chunk in chunks_in(body)
-             for made in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    calls = fragments("duplicate_tool_id")
     assert {(made["index"], made["id"], made["function"]["name"]) for made in calls} == {
         (0, "call", "f"), (1, "call", "g")}
 
@@ -2608,10 +2989,6 @@ def test_bad_json_cuts_one_event_short(quirk, k):
     assert [i for i, (a, b) in enumerate(zip(blocks, plain)) if a != b] == [k]
     with pytest.raises(ValueError):
         json.loads(blocks[k][6:])
-
-
-FIRST_EVENTS = [
-    "".join(event + "\n\n" for event in PLAIN.split("\n\n")[:k]) for k in range(EVENTS)]
 
 
 @pytest.mark.parametrize("quirk, k", [("truncate", 2), ("truncate@0", 0), ("truncate@1", 1),
@@ -2631,32 +3008,31 @@ def test_error_event_stands_in_the_place_of_the_rest(quirk, k):
 @pytest.mark.parametrize("quirk, k", [
     ("reset", 2), ("reset@0", 0), ("reset@1", 1), ("reset@4", 4)])
 def test_reset_resets(quirk, k):
-    chunks, ended, _, end = quirked(quirk)
-    assert not ended and end == "reset"
-    assert len(chunks) <= k                         # what is on its way may be lost
+    chunks, how = quirked(quirk)
+    assert how == "reset" and len(chunks) <= k      # what is on its way may be lost
 
 
 @pytest.mark.parametrize("quirk, k", [
     ("stall", 2), ("stall@0", 0), ("stall@1", 1), ("stall@4", 4)])
 def test_stall_is_silent_until_the_client_leaves(quirk, k):
     with Server(say("a", "b"), quirk=quirk) as server:
-        with socket.create_connection(server.server_address, timeout=20) as client:
-            client.sendall(request_bytes(CHAT_PATH, STREAMED))
+        with dial(server) as client:
+            client.sendall(request_bytes(STREAMED))
             got = b""
             while got.count(b"data: ") < k:
                 got += client.recv(65536)
             assert until(lambda: server.journal) and server.journal[0].outcome is None
-            client.shutdown(socket.SHUT_WR)
-            got += b"".join(iter(lambda: client.recv(65536), b""))
-        chunks, ended = transfer_chunks(got)
-        assert not ended and pinned(b"".join(chunks)) == FIRST_EVENTS[k]
+            half_close(client)
+            got += read_to_end(client)
+        chunks, rest = transfer_chunks(got.partition(b"\r\n\r\n")[2])
+        assert rest is None and pinned(b"".join(chunks)) == FIRST_EVENTS[k]
         assert outcome(server) in ("quirk", "client left")
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@both
 def test_html_502_is_a_page_of_a_proxy(stream):
     with Server(quirk="html_502") as server:
-        got = post(server, CHAT_PATH, {**HI, "stream": stream})
+        got = chat(server, stream=stream)
     assert got.status == 502 and got.headers["content-type"].startswith("text/html")
     assert b"<html" in got.body and b"data:" not in got.body
 
@@ -2673,42 +3049,32 @@ def test_a_quirk_about_events_leaves_a_whole_reply_as_it_is(path, quirk):
     assert replies[0] == replies[1]
 
 
-def test_split_bytes_splits_a_whole_reply():
-    chunks, ended, _, _ = quirked("split_bytes", body=HI)
-    assert ended and {len(chunk) for chunk in chunks} == {1}
-    check_shape(loads(b"".join(chunks)), CHAT)
-
-
 def test_a_whole_reply_may_be_reset():
-    assert quirked("reset", body=HI)[3] == "reset"
+    assert quirked("reset", body=HI)[1] == "reset"
 
 
 def test_a_whole_reply_may_stall():
     with Server(quirk="stall") as server:
-        with socket.create_connection(server.server_address, timeout=20) as client:
-            client.sendall(request_bytes(CHAT_PATH, HI))
+        with dial(server) as client:
+            client.sendall(request_bytes(HI))
             until(lambda: server.journal and server.journal[0].body)
-            client.settimeout(0.1)
-            with pytest.raises(socket.timeout):
-                while client.recv(65536):
-                    pass
+            assert not select.select([client], [], [], 0.1)[0]
+            assert server.journal[0].outcome is None
         assert outcome(server) in ("quirk", "client left")
 
 
 @pytest.mark.parametrize("quirk", NAMED)
 def test_every_quirk_works_on_a_text_completion(quirk):
     with Server(say("a", "b"), quirk=quirk) as server:
-        with socket.create_connection(server.server_address, timeout=20) as client:
-            client.sendall(request_bytes(TEXT_PATH, {**PROMPT, "stream": True}))
-            if "stall" in quirk:
-                client.shutdown(socket.SHUT_WR)
+        with dial(server) as client:
+            client.sendall(request_bytes({**PROMPT, "stream": True}, TEXT_PATH))
+            if quirk == "stall":
+                half_close(client)
             try:
-                while client.recv(65536):
-                    pass
+                assert read_to_end(client) or quirk == "reset"
             except ConnectionResetError:
                 assert quirk == "reset"
         assert outcome(server) in ("quirk", "client left")
-    assert not server.connections
 
 
 @pytest.mark.parametrize("reply, server, header, events", [
@@ -2717,8 +3083,7 @@ def test_every_quirk_works_on_a_text_completion(quirk):
 def test_the_replys_quirk_comes_before_the_servers_before_the_headers(reply, server, header,
                                                                       events):
     reply, server, header = (k and f"truncate@{k}" for k in (reply, server, header))
-    with Server(lambda request: Reply(" a b"[:4], quirk=reply), quirk=server,
-                quirk_header=True) as running:
+    with Server(always(Reply(" a b", quirk=reply)), quirk=server, quirk_header=True) as running:
         got = post(running, CHAT_PATH, STREAMED, {"X-Quirk": header} if header else {})
     assert got.body.count(b"data: ") == events
 
@@ -2735,7 +3100,7 @@ def test_a_quirk_that_is_none_is_refused(name):
         with pytest.raises(ValueError, match="quirk"):
             make()
     with Server(quirk_header=True) as server:
-        assert post(server, CHAT_PATH, HI, {"X-Quirk": name}).status == 400
+        assert chat(server, headers={"X-Quirk": name}).status == 400
 
 
 @pytest.mark.parametrize("method, path", [("GET", "/v1/models"), ("GET", "/health"),
@@ -2744,12 +3109,6 @@ def test_quirks_touch_the_two_endpoints_only(method, path):
     with Server(quirk="html_502", quirk_header=True) as server:
         got = call(server, method, path, headers={"X-Quirk": "reset"})
     assert got.status in (200, 204, 404)
-
-
-def test_a_request_with_a_wrong_quirk_takes_no_step():
-    with Server(Script("a"), quirk_header=True) as server:
-        assert post(server, CHAT_PATH, HI, {"X-Quirk": "bogus"}).status == 400
-        assert contents(server, 1) == ["a"]
 
 
 def test_a_scripts_reply_may_have_a_quirk():
@@ -2778,7 +3137,7 @@ def test_the_journal_has_every_exchange():
     ({"stream": True, "stream_options": {"include_usage": True}}, 6)])
 def test_the_journal_counts_events(body, events):
     with Server(say("a", "b")) as server:
-        post(server, CHAT_PATH, {**HI, **body})
+        chat(server, **body)
         assert server.journal[0].events == events
 
 
@@ -2793,34 +3152,29 @@ def test_an_entry_is_complete_before_the_last_byte_goes_out():
 
 def test_an_entry_has_no_outcome_while_it_runs():
     go_on = threading.Event()
-    with Server(lambda request: go_on.wait(15) and "a") as server:
-        thread = threading.Thread(target=post, args=(server, CHAT_PATH, HI))
-        thread.start()
+    with Server(lambda request: go_on.wait(60) and "a") as server, asking(server) as client:
         entry = until(lambda: server.journal and server.journal[0].body and server.journal[0])
         assert (entry.outcome, entry.status, entry.seconds) == (None, None, None)
         go_on.set()
-        thread.join(15)
+        assert got_on(client).text == "a"
         assert (entry.outcome, entry.status) == ("complete", 200)
 
 
 @pytest.mark.parametrize("body, backend, status, ended", [
     ({**HI, "n": 0}, echo, 400, "error"), (HI, failing(TEAPOT), 418, "error"),
     ({**HI, "stream": True}, failing(TEAPOT, "a"), 200, "error"),
-    ({**HI, "stream": True}, lambda request: Reply("a", quirk="truncate"), 200, "quirk"),
-    ({**HI, "stream": True}, lambda request: Reply("a", quirk="reset"), 200, "quirk"),
-    (HI, lambda request: Reply("a", quirk="html_502"), 502, "quirk"),
-    (HI, echo, 200, "complete")])
+    ({**HI, "stream": True}, always(Reply("a", quirk="truncate")), 200, "quirk"),
+    ({**HI, "stream": True}, always(Reply("a", quirk="reset")), 200, "quirk"),
+    (HI, always(Reply("a", quirk="html_502")), 502, "quirk"),
+    (HI, echo, 200, "complete"), (b"{", echo, 400, "error"), (b"[]", echo, 400, "error"),
+    (b"\xff", echo, 400, "error")])
 def test_the_journal_says_how_it_ended(body, backend, status, ended):
-    with Server(backend) as server:
-        raw(server, CHAT_PATH, body)
+    with Server(backend) as server, dial(server) as client:
+        client.sendall(request_bytes(body))
+        with contextlib.suppress(ConnectionResetError):
+            read_to_end(client)
         assert outcome(server) == ended and server.journal[0].status == status
-
-
-@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff"])
-def test_a_body_that_is_no_request_has_an_entry_too(body):
-    with Server() as server:
-        assert post(server, CHAT_PATH, body).status == 400
-        assert (server.journal[0].body, server.journal[0].status) == (None, 400)
+        assert server.journal[0].body == (body if isinstance(body, dict) else None)
 
 
 def test_the_journal_masks_keys():
@@ -2828,8 +3182,9 @@ def test_the_journal_masks_keys():
     with Server(api_keys=[key]) as server:
         post(server, CHAT_PATH, HI, {"Authorization": f"Bearer {key}", "Api-Key": key})
         entry = server.journal[0]
+        there = call(server, "GET", "/journal", headers={"Api-Key": key})
     assert {"authorization", "api-key"} <= entry.headers.keys()
-    assert key not in repr(vars(entry)) + repr(entry)
+    assert key not in repr(vars(entry)) + repr(entry) + there.body.decode()
 
 
 def test_the_journal_keeps_the_last():
@@ -2839,15 +3194,10 @@ def test_the_journal_keeps_the_last():
         assert [entry.path for entry in server.journal] == ["/health?2", "/health?3"]
 
 
-def test_no_journal_is_kept_where_none_is_wanted():
+def test_a_journal_that_is_not_kept_cannot_be_read():
     with Server(journal=0) as server:
-        assert post(server, CHAT_PATH, HI).status == 200 and list(server.journal) == []
-
-
-def test_a_request_that_is_not_admitted_has_an_entry():
-    with Server(api_keys="k") as server:
-        call(server, "GET", "/v1/models")
-        assert (server.journal[0].status, server.journal[0].outcome) == (401, "error")
+        assert chat(server).status == 200 and list(server.journal) == []
+        assert call(server, "GET", "/journal").error
 
 
 ENTRY = {"method": str, "path": str, "headers": {str: str}, "body": (dict, None),
@@ -2857,66 +3207,39 @@ ENTRY = {"method": str, "path": str, "headers": {str: str}, "body": (dict, None)
 
 def test_the_journal_can_be_read_over_http():
     with Server(say("a")) as server:
-        post(server, CHAT_PATH, STREAMED, {"Authorization": "Bearer secret"})
-        got = call(server, "GET", "/journal")
-    first, *_ = entries = loads(got.body)
-    for entry in entries:
+        post(server, CHAT_PATH, STREAMED)
+        first, *rest = loads(call(server, "GET", "/journal").body)
+    for entry in (first, *rest):
         check_shape(entry, ENTRY)
     assert (first["body"], first["status"], first["events"], first["outcome"]) == (
         STREAMED, 200, 4, "complete")
-    assert b"secret" not in got.body
-
-
-def test_a_journal_that_is_not_kept_cannot_be_read():
-    with Server(journal=0) as server:
-        assert call(server, "GET", "/journal").error
-
-
-def test_the_journal_needs_a_key_where_the_rest_does():
-    with Server(api_keys="k") as server:
-        assert call(server, "GET", "/journal").status == 401
 
 
 # ----------------------------------------------------------------------------------
 # Models.
 
-def test_any_model_is_taken_where_none_is_named():
-    assert ask(echo, model="whatever").status == 200
+def listed(server):
+    return [each["id"] for each in call(server, "GET", "/v1/models").json["data"]]
+
+
+def named_model(request):
+    return "x"
+
+
+named_model.model = "mine"
 
 
 @pytest.mark.parametrize("backend, name", [
-    (echo, "echo"), (say("x"), "say"), (Script(), "script"), (model, "model")])
+    (echo, "echo"), (say("x"), "say"), (Script(), "script"), (model, "model"),
+    (named_model, "mine"), (functools.partial(echo), None)])
 def test_the_backend_names_its_model(backend, name):
     with Server(backend) as server:
-        assert [each["id"] for each in call(server, "GET", "/v1/models").json["data"]] == [name]
-
-
-def test_a_nameless_backend_still_has_a_model():
-    with Server(openai_compat.functools.partial(echo)) as server:
-        assert len(call(server, "GET", "/v1/models").json["data"]) == 1
-
-
-def test_a_backend_with_a_model_of_its_own():
-    def backend(request):
-        return "x"
-    backend.model = "mine"
-    with Server(backend) as server:
-        assert call(server, "GET", "/v1/models").json["data"][0]["id"] == "mine"
-
-
-@pytest.mark.parametrize("path", BOTH)
-def test_a_model_that_is_not_there_is_refused(path):
-    with Server(models=["a", "b/c"]) as server:
-        got = post(server, path, {**HI, **PROMPT, "model": "x"})
-    assert got.status == 404 and got.error == {
-        "message": "The model `x` does not exist or you do not have access to it.",
-        "type": "invalid_request_error", "param": None, "code": "model_not_found"}
+        assert listed(server) == [name] or (name is None and len(listed(server)) == 1)
 
 
 def test_models_are_listed_in_order():
     with Server(models=["b", "a", "c/d"]) as server:
-        got = call(server, "GET", "/v1/models").json
-    assert [each["id"] for each in got["data"]] == ["b", "a", "c/d"]
+        assert listed(server) == ["b", "a", "c/d"]
 
 
 @pytest.mark.parametrize("path, id", [("/v1/models/a", "a"), ("/v1/models/b/c", "b/c"),
@@ -2927,10 +3250,18 @@ def test_a_model_can_be_looked_up(path, id):
         assert call(server, "GET", path).json["id"] == id
 
 
-def test_looking_up_a_model_that_is_not_there_is_a_404():
-    with Server(models=["a"]) as server:
-        got = call(server, "GET", "/v1/models/x")
-    assert got.status == 404 and got.error["code"] == "model_not_found"
+@pytest.mark.parametrize("method, path", [("POST", CHAT_PATH), ("POST", TEXT_PATH),
+                                          ("GET", "/v1/models/x")])
+def test_a_model_that_is_not_there_is_refused(method, path):
+    with Server(models=["a", "b/c"]) as server:
+        got = call(server, method, path, {**HI, **PROMPT, "model": "x"})
+    assert got.status == 404 and got.error == {
+        "message": "The model `x` does not exist or you do not have access to it.",
+        "type": "invalid_request_error", "param": None, "code": "model_not_found"}
+
+
+def test_any_model_is_taken_where_none_is_named():
+    assert ask(echo, model="any/thing-1").json["model"] == "any/thing-1"
 
 
 def test_the_backend_may_be_replaced_while_it_serves():
@@ -2953,7 +3284,7 @@ KEY = "sk-0123456789abcdef"
     {"Authorization": "Bearer two"}])
 def test_a_key_opens(headers):
     with Server(api_keys=(KEY, "two")) as server:
-        assert post(server, CHAT_PATH, HI, headers).status == 200
+        assert chat(server, headers=headers).status == 200
 
 
 @pytest.mark.parametrize("headers", [
@@ -2961,7 +3292,7 @@ def test_a_key_opens(headers):
     {"Authorization": f"Basic {KEY}"}, {"api-key": ""}])
 def test_no_key_is_a_401(headers):
     with Server(api_keys=KEY) as server:
-        got = post(server, CHAT_PATH, HI, headers)
+        got = chat(server, headers=headers)
     assert got.status == 401 and got.error["type"] == "invalid_request_error"
     assert got.error["message"].startswith("You didn't provide an API key.")
     assert got.error["code"] is None
@@ -2973,7 +3304,7 @@ def test_no_key_is_a_401(headers):
 def test_a_wrong_key_is_a_401_that_does_not_repeat_it(key, header):
     with Server(api_keys=KEY) as server:
         value = (f"Bearer {key}" if header == "Authorization" else key).encode("latin-1")
-        got = post(server, CHAT_PATH, HI, {header: value})
+        got = chat(server, headers={header: value})
     assert got.status == 401 and got.error["code"] == "invalid_api_key"
     assert got.error["message"].startswith("Incorrect API key provided: ")
     assert key not in got.error["message"]
@@ -2982,15 +3313,12 @@ def test_a_wrong_key_is_a_401_that_does_not_repeat_it(key, header):
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/health", 200), ("OPTIONS", CHAT_PATH, 204), ("GET", "/v1/models", 401),
     ("GET", "/v1/models/x", 401), ("POST", TEXT_PATH, 401), ("GET", "/nowhere", 401),
-    ("POST", "/sse", 401), ("POST", "/v1/engines/x/completions", 401)])
-def test_what_needs_a_key(method, path, status):
+    ("POST", "/sse", 401), ("POST", "/v1/engines/x/completions", 401), ("GET", "/journal", 401)])
+def test_what_needs_a_key_asks_for_it_before_the_body_is_looked_at(method, path, status):
     with Server(api_keys=KEY) as server:
-        assert call(server, method, path).status == status
-
-
-def test_a_key_is_asked_for_before_the_body_is_looked_at():
-    with Server(api_keys=KEY) as server:
-        assert post(server, CHAT_PATH, "{").status == 401
+        assert call(server, method, path, "{").status == status
+        ended = "error" if status == 401 else "complete"
+        assert (server.journal[0].status, server.journal[0].outcome) == (status, ended)
 
 
 # ----------------------------------------------------------------------------------
@@ -2999,8 +3327,8 @@ def test_a_key_is_asked_for_before_the_body_is_looked_at():
 OWN = socket.gethostname()
 HOSTS = {
     200: ["localhost", "LOCALHOST", "localhost:1", "127.0.0.1", "127.0.0.1:8000", "10.1.2.3",
-          "[::1]:80", "[fe80::1]", "name", "name:80", "a.localhost", "b.local",
-          "c.d.internal:9", OWN, "page.example"],
+          "[::1]:80", "[fe80::1]", "name", "name:80", "a.localhost", "A.LocalHost", "b.local",
+          "B.LOCAL:1", "c.d.internal:9", OWN, "page.example", "PAGE.example"],
     403: ["evil.example", "evil.example:8000", "localhost.evil.example", "a.localhost.example",
           "127.0.0.1.evil.example", "local.", "xlocalhost.example", "other.page.example", "a.b"]}
 ORIGINS = {
@@ -3016,21 +3344,21 @@ ORIGINS = {
     (status, host) for status in HOSTS for host in HOSTS[status]])
 def test_the_host_has_to_be_this_machines(status, host):
     with Server(cors="https://page.example") as server:
-        assert post(server, CHAT_PATH, HI, {"Host": host}).status == status
+        assert chat(server, headers={"Host": host}).status == status
 
 
 @pytest.mark.parametrize("status, origin", [
     (status, origin) for status in ORIGINS for origin in ORIGINS[status]])
 def test_the_origin_has_to_be_known(status, origin):
     with Server(cors=["https://page.example"]) as server:
-        got = post(server, CHAT_PATH, HI, {"Host": "this.local:80", "Origin": origin})
+        got = chat(server, headers={"Host": "this.local:80", "Origin": origin})
     assert got.status == status
     assert got.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
 
 
 def test_every_origin_may_be_allowed():
     with Server(cors="*") as server:
-        got = post(server, CHAT_PATH, HI, {"Origin": "http://any.example"})
+        got = chat(server, headers={"Origin": "http://any.example"})
     assert got.status == 200
     assert got.headers["access-control-allow-origin"] == "http://any.example"
 
@@ -3039,7 +3367,7 @@ def test_without_an_origin_nothing_is_allowed_to_any():
     assert "access-control-allow-origin" not in ask(echo).headers
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@both
 @pytest.mark.parametrize("body", [HI, {}])
 def test_an_allowed_origin_may_read_errors_and_streams_too(body, stream):
     with Server() as server:
@@ -3072,41 +3400,40 @@ def test_a_strangers_preflight_is_not_allowed():
     assert not any(name.startswith("access-control-allow") for name in got.headers)
 
 
-def test_with_keys_a_host_may_have_any_name():
-    with Server(api_keys=KEY) as server:
-        headers = {"Host": "any.example", "Authorization": f"Bearer {KEY}"}
-        assert post(server, CHAT_PATH, HI, headers).status == 200
-
-
-def test_bound_elsewhere_a_host_may_have_any_name():
-    with Server(host="0.0.0.0") as server:
+@pytest.mark.parametrize("settings", [{"api_keys": KEY}, {"host": "0.0.0.0"}],
+                         ids=["with keys", "bound elsewhere"])
+def test_elsewhere_a_host_may_have_any_name(settings):
+    with Server(**settings) as server:
         assert server.base_url == f"http://127.0.0.1:{server.server_port}/v1"
-        assert post(server, CHAT_PATH, HI, {"Host": "any.example"}).status == 200
+        headers = {"Host": "any.example", "Authorization": f"Bearer {KEY}"}
+        assert chat(server, headers=headers).status == 200
 
 
 # ----------------------------------------------------------------------------------
 # Paths.
 
-CHATS = ["/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions", "/sse",
-         "//chat/completions", "/v1//chat/completions", "/v1/chat/completions/",
-         "/v1/chat//completions//", "/v1/chat/completions?api-version=1",
-         "/v1/engines/m/chat/completions", "/engines/a%2Fb/chat/completions",
-         "//v1/chat/completions?"]
-TEXTS = ["/v1/completions", "/completions", "/v1/completions/", "//v1///completions",
-         "/v1/v1/completions", "/v1/engines/m/completions", "/engines/m/completions",
-         "/v1/engines/a/b/completions"]
+MEANT = {  # what a path means, and the ways to write it
+    "chat.completion": [
+        "/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions", "/sse",
+        "//chat/completions", "/v1//chat/completions", "/v1/chat/completions/",
+        "/v1/chat//completions//", "/v1/chat/completions?api-version=1",
+        "/v1/engines/m/chat/completions", "/engines/a%2Fb/chat/completions",
+        "//v1/chat/completions?"],
+    "text_completion": [
+        "/v1/completions", "/completions", "/v1/completions/", "//v1///completions",
+        "/v1/v1/completions", "/v1/engines/m/completions", "/engines/m/completions",
+        "/v1/engines/a/b/completions"],
+    "list": ["/v1/models", "/models", "/v1/models/", "//v1//models", "/v1/v1/models",
+             "/v1/models?x=1"],
+}
 
 
-@pytest.mark.parametrize("path", CHATS)
-def test_a_path_that_means_chat(path):
+@pytest.mark.parametrize("object, path", [(object, path) for object in MEANT
+                                          for path in MEANT[object]])
+def test_a_path_may_be_written(object, path):
     with Server() as server:
-        assert post(server, path, HI).json["object"] == "chat.completion"
-
-
-@pytest.mark.parametrize("path", TEXTS)
-def test_a_path_that_means_a_completion(path):
-    with Server() as server:
-        assert post(server, path, PROMPT).json["object"] == "text_completion"
+        got = call(server, "GET" if object == "list" else "POST", path, {**HI, **PROMPT})
+        assert got.json["object"] == object
 
 
 @pytest.mark.parametrize("path, model", [("/v1/engines/gpt/completions", "gpt"),
@@ -3114,13 +3441,6 @@ def test_a_path_that_means_a_completion(path):
 def test_an_engine_in_the_path_is_the_model(path, model):
     with Server() as server:
         assert post(server, path, {"prompt": "x"}).json["model"] == model
-
-
-@pytest.mark.parametrize("path", [
-    "/v1/models", "/models", "/v1/models/", "//v1//models", "/v1/v1/models", "/v1/models?x=1"])
-def test_a_path_that_means_the_models(path):
-    with Server() as server:
-        assert call(server, "GET", path).json["object"] == "list"
 
 
 @pytest.mark.parametrize("method, path", [
@@ -3136,211 +3456,38 @@ def test_a_path_that_means_nothing_is_a_404(method, path):
 
 
 @pytest.mark.parametrize("method, path, allowed", [
-    ("GET", CHAT_PATH, "POST"), ("PUT", TEXT_PATH, "POST"), ("DELETE", "/v1/models", "GET"),
-    ("POST", "/v1/models", "GET"), ("POST", "/health", "GET"), ("PATCH", "/v1/models/x", "GET"),
-    ("HEAD", CHAT_PATH, "POST"), ("TRACE", CHAT_PATH, "POST"), ("BREW", CHAT_PATH, "POST")])
+    ("GET", CHAT_PATH, "POST, OPTIONS"), ("PUT", TEXT_PATH, "POST, OPTIONS"),
+    ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"), ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
+    ("POST", "/health", "GET, HEAD, OPTIONS"), ("PATCH", "/v1/models/x", "GET, HEAD, OPTIONS"),
+    ("HEAD", CHAT_PATH, "POST, OPTIONS"), ("TRACE", CHAT_PATH, "POST, OPTIONS"),
+    ("BREW", CHAT_PATH, "POST, OPTIONS")])
 def test_a_method_that_is_not_there_is_a_405_that_says_which_are(method, path, allowed):
     with Server() as server:
         got = call(server, method, path)
-    assert got.status == 405 and allowed in got.headers["allow"].split(", ")
+    assert got.status == 405 and got.headers["allow"] == allowed
     if method != "HEAD":
         assert got.error["message"].startswith(f"Not allowed to {method} on ")
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/health", "/v1/models/echo"])
-def test_head_is_get_without_a_body(path):
-    with Server() as server:
-        head, get = call(server, "HEAD", path), call(server, "GET", path)
-    assert (head.status, head.body) == (200, b"")
-    assert head.headers["content-length"] == str(len(get.body))
-
-
-def test_health():
-    with Server() as server:
-        assert call(server, "GET", "/health").status == 200
-
-
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "x"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "x"])
 def test_any_content_type_and_accept_will_do(kind):
     with Server() as server:
-        headers = {"Content-Type": kind, "Accept": kind} if kind else {}
-        assert post(server, CHAT_PATH, HI, headers).status == 200
-
-
-# ----------------------------------------------------------------------------------
-# Headers of a backend's own, and what a script says of its steps.
-
-@pytest.mark.parametrize("value", ["a\r\nset-cookie: b", "a\nb", "a\0b"])
-@pytest.mark.parametrize("make", [lambda headers: Reply("a", headers=headers),
-                                  lambda headers: APIError(400, "no", headers=headers)])
-def test_a_header_cannot_smuggle_another(make, value):
-    with pytest.raises(ValueError):
-        make({"x-mine": value})
-
-
-def test_headers_of_a_reply_are_text_whatever_they_are_made_of():
-    with Server(lambda request: Reply("a", headers={"X-Count": 3})) as server:
-        connection = HTTPConnection(*server.server_address[:2])
-        connection.request("POST", "/v1/completions", '{"model": "m", "prompt": "a"}')
-        assert connection.getresponse().getheader("x-count") == "3"
-        connection.close()
-
-
-def test_a_step_left_over_is_named():
-    with pytest.raises(AssertionError, match=r"Reply\(text='Bye'\)"):
-        Script(Reply("Bye")).check()
-
-
-def test_a_long_text_is_tokenized_in_slices_without_a_difference():
-    text = "one two  three\n" * 20000
-    sliced = [token for part in openai_compat.slices(text) for token in tokenize(part)]
-    assert sliced == tokenize(text) and max(map(len, openai_compat.slices(text))) <= 65536
-
-
-def test_a_slice_does_not_end_between_what_combines():
-    text = "\u4e16" * 9 + "e\u0301\u0301" + "\U0001f469\u200d\U0001f469"
-    parts = list(openai_compat.slices(text, 10))
-    assert "".join(parts) == text
-    assert not any(openai_compat.combines(part[0]) for part in parts)
+        assert chat(server, headers={"Content-Type": kind, "Accept": kind}).status == 200
 
 
 # ==================================================================================
 # HTTP: hostile input, limits, and (marker stress) load
 
-# ----------------------------------------------------------------------------------
-# Helpers.  Every test talks through a real socket on the loopback.  What is sent ends
-# with LAST, so a reply to LAST shows that the connection was kept, its absence that it
-# was closed, and nobody has to wait to find out.
-
-http_CHAT = b'{"model":"m","messages":[{"role":"user","content":"Hi"}]}'
-http_PROMPT = b'{"model":"m","prompt":"Hi"}'
-LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-
-
-def get(target=b"/health", headers=b"Host: x\r\n", method=b"GET", version=b"1.1"):
-    return b"%b %b HTTP/%b\r\n%b\r\n" % (method, target, version, headers)
-
-
-def http_post(body, headers=b"", target=b"/v1/completions", version=b"1.1"):
-    headers = b"Host: x\r\n%bContent-Length: %d\r\n" % (headers, len(body))
-    return get(target, headers, b"POST", version) + body
-
-
-def post_chunked(coded, headers=b"", target=b"/v1/completions", version=b"1.1"):
-    headers = b"Host: x\r\n%bTransfer-Encoding: chunked\r\n" % headers
-    return get(target, headers, b"POST", version) + coded
-
-
-def dial(server, timeout=10):
-    return socket.create_connection(server.server_address[:2], timeout)
-
-
-def read_to_end(client):
-    got, block = bytearray(), b"-"
-    while block and len(got) < 2**24:           # a reply that has no end shall fail, not hang
-        block = client.recv(65536)
-        got += block
-    assert not block, "no end"
-    return bytes(got)
-
-
-def read_until(client, end):
-    """The bytes up to and with `end`, or to the close."""
-    got = b""
-    while not got.endswith(end):
-        byte = client.recv(1)
-        if not byte:
-            break
-        got += byte
-    return got
-
-
-def talk(server, raw, to_head=False):
-    """Send, read until the server closes: list of (status, headers, body)."""
-    with dial(server) as client:
-        client.sendall(raw)
-        return replies(read_to_end(client), to_head)
-
-
-def statuses(server, raw, to_head=False):
-    return [status for status, _, _ in talk(server, raw, to_head)]
-
-
-def replies(stream, to_head=False):
-    """All the replies in a stream of bytes; every byte has to belong to one."""
-    found = []
-    while stream:
-        head, blank, stream = stream.partition(b"\r\n\r\n")
-        line, *fields = head.decode("latin-1").split("\r\n")
-        status = int(re.fullmatch(r"HTTP/1\.1 (\d{3}) [\w '-]*", line)[1])
-        headers = dict(field.split(": ", 1) for field in fields)
-        assert blank and len(headers) == len(fields), head
-        bodiless = to_head or status < 200 or status == 204
-        body, stream = (b"", stream) if bodiless else split_body(headers, stream)
-        found.append((status, headers, body))
-        to_head = False
-    return found
-
-
-def split_body(headers, stream):
-    """(body, what follows it), as RFC 9112 section 6.3 has a client find the end."""
-    if "transfer-encoding" in headers:
-        assert "content-length" not in headers
-        return split_transfer_chunks(stream)
-    if "content-length" in headers:
-        length = int(headers["content-length"])
-        assert len(stream) >= length
-        return stream[:length], stream[length:]
-    assert headers["connection"] == "close"
-    return stream, b""
-
-
-def split_transfer_chunks(stream):
-    body = b""
-    while True:
-        size, _, stream = stream.partition(b"\r\n")
-        size = int(size, 16)
-        assert stream[size:size + 2] == b"\r\n", "cut short"
-        body, stream = body + stream[:size], stream[size + 2:]
-        if size == 0:
-            return body, stream
-
-
-def refusal(reply):
-    """The error object of a reply that has to be a refusal of the API's one shape."""
-    status, headers, body = reply
-    error = json.loads(body)["error"]
-    assert status >= 400 and headers["content-type"] == "application/json"
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    return error
-
-
-def http_until(condition, seconds=5):
-    """Poll for a condition; False after the time is over."""
-    end = time.monotonic() + seconds
-    while not condition():      # asked once a turn: asking may itself be a request
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def rows(table):
-    """A table {name: (value, ...)} as the parameters of a test."""
-    return [pytest.param(*row, id=name) for name, row in table.items()]
+# What is sent to a bare socket ends with LAST: a reply to LAST shows that the connection
+# was kept, its absence that it was closed, and nobody has to wait to find out.
+CHAT_JSON = b'{"model":"m","messages":[{"role":"user","content":"Hi"}]}'
+TEXT_JSON = b'{"model":"m","prompt":"Hi"}'
 
 
 @pytest.fixture(scope="module")
 def server():
-    with Server(max_body=4096, request_timeout=5) as server:
+    with Server(max_body=4096, request_timeout=30) as server:
         yield server
-
-
-@pytest.fixture
-def calm(caplog):
-    """The server has logged no failure when the test is over."""
-    yield
-    assert [each for each in caplog.get_records("call") if each.levelname == "ERROR"] == []
 
 
 # ----------------------------------------------------------------------------------
@@ -3352,7 +3499,7 @@ TAKEN = {
     "plain": (get(), 200),
     "an empty line before it": (b"\r\n" + get(), 200),
     "two empty lines before it": (b"\r\n\r\n" + get(), 200),
-    "an empty line after a body": (http_post(http_PROMPT) + b"\r\n", 200),
+    "an empty line after a body": (posted(TEXT_JSON) + b"\r\n", 200),
     "absolute form": (get(b"http://127.0.0.1/health"), 200),
     "absolute form in capitals": (get(b"HTTP://127.0.0.1/health"), 200),
     "absolute form without a path": (get(b"http://127.0.0.1?x", method=b"OPTIONS"), 204),
@@ -3369,17 +3516,17 @@ TAKEN = {
     "a header twice": (get(headers=b"Host: x\r\nAccept: a\r\nAccept: b\r\n"), 200),
     "a hundred headers": (get(headers=b"Host: x\r\n" + b"X: y\r\n" * 99), 200),
     "HTTP/1.7": (get(version=b"1.7"), 200),
-    "a length with zeros before it": (http_post(http_PROMPT).replace(b"h: 27", b"h: 00027"), 200),
+    "a length with zeros before it": (posted(TEXT_JSON).replace(b"h: 27", b"h: 00027"), 200),
     "GET with a body": (get(headers=b"Host: x\r\nContent-Length: 3\r\n") + b"GET", 200),
-    "a body to nowhere": (http_post(http_PROMPT, target=b"/v1/nowhere"), 404),
-    "a body that spells a request": (http_post(get(), target=b"/v1/nowhere"), 404),
-    "a body that is no JSON": (http_post(get()), 400),
+    "a body to nowhere": (posted(TEXT_JSON, target=b"/v1/nowhere"), 404),
+    "a body that spells a request": (posted(get(), target=b"/v1/nowhere"), 404),
+    "a body that is no JSON": (posted(get()), 400),
     "transfer chunks to nowhere": (post_chunked(b"1\r\nx\r\n0\r\n\r\n", target=b"/v1/x"), 404),
-    "a coding in capitals": (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT)
+    "a coding in capitals": (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON)
                              .replace(b"chunked", b"Chunked"), 200),
-    "an expectation with its body": (http_post(http_PROMPT, b"Expect: 100-continue\r\n"), 200),
+    "an expectation with its body": (posted(TEXT_JSON, b"Expect: 100-continue\r\n"), 200),
 }
-http_REFUSED = {
+MALFORMED = {
     "HTTP/0.9": (b"GET /health\r\n\r\n", 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP/3.0": (get(version=b"3.0"), 505),
@@ -3424,57 +3571,58 @@ http_REFUSED = {
     "headers too long together":
         (get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 99), 431),
     "a target too long": (get(b"/" + LONG), 414),
-    "a length twice": (http_post(http_PROMPT, b"Content-Length: 27\r\n"), 400),
-    "two different lengths": (http_post(http_PROMPT, b"Content-Length: 5\r\n"), 400),
-    "two lengths in one line": (http_post(http_PROMPT).replace(b": 27", b": 27, 27"), 400),
-    "a length with +": (http_post(http_PROMPT).replace(b": 27", b": +27"), 400),
-    "a length with -": (http_post(http_PROMPT).replace(b": 27", b": -27"), 400),
-    "a length with _": (http_post(http_PROMPT).replace(b": 27", b": 2_7"), 400),
-    "a length in hex": (http_post(http_PROMPT).replace(b": 27", b": 0x1b"), 400),
-    "a length with a space": (http_post(http_PROMPT).replace(b": 27", b": 2 7"), 400),
-    "a length with a point": (http_post(http_PROMPT).replace(b": 27", b": 27.0"), 400),
-    "a length in other digits": (http_post(http_PROMPT).replace(b": 27", b": \xb2\xb7"), 400),
-    "an empty length": (http_post(http_PROMPT).replace(b": 27", b":"), 400),
-    "a length too large": (http_post(http_PROMPT).replace(b": 27", b": 4097"), 413),
-    "a length far too large": (http_post(http_PROMPT).replace(b": 27", b": " + b"9" * 40), 413),
+    "a length twice": (posted(TEXT_JSON, b"Content-Length: 27\r\n"), 400),
+    "two different lengths": (posted(TEXT_JSON, b"Content-Length: 5\r\n"), 400),
+    "two lengths in one line": (posted(TEXT_JSON).replace(b": 27", b": 27, 27"), 400),
+    "a length with +": (posted(TEXT_JSON).replace(b": 27", b": +27"), 400),
+    "a length with -": (posted(TEXT_JSON).replace(b": 27", b": -27"), 400),
+    "a length with _": (posted(TEXT_JSON).replace(b": 27", b": 2_7"), 400),
+    "a length in hex": (posted(TEXT_JSON).replace(b": 27", b": 0x1b"), 400),
+    "a length with a space": (posted(TEXT_JSON).replace(b": 27", b": 2 7"), 400),
+    "a length with a point": (posted(TEXT_JSON).replace(b": 27", b": 27.0"), 400),
+    "a length in other digits": (posted(TEXT_JSON).replace(b": 27", b": \xb2\xb7"), 400),
+    "an empty length": (posted(TEXT_JSON).replace(b": 27", b":"), 400),
+    "a length too large": (posted(TEXT_JSON).replace(b": 27", b": 4097"), 413),
+    "a length far too large": (posted(TEXT_JSON).replace(b": 27", b": " + b"9" * 40), 413),
     "a length beside transfer chunks":
-        (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, b"Content-Length: 27\r\n"), 400),
-    "transfer chunks in HTTP/1.0": (post_chunked(b"0\r\n\r\n", version=b"1.0"), 400),
+        (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, b"Content-Length: 27\r\n"), 400),
+    "transfer chunks in HTTP/1.0":
+        (post_chunked(b"1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, version=b"1.0"), 400),
     "a coding twice": (post_chunked(b"0\r\n\r\n", b"Transfer-Encoding: chunked\r\n"), 400),
     "two codings": (post_chunked(b"0\r\n\r\n").replace(b"chunked", b"gzip, chunked"), 501),
     "an unknown coding": (post_chunked(b"0\r\n\r\n").replace(b"chunked", b"xchunked"), 501),
     "an empty coding": (post_chunked(b"0\r\n\r\n").replace(b"chunked", b""), 501),
-    "another expectation": (http_post(http_PROMPT, b"Expect: 200-ok\r\n"), 417),
-    "a gzip body": (http_post(b"\x1f\x8b\x08\0\0\0\0\0", b"Content-Encoding: gzip\r\n"), 400),
+    "another expectation": (posted(TEXT_JSON, b"Expect: 200-ok\r\n"), 417),
+    "a gzip body": (posted(b"\x1f\x8b\x08\0\0\0\0\0", b"Content-Encoding: gzip\r\n"), 400),
 }
 CHUNKS_TAKEN = {
-    "one": b"1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT,
-    "a size in capitals": b"1B\r\n%b\r\n0\r\n\r\n" % http_PROMPT,
-    "a size with zeros before it": b"0001b\r\n%b\r\n000\r\n\r\n" % http_PROMPT,
-    "one for each byte": b"".join(b"1\r\n%c\r\n" % byte for byte in http_PROMPT) + b"0\r\n\r\n",
-    "an extension": b"1b;a=b\r\n%b\r\n0;c\r\n\r\n" % http_PROMPT,
-    "an extension with a string": b'1b ; a="b c;"\r\n%b\r\n0\r\n\r\n' % http_PROMPT,
-    "trailers": b"1b\r\n%b\r\n0\r\nX-Sum: 1\r\nX-More: 2\r\n\r\n" % http_PROMPT,
+    "one": b"1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON,
+    "a size in capitals": b"1B\r\n%b\r\n0\r\n\r\n" % TEXT_JSON,
+    "a size with zeros before it": b"0001b\r\n%b\r\n000\r\n\r\n" % TEXT_JSON,
+    "one for each byte": b"".join(b"1\r\n%c\r\n" % byte for byte in TEXT_JSON) + b"0\r\n\r\n",
+    "an extension": b"1b;a=b\r\n%b\r\n0;c\r\n\r\n" % TEXT_JSON,
+    "an extension with a string": b'1b ; a="b c;"\r\n%b\r\n0\r\n\r\n' % TEXT_JSON,
+    "trailers": b"1b\r\n%b\r\n0\r\nX-Sum: 1\r\nX-More: 2\r\n\r\n" % TEXT_JSON,
 }
 CHUNKS_REFUSED = {
-    "a size with +": (b"+1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size with -": (b"-1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size with 0x": (b"0x1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size with _": (b"1_b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size with a space before it": (b" 1b\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size with a space after it": (b"1b \r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size in other letters": (b"1g\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "an empty size": (b"\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "an extension without a size": (b";a\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a bare LF after the size": (b"1b\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a bare LF in an extension": (b"1b;a\nb\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a bare CR in an extension": (b"1b;a\rb\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a NUL in an extension": (b"1b;\0\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "an extension too long": (b"1b;%b\r\n%b\r\n0\r\n\r\n" % (LONG, http_PROMPT), 400),
-    "a size that is too small": (b"1a\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "a size that is too great": (b"1c\r\n%b\r\n0\r\n\r\n" % http_PROMPT, 400),
-    "two other bytes after it": (b"1b\r\n%bXX0\r\n\r\n" % http_PROMPT, 400),
-    "no line end after it": (b"1b\r\n%b0\r\n\r\n" % http_PROMPT, 400),
+    "a size with +": (b"+1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size with -": (b"-1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size with 0x": (b"0x1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size with _": (b"1_b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size with a space before it": (b" 1b\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size with a space after it": (b"1b \r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size in other letters": (b"1g\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "an empty size": (b"\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "an extension without a size": (b";a\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a bare LF after the size": (b"1b\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a bare LF in an extension": (b"1b;a\nb\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a bare CR in an extension": (b"1b;a\rb\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a NUL in an extension": (b"1b;\0\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "an extension too long": (b"1b;%b\r\n%b\r\n0\r\n\r\n" % (LONG, TEXT_JSON), 400),
+    "a size that is too small": (b"1a\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "a size that is too great": (b"1c\r\n%b\r\n0\r\n\r\n" % TEXT_JSON, 400),
+    "two other bytes after it": (b"1b\r\n%bXX0\r\n\r\n" % TEXT_JSON, 400),
+    "no line end after it": (b"1b\r\n%b0\r\n\r\n" % TEXT_JSON, 400),
     "more than max_body": (b"1001\r\n%b\r\n0\r\n\r\n" % LONG[:4097], 413),
     "more than max_body in sum": (b"800\r\n%b\r\n" % LONG[:2048] * 3 + b"0\r\n\r\n", 413),
     "a size of 16 digits": (b"f" * 16 + b"\r\n", 400),
@@ -3489,36 +3637,48 @@ def test_a_request_that_was_read_whole_leaves_the_connection_open(server, calm, 
     assert statuses(server, raw + LAST) == [status, 200]
 
 
-@pytest.mark.parametrize("raw, status", rows(http_REFUSED))
+@pytest.mark.parametrize("raw, status", rows(MALFORMED))
 def test_a_malformed_request_gets_one_refusal_and_a_close(server, calm, raw, status):
-    [reply] = talk(server, raw + LAST)
-    assert reply[0] == status and refusal(reply)
-    assert reply[1]["connection"] == "close"
+    [got] = talk(server, raw + LAST)
+    assert got.status == status and got.error and got.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize("coded", CHUNKS_TAKEN.values(), ids=CHUNKS_TAKEN)
 def test_transfer_chunks_are_decoded(server, calm, coded):
-    reply, last = talk(server, post_chunked(coded) + LAST)
-    assert json.loads(reply[2])["choices"][0]["text"] == "Hi" and last[0] == 200
+    got, last = talk(server, post_chunked(coded) + LAST)
+    assert got.text == "Hi" and last.status == 200
 
 
 @pytest.mark.parametrize("coded, status", rows(CHUNKS_REFUSED))
 def test_malformed_transfer_chunks_get_one_refusal_and_a_close(server, calm, coded, status):
-    [reply] = talk(server, post_chunked(coded) + LAST)
-    assert reply[0] == status and refusal(reply)
+    [got] = talk(server, post_chunked(coded) + LAST)
+    assert got.status == status and got.error
 
 
-def taken(server, client):
-    """Has the server read all that the client has sent so far?"""
-    for connection in list(server.connections.values()):
-        with contextlib.suppress(OSError):
-            if connection.getpeername() == client.getsockname():
-                return not select.select([connection], [], [], 0)[0]
-    return False
+class Watchful(Server):
+    """A server that tells whether it has read all that a client has sent so far."""
+
+    accepted = {}
+
+    def process_request(self, connection, address):
+        self.accepted[address] = connection
+        super().process_request(connection, address)
+
+    def has_taken(self, client):
+        connection = self.accepted.get(client.getsockname())
+        if connection is None or connection.fileno() < 0:       # of an earlier client
+            return False
+        return not select.select([connection], [], [], 0)[0]
+
+
+@pytest.fixture(scope="module")
+def watchful():
+    with Watchful(max_body=4096) as server:
+        yield server
 
 
 CUT = {
-    "a length": http_post(http_PROMPT, target=b"/v1/nowhere"),
+    "a length": posted(TEXT_JSON, target=b"/v1/nowhere"),
     "transfer chunks": post_chunked(b"5;a\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nX: y\r\n\r\n"),
     "empty lines": b"\r\n\r\n" + get(),
     "bare LFs": b"GET /health HTTP/1.1\nHost: x\n\n",
@@ -3530,24 +3690,23 @@ CUT = {
 
 
 @pytest.mark.parametrize("raw", CUT.values(), ids=CUT)
-def test_where_a_request_is_cut_changes_nothing(server, raw):
-    whole = statuses(server, raw + LAST)
+def test_where_a_request_is_cut_changes_nothing(watchful, raw):
+    whole = statuses(watchful, raw + LAST)
     for place in range(1, len(raw)):
-        with dial(server) as client:
+        with dial(watchful) as client:
             client.sendall(raw[:place])
-            assert http_until(lambda: taken(server, client))
+            until(lambda: watchful.has_taken(client))
             client.sendall(raw[place:] + LAST)
-            got = [status for status, _, _ in replies(read_to_end(client))]
+            got = [got.status for got in replies(read_to_end(client))]
         assert got == whole, raw[:place]
 
 
 def test_a_request_that_comes_byte_by_byte_is_the_same_request(server):
     with dial(server) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in http_post(http_PROMPT) + LAST:
+        for byte in posted(TEXT_JSON) + LAST:
             client.send(bytes([byte]))
-        got = replies(read_to_end(client))
-    assert [status for status, _, _ in got] == [200, 200]
+        assert [got.status for got in replies(read_to_end(client))] == [200, 200]
 
 
 def test_long_heads_are_refused_however_they_come(server):
@@ -3556,98 +3715,91 @@ def test_long_heads_are_refused_however_they_come(server):
         for start in range(0, len(raw), 1000):
             with contextlib.suppress(OSError):
                 client.sendall(raw[start:start + 1000])
-        [reply] = replies(read_to_end(client))
-    assert reply[0] == 431
+        assert [got.status for got in replies(read_to_end(client))] == [431]
 
 
 def test_pipelined_requests_are_answered_in_order(server):
     body = b'{"model":"m","prompt":"%d","stream":%b}'
-    raw = [http_post(body % (i, b"true" if i % 2 else b"false")) for i in range(20)]
-    *got, last = talk(server, b"".join(raw) + LAST)
-    texts = [re.findall(rb'"text":"(\d+)"', body) for _, _, body in got]
-    assert texts == [[b"%d" % i] for i in range(20)]
+    raw = [posted(body % (i, b"true" if i % 2 else b"false")) for i in range(20)]
+    *got, _ = talk(server, b"".join(raw) + LAST)
+    assert [each.text for each in got] == [str(i) for i in range(20)]
 
 
-def test_a_refusal_in_a_pipeline_ends_it(server):
-    raw = get() + get(headers=b"Host : x\r\n") + get() + LAST
-    assert statuses(server, raw) == [200, 400]
+KEPT = {  # what is sent: the statuses, and what the first reply says of its connection
+    "HTTP/1.1": (get(), [200, 200], None),
+    "Connection: close": (get(headers=b"Host: x\r\nConnection: close\r\n"), [200], "close"),
+    "Connection: Close": (get(headers=b"Host: x\r\nConnection: Close\r\n"), [200], "close"),
+    "close among others": (get(headers=b"Host: x\r\nConnection: keep-alive, close\r\n"), [200],
+                           "close"),
+    "HTTP/1.0": (posted(TEXT_JSON, version=b"1.0"), [200], "close"),
+    "HTTP/1.0 with close": (posted(TEXT_JSON, b"Connection: close\r\n", version=b"1.0"), [200],
+                            "close"),
+    "HTTP/1.0 with keep-alive": (posted(TEXT_JSON, b"Connection: keep-alive\r\n", version=b"1.0"),
+                                 [200, 200], "keep-alive"),
+    "a refusal in a pipeline": (get() + get(headers=b"Host : x\r\n") + get(), [200, 400], None),
+}
+
+
+@pytest.mark.parametrize("raw, replied, said", rows(KEPT))
+def test_whether_a_connection_is_kept(server, raw, replied, said):
+    got = talk(server, raw + LAST)
+    assert [each.status for each in got] == replied
+    assert got[0].headers.get("connection") == said and "content-length" in got[0].headers
 
 
 @pytest.mark.parametrize("target", [b"/health", b"/v1/models", b"/v1/models/m", b"/v1/x"])
 def test_head_has_the_headers_of_get_and_no_body(server, target):
     [there, _] = talk(server, get(target) + LAST)
     [bare, last] = talk(server, get(target, method=b"HEAD") + LAST, to_head=True)
-    assert last[0] == 200 and bare[0] == there[0] and bare[2] == b""
-    assert set(bare[1]) == set(there[1])
-
-
-@pytest.mark.parametrize("target, allowed", [
-    (b"/health", "GET, HEAD, OPTIONS"), (b"/v1/completions", "POST, OPTIONS")])
-def test_a_method_that_is_not_allowed_learns_which_are(server, target, allowed):
-    status, headers, _ = talk(server, get(target, method=b"DELETE") + LAST)[0]
-    assert (status, headers["allow"]) == (405, allowed)
+    assert last.status == 200 and bare.status == there.status and bare.body == b""
+    assert bare.headers.keys() == there.headers.keys()
+    assert there.status == 404 or int(bare.headers["content-length"]) == len(there.body)
 
 
 @pytest.mark.parametrize("target", [b"/v1/chat/completions", b"/health", b"/nowhere", b"*"])
 def test_options_is_204_everywhere(server, target):
-    status, headers, body = talk(server, get(target, method=b"OPTIONS") + LAST)[0]
-    assert status == 204 and "OPTIONS" in headers["allow"]
-    assert "content-length" not in headers and "transfer-encoding" not in headers
-
-
-@pytest.mark.parametrize("headers, kept", [
-    (b"", False), (b"Connection: close\r\n", False), (b"Connection: keep-alive\r\n", True)])
-def test_http_1_0_is_kept_only_when_asked_and_told_so(server, headers, kept):
-    (status, got, _), *rest = talk(server, http_post(http_PROMPT, headers, version=b"1.0") + LAST)
-    assert status == 200 and "content-length" in got and bool(rest) == kept
-    assert got["connection"] == ("keep-alive" if kept else "close")
+    got, _ = talk(server, get(target, method=b"OPTIONS") + LAST)
+    assert got.status == 204 and "OPTIONS" in got.headers["allow"]
+    assert "content-length" not in got.headers and "transfer-encoding" not in got.headers
 
 
 @pytest.mark.parametrize("headers", [b"", b"Connection: keep-alive\r\n"])
 def test_http_1_0_never_gets_transfer_chunks(server, headers):
-    body = http_PROMPT[:-1] + b',"stream":true}'
-    [(status, got, events)] = talk(server, http_post(body, headers, version=b"1.0") + LAST)
-    assert status == 200 and "transfer-encoding" not in got
-    assert got["connection"] == "close" and events.endswith(b"data: [DONE]\n\n")
+    body = TEXT_JSON[:-1] + b',"stream":true}'
+    [got] = talk(server, posted(body, headers, version=b"1.0") + LAST)
+    assert got.text == "Hi" and "transfer-encoding" not in got.headers
+    assert got.headers["connection"] == "close"
 
 
-@pytest.mark.parametrize("value", [b"close", b"Close", b"keep-alive, close"])
-def test_connection_close_is_obeyed_and_said(server, value):
-    [reply] = talk(server, get(headers=b"Host: x\r\nConnection: %b\r\n" % value) + LAST)
-    assert reply[0] == 200 and reply[1]["connection"] == "close"
+@pytest.mark.parametrize("version, replied", [(b"1.1", [100, 200, 200]), (b"1.0", [200])])
+def test_who_expects_100_continue_is_told_to_go_on_unless_it_is_http_1_0(watchful, version, replied):
+    raw = posted(TEXT_JSON, b"Expect: 100-Continue\r\n", version=version)
+    with dial(watchful) as client:
+        client.sendall(raw[:-len(TEXT_JSON)])
+        until(lambda: watchful.has_taken(client))
+        first = read_past(client, b"\r\n\r\n") if version == b"1.1" else b""
+        assert first == (b"HTTP/1.1 100 Continue\r\n\r\n" if version == b"1.1" else b"")
+        client.sendall(TEXT_JSON + LAST)
+        assert [got.status for got in replies(first + read_to_end(client))] == replied
 
 
-def test_who_expects_100_continue_is_told_to_go_on(server):
-    head, body = http_post(http_PROMPT, b"Expect: 100-Continue\r\n").split(b"\r\n\r\n")
-    with dial(server) as client:
-        client.sendall(head + b"\r\n\r\n")
-        assert read_until(client, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        client.sendall(body + LAST)
-        got = replies(read_to_end(client))
-    assert [status for status, _, _ in got] == [200, 200]
+EXPECTING = posted(b"", b"Expect: 100-continue\r\n")
 
 
 @pytest.mark.parametrize("head, status", [
-    (http_post(b"", b"Expect: 100-continue\r\n").replace(b": 0", b": 4097"), 413),
-    (http_post(b"", b"Expect: 100-continue\r\n").replace(b": 0", b": x"), 400),
-    (get(b"/v1/completions", b"Host: evil.example\r\nExpect: 100-continue\r\n"
-         b"Content-Length: 9\r\n", b"POST"), 403),
-    (http_post(b"", b"Expect: 100-continue\r\nContent-Encoding: gzip\r\n").replace(b": 0", b": 9"), 400),
+    (EXPECTING.replace(b": 0", b": 4097"), 413), (EXPECTING.replace(b": 0", b": x"), 400),
+    (EXPECTING.replace(b"Host: x", b"Host: evil.example").replace(b": 0", b": 9"), 403),
+    (EXPECTING.replace(b": 0", b": 9\r\nContent-Encoding: gzip"), 400),
 ], ids=["too large", "no length", "not admitted", "gzip"])
 def test_who_expects_100_continue_is_refused_before_the_body(server, head, status):
-    [reply] = talk(server, head)
-    assert reply[0] == status and refusal(reply)
-
-
-def test_http_1_0_is_never_told_100_continue(server):
-    raw = http_post(http_PROMPT, b"Expect: 100-continue\r\n", version=b"1.0")
-    assert statuses(server, raw) == [200]
+    [got] = talk(server, head)
+    assert got.status == status and got.error
 
 
 @pytest.mark.parametrize("origin", [b"http://[", b"http://[::1", b"x" * 9999, b"\xff", b"null"])
 def test_no_origin_can_do_without_a_reply(server, calm, origin):
-    [reply, _] = talk(server, get(headers=b"Host: x\r\nOrigin: %b\r\n" % origin) + LAST)
-    assert reply[0] == 403 and refusal(reply)
+    [got, _] = talk(server, get(headers=b"Host: x\r\nOrigin: %b\r\n" % origin) + LAST)
+    assert got.status == 403 and got.error
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"BREW"])
@@ -3664,52 +3816,52 @@ def test_a_refused_client_can_read_the_refusal_before_it_has_sent_all(server):
         client.sendall(get(b"/v1/completions", b"Host: x\r\nContent-Length: 9999999\r\n", b"POST"))
         with contextlib.suppress(OSError):
             client.sendall(b" " * 9999999)
-        [reply] = replies(read_to_end(client))
-    assert reply[0] == 413 and refusal(reply)["code"] == "request_too_large"
+        [got] = replies(read_to_end(client))
+    assert got.status == 413 and got.error["code"] == "request_too_large"
 
 
 # ----------------------------------------------------------------------------------
 # Bodies.  What cannot be a request is a 400 that says why; the connection is kept,
 # for the body was read.
 
-def chat(**fields):
-    return json.dumps({**json.loads(http_CHAT), **fields}).encode()
-
-
 BODIES = {
-    "nothing": (b"", "JSON"),
-    "not UTF-8": (http_CHAT.replace(b"Hi", b"\xff"), "UTF-8"),
-    "Latin-1": (http_CHAT.replace(b"Hi", b"J\xfcrgen"), "UTF-8"),
-    "UTF-16": (http_CHAT.decode().encode("utf-16"), "UTF-8"),
-    "a surrogate as bytes": (http_CHAT.replace(b"Hi", b"\xed\xa0\x80"), "UTF-8"),
-    "not JSON": (b"model=m&prompt=Hi", "JSON"),
-    "cut short": (http_CHAT[:-1], "JSON"),
-    "two objects": (http_CHAT + http_CHAT, "JSON"),
-    "a comma too many": (http_CHAT[:-1] + b",}", "JSON"),
-    "single quotes": (http_CHAT.replace(b'"', b"'"), "JSON"),
-    "a NUL": (http_CHAT.replace(b"Hi", b"\0"), "JSON"),
-    "NULs": (b"\0" * 50, "JSON"),
-    "an array": (b"[%b]" % http_CHAT, "object"),
-    "a string": (b'"x"', "object"),
-    "null": (b"null", "object"),
-    "NaN": (http_CHAT[:-1] + b',"temperature":NaN}', "NaN"),
-    "Infinity": (http_CHAT[:-1] + b',"temperature":-Infinity}', "Infinity"),
-    "1e999": (http_CHAT[:-1] + b',"temperature":1e999}', "1e999"),
-    "NaN where nobody looks": (http_CHAT[:-1] + b',"x":[{"y":NaN}]}', "NaN"),
-    "5,000 digits": (http_CHAT[:-1] + b',"seed":%b}' % (b"1" * 5000), ""),
-    "arrays 100,000 deep": (http_CHAT[:-1] + b',"x":' + b"[" * 100000, "deep"),
+    "nothing": (b"", "Expecting value"),
+    "not UTF-8": (CHAT_JSON.replace(b"Hi", b"\xff"), "UTF-8"),
+    "Latin-1": (CHAT_JSON.replace(b"Hi", b"J\xfcrgen"), "UTF-8"),
+    "UTF-16": (CHAT_JSON.decode().encode("utf-16"), "UTF-8"),
+    "a surrogate as bytes": (CHAT_JSON.replace(b"Hi", b"\xed\xa0\x80"), "UTF-8"),
+    "not JSON": (b"model=m&prompt=Hi", "Expecting"),
+    "cut short": (CHAT_JSON[:-1], "Expecting"),
+    "two objects": (CHAT_JSON + CHAT_JSON, "Extra"),
+    "a comma too many": (CHAT_JSON[:-1] + b",}", ""),
+    "single quotes": (CHAT_JSON.replace(b'"', b"'"), "Expecting"),
+    "a NUL": (CHAT_JSON.replace(b"Hi", b"\0"), "control"),
+    "a line end in a string": (CHAT_JSON.replace(b"Hi", b"\n"), "control"),
+    "NULs": (b"\0" * 50, ""),
+    "an array": (b"[%b]" % CHAT_JSON, "an array"),
+    "a string": (b'"x"', "a string"),
+    "null": (b"null", "null"),
+    "a number": (b"1", "an integer"),
+    "a boolean": (b"true", "a boolean"),
+    "NaN": (CHAT_JSON[:-1] + b',"temperature":NaN}', "NaN"),
+    "Infinity": (CHAT_JSON[:-1] + b',"temperature":-Infinity}', "Infinity"),
+    "1e999": (CHAT_JSON[:-1] + b',"temperature":1e999}', "1e999"),
+    "NaN where nobody looks": (CHAT_JSON[:-1] + b',"x":[{"y":NaN}]}', "NaN"),
+    "5,000 digits": (CHAT_JSON[:-1] + b',"seed":%b}' % (b"1" * 5000), ""),
+    "arrays 100,000 deep": (CHAT_JSON[:-1] + b',"x":' + b"[" * 100000, "deep"),
     "closed arrays 100,000 deep":
-        (http_CHAT[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", "deep"),
+        (CHAT_JSON[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", "deep"),
     "objects 100,000 deep": (b'{"x":' * 100000 + b"1" + b"}" * 100000, "deep"),
 }
 ODD_BODIES = {
-    "a BOM": (b"\xef\xbb\xbf" + http_CHAT, "Hi"),
-    "white space around it": (b" \r\n\t" + http_CHAT + b"\n\n", "Hi"),
-    "the last of two equal names": (http_CHAT.replace(b"{", b'{"messages":1,', 1), "Hi"),
-    "a lone surrogate": (http_CHAT.replace(b"Hi", b"\\ud800"), "\ud800"),
-    "an escaped NUL": (http_CHAT.replace(b"Hi", b"a\\u0000b"), "a\0b"),
-    "line separators": (chat(messages=[{"role": "user", "content": "\x85\u2028"}]), "\x85\u2028"),
-    "an unknown field": (chat(unknown=[{}]), "Hi"),
+    "a BOM": (b"\xef\xbb\xbf" + CHAT_JSON, "Hi"),
+    "white space around it": (b" \r\n\t" + CHAT_JSON + b"\n\n", "Hi"),
+    "the last of two equal names": (CHAT_JSON.replace(b"{", b'{"messages":1,', 1), "Hi"),
+    "a lone surrogate": (CHAT_JSON.replace(b"Hi", b"\\ud800"), "\ud800"),
+    "an escaped NUL": (CHAT_JSON.replace(b"Hi", b"a\\u0000b"), "a\0b"),
+    "line separators": (CHAT_JSON.replace(b"Hi", "\x85\u2028".encode()), "\x85\u2028"),
+    "any character": (CHAT_JSON.replace(b"Hi", "é世😀".encode()), "é世😀"),
+    "an unknown field": (CHAT_JSON[:-1] + b',"unknown":[{}]}', "Hi"),
 }
 
 
@@ -3721,53 +3873,46 @@ def roomy():
 
 @pytest.mark.parametrize("body, word", rows(BODIES))
 def test_a_body_that_is_no_request_is_a_400_that_says_why(roomy, calm, body, word):
-    reply, last = talk(roomy, http_post(body, target=b"/v1/chat/completions") + LAST)
-    assert reply[0] == 400 and word in refusal(reply)["message"] and last[0] == 200
+    got, last = talk(roomy, posted(body, target=b"/v1/chat/completions") + LAST)
+    assert got.status == 400 and last.status == 200
+    assert re.match("We could not parse the JSON body.*" + word, got.error["message"])
+    assert (got.error["param"], got.error["code"]) == (None, None)
 
 
-@pytest.mark.parametrize("stream", [b"", b',"stream":true'], ids=["whole", "streamed"])
+@both
 @pytest.mark.parametrize("body, text", rows(ODD_BODIES))
 def test_an_odd_body_is_answered(roomy, calm, body, text, stream):
-    body = body.rstrip()[:-1] + stream + b"}"
-    (status, _, got), _ = talk(roomy, http_post(body, target=b"/v1/chat/completions") + LAST)
-    parts = re.findall(rb'"content":("(?:[^"\\]|\\.)*")', got)
-    assert status == 200 and "".join(map(json.loads, parts)) == text
+    body = body.rstrip()[:-1] + (b',"stream":true}' if stream else b"}")
+    got, _ = talk(roomy, posted(body, target=b"/v1/chat/completions") + LAST)
+    assert got.text == text
 
 
-@pytest.mark.parametrize("coded", [http_post, lambda body: post_chunked(
+@pytest.mark.parametrize("coded", [posted, lambda body: post_chunked(
     b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))], ids=["length", "transfer chunks"])
 def test_max_body_is_taken_and_one_byte_more_is_not(server, coded):
-    assert statuses(server, coded(http_PROMPT.ljust(4096)) + LAST) == [200, 200]
-    assert statuses(server, coded(http_PROMPT.ljust(4097)) + LAST) == [413]
+    assert statuses(server, coded(TEXT_JSON.ljust(4096)) + LAST) == [200, 200]
+    assert statuses(server, coded(TEXT_JSON.ljust(4097)) + LAST) == [413]
 
 
 # ----------------------------------------------------------------------------------
 # Limits.  None of them slows a client that behaves.
 
-def served(server):
-    """A connection that has had a reply and is kept."""
-    client = dial(server)
-    client.sendall(get())
-    assert read_until(client, b"}").startswith(b"HTTP/1.1 200")
-    return client
-
-
 def test_beyond_max_connections_is_503_at_once_and_others_go_on():
     with Server(max_connections=2) as server, served(server) as one, served(server) as two:
-        start = time.monotonic()
-        [reply] = talk(server, b"")
-        assert reply[0] == 503 and int(reply[1]["retry-after"]) >= 1 and refusal(reply)
-        assert time.monotonic() - start < 1
+        with dial(server) as third:                 # refused with its request unread
+            third.sendall(posted(b" " * 100000))
+            [got] = replies(read_to_end(third))
+        assert got.status == 503 and int(got.headers["retry-after"]) >= 1 and got.error
         for client in (one, two):
             client.sendall(LAST)
-            assert replies(read_to_end(client))[0][0] == 200
+            assert replies(read_to_end(client))[0].status == 200
 
 
 def test_a_place_that_is_free_again_is_given_away():
     with Server(max_connections=1) as server:
         with served(server):
             assert statuses(server, LAST) == [503]
-        assert http_until(lambda: statuses(server, LAST) == [200])
+        until(lambda: statuses(server, LAST) == [200])
 
 
 TRICKLES = {
@@ -3784,47 +3929,42 @@ TRICKLES = {
 def test_the_time_limit_covers_the_whole_request(raw):
     with Server(request_timeout=0.3) as server, dial(server) as client:
         start = time.monotonic()
-        steps = iter(raw[i:i + 1] for i in range(60, 1000))
         client.sendall(raw[:60])
-        while not select.select([client], [], [], 0.02)[0]:
-            client.sendall(next(steps))
-        got = replies(read_to_end(client))
-        assert 0.25 < time.monotonic() - start < 2
-    assert [status for status, _, _ in got] == [408] or (not got and not raw.strip())
+        for i in range(60, len(raw)):
+            if select.select([client], [], [], 0.02)[0]:
+                break
+            client.sendall(raw[i:i + 1])
+        got = [got.status for got in replies(read_to_end(client))]
+        assert time.monotonic() - start > 0.25 and i < len(raw) - 1
+    assert got == ([408] if raw.strip() else [])
 
 
 def flood(client, block):
-    """Send until the server says something or has gone; seconds that it took, at most 5."""
-    start = time.monotonic()
+    """Send until the server says something, or has gone."""
     with contextlib.suppress(OSError):
-        while time.monotonic() - start < 5 and not select.select([client], [], [], 0)[0]:
-            client.sendall(block)
-    return time.monotonic() - start
+        until(lambda: client.sendall(block) or select.select([client], [], [], 0)[0])
 
 
 def test_the_time_limit_covers_a_fast_sender_too():
     with Server(request_timeout=0.3) as server, dial(server) as client:
         client.sendall(post_chunked(b""))
-        assert 0.2 < flood(client, b"1;%b\r\n \r\n" % LONG[:50000]) < 3
+        flood(client, b"1;%b\r\n \r\n" % LONG[:50000])
+        assert read_past(client, b"\r\n").startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_refused_client_that_goes_on_sending_is_cut_off(server):
     with dial(server) as client:
         client.sendall(b"\0" * 10)
-        assert replies(read_to_end(client))[0][0] == 400
-        start = time.monotonic()
+        assert [got.status for got in replies(read_to_end(client))] == [400]
         with pytest.raises(OSError):
-            while time.monotonic() - start < 4:
-                client.sendall(LONG)
+            until(lambda: client.sendall(LONG))
 
 
 def test_slow_requests_do_not_slow_others():
-    with Server(request_timeout=1) as server, contextlib.ExitStack() as held:
+    with Server(request_timeout=60) as server, contextlib.ExitStack() as held:
         for _ in range(30):
             held.enter_context(dial(server)).sendall(b"POST /v1/completions HTTP/1.1\r\nHo")
-        start = time.monotonic()
         assert statuses(server, get() * 20 + LAST) == [200] * 21
-        assert time.monotonic() - start < 0.9
 
 
 def test_an_idle_connection_ends_without_a_word():
@@ -3838,57 +3978,29 @@ def test_an_empty_line_after_a_reply_leaves_a_connection_idle():
         assert client.recv(1) == b""
 
 
-class Endless:
-    """A backend that yields for ever, and tells when it began and when it was closed."""
-
-    def __init__(self, piece="x", pause=0.001):
-        self.piece, self.pause = piece, pause
-        self.begun, self.closed = threading.Event(), threading.Event()
-
-    def __call__(self, request):
-        self.begun.set()
-        try:
-            while True:
-                time.sleep(self.pause)
-                yield self.piece
-        finally:
-            self.closed.set()
-
-
-http_STREAMED = http_post(http_PROMPT[:-1] + b',"stream":true}')
+STREAM_REQUEST = posted(TEXT_JSON[:-1] + b',"stream":true}')
 
 
 def test_a_reader_that_stops_is_dropped_and_its_backend_closed():
-    endless = Endless("x" * 60000, 0)
+    endless = Endless(more="x" * 60000, pause=0)
     with Server(endless, request_timeout=0.3) as server, dial(server) as client:
-        client.sendall(http_STREAMED)
-        assert endless.closed.wait(5)
-        assert http_until(lambda: server.journal[-1].outcome == "client left")
-
-
-def half_close(client):
-    client.shutdown(socket.SHUT_WR)
-
-
-def reset(client):
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                      struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
-    client.close()
+        client.sendall(STREAM_REQUEST)
+        assert endless.closed.wait(30) and outcome(server) == "client left"
 
 
 LEAVE = {"closes": socket.socket.close, "half-closes": half_close, "resets": reset}
 
 
-@pytest.mark.parametrize("raw", [http_STREAMED, http_post(http_PROMPT)], ids=["streamed", "whole"])
+@both
+@pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize("leave", LEAVE.values(), ids=LEAVE)
-def test_a_client_that_leaves_ends_its_backend(calm, leave, raw):
-    endless = Endless()
+def test_a_client_that_leaves_ends_its_backend(calm, leave, path, stream):
+    endless = Endless("a", "b")
     with Server(endless) as server, dial(server) as client:
-        client.sendall(raw)
-        assert endless.begun.wait(5)
+        client.sendall(request_bytes({**HI, **PROMPT, "stream": stream}, path))
+        assert endless.begun.wait(30)
         leave(client)
-        assert endless.closed.wait(5)
-        assert http_until(lambda: server.journal[-1].outcome == "client left")
+        assert endless.closed.wait(30) and outcome(server) == "client left"
 
 
 def test_a_client_that_half_closes_when_idle_is_hung_up_on(server):
@@ -3897,10 +4009,10 @@ def test_a_client_that_half_closes_when_idle_is_hung_up_on(server):
         assert client.recv(1) == b""
 
 
-@pytest.mark.parametrize("place", range(0, len(http_STREAMED), 7))
+@pytest.mark.parametrize("place", range(0, len(STREAM_REQUEST), 7))
 def test_a_client_may_leave_in_the_middle_of_a_request(server, calm, place):
     with dial(server) as client:
-        client.sendall(http_STREAMED[:place])
+        client.sendall(STREAM_REQUEST[:place])
         reset(client)
     assert statuses(server, LAST) == [200]
 
@@ -3914,20 +4026,18 @@ class Blocked:
     def __call__(self, request):
         if request["text"] == "block":
             self.begun.set()
-            self.release.wait(60)
+            self.release.wait(300)
         return "done"
 
 
 def test_a_backend_that_blocks_holds_up_neither_others_nor_the_end(caplog):
     blocked = Blocked()
     with Server(blocked) as server, dial(server) as client:
-        client.sendall(http_post(http_PROMPT.replace(b"Hi", b"block")))
-        assert blocked.begun.wait(5)
-        assert statuses(server, http_post(http_PROMPT) + LAST) == [200, 200]
-        start = time.monotonic()
+        client.sendall(posted(TEXT_JSON.replace(b"Hi", b"block")))
+        assert blocked.begun.wait(30)
+        assert statuses(server, posted(TEXT_JSON) + LAST) == [200, 200]
         server.close()
-        assert time.monotonic() - start < 2
-        assert client.recv(1) == b""
+        assert not blocked.release.is_set() and client.recv(1) == b""
         blocked.release.set()
     assert "left behind" in caplog.text
 
@@ -3960,7 +4070,7 @@ def test_a_server_that_was_stopped_leaves_nothing_behind():
     gc.collect()
     threads, files = threading.active_count(), descriptors()
     start_and_stop(50)
-    assert http_until(lambda: threading.active_count() <= threads and descriptors() <= files)
+    until(lambda: threading.active_count() <= threads and descriptors() <= files)
 
 
 def test_a_port_is_free_again_after_close():
@@ -3980,10 +4090,10 @@ NOISE = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\0", b":", b",", b";
          b"0", b"-1", b"+", b"0x", b"9" * 30, b"/", b"*", b"?", b"%", b"[", b"chunked", b"HTTP/1.0",
          b"Host: x\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n ",
          b"Connection: close\r\n", b"Expect: 100-continue\r\n", b"X" * 5000, b"Origin: http://[\r\n"]
-SOUND = [get(), get(b"/v1/models/m"), get(b"http://localhost/v1/models"), http_post(http_PROMPT), http_STREAMED,
-         http_post(http_CHAT, target=b"/v1/chat/completions"), get(b"*", method=b"OPTIONS"),
-         http_post(http_CHAT, b"Expect: 100-continue\r\n"), http_post(http_PROMPT, b"Origin: http://localhost\r\n"),
-         http_post(http_PROMPT, b"Connection: keep-alive\r\n", version=b"1.0")] + [
+SOUND = [get(), get(b"/v1/models/m"), get(b"http://localhost/v1/models"), posted(TEXT_JSON), STREAM_REQUEST,
+         posted(CHAT_JSON, target=b"/v1/chat/completions"), get(b"*", method=b"OPTIONS"),
+         posted(CHAT_JSON, b"Expect: 100-continue\r\n"), posted(TEXT_JSON, b"Origin: http://localhost\r\n"),
+         posted(TEXT_JSON, b"Connection: keep-alive\r\n", version=b"1.0")] + [
          post_chunked(coded) for coded in CHUNKS_TAKEN.values()]
 
 
@@ -4013,42 +4123,42 @@ def test_mutated_bytes_get_sound_replies_and_a_close(calm):
         for start in range(0, CASES, 50):
             raws = [mutated(dice.choice(SOUND), dice) + LAST for _ in range(50)]
             for raw, stream in zip(raws, exchanged(server, raws)):
-                found = [reply for reply in replies(stream) if reply[0] != 100]
-                assert found and not [1 for reply in found if reply[0] in (500, 503)], (SEED, raw)
-                assert all(refusal(reply) for reply in found if reply[0] >= 400), (SEED, raw)
+                found = [got for got in replies(stream) if got.status != 100]
+                assert found and not [1 for got in found if got.status in (500, 503)], (SEED, raw)
+                assert all(got.error for got in found if got.status >= 400), (SEED, raw)
 
 
 SURROGATE = "\ud800"
 STRANGE = [None, True, False, 0, 1, -1, 2.5, 10**30, -1e300, "", "x", "auto", SURROGATE, "\0",
            "y" * 3000, [], [None], [1], ["x"], [[]], [{}], {}, {"": None}, {"type": "function"},
            {"type": "x", "function": {}}, [{"role": "user"}], [{"type": "text", "text": 1}]]
-http_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "strict": False,
+TOOL_F = {"type": "function", "function": {"name": "f", "description": "d", "strict": False,
         "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
 SCHEMA = {"type": "json_schema",
-          "json_schema": {"name": "n", "schema": http_TOOL["function"]["parameters"]}}
-http_CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+          "json_schema": {"name": "n", "schema": TOOL_F["function"]["parameters"]}}
+CALL_F = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 FULL = [("/v1/chat/completions", {
     "model": "m", "stream": True, "stream_options": {"include_usage": True}, "n": 2, "seed": 1,
     "messages": [{"role": "system", "content": "s", "name": "n"},
                  {"role": "user", "content": [{"type": "text", "text": "t"},
                                               {"type": "image_url", "image_url": {"url": "u"}}]},
-                 {"role": "assistant", "content": None, "refusal": None, "tool_calls": [http_CALLED]},
+                 {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL_F]},
                  {"role": "tool", "tool_call_id": "1", "content": "c"}],
     "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a", "b"], "temperature": 1,
     "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {"1": 2},
-    "logprobs": True, "top_logprobs": 2, "user": "u", "tools": [http_TOOL], "tool_choice": "auto",
+    "logprobs": True, "top_logprobs": 2, "user": "u", "tools": [TOOL_F], "tool_choice": "auto",
     "parallel_tool_calls": False, "response_format": SCHEMA, "service_tier": "auto",
     "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low", "modalities": ["text"],
     "prediction": {"type": "content", "content": "x"}, "verbosity": "low"}),
     ("/v1/chat/completions", {
-    "model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [http_TOOL],
+    "model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [TOOL_F],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "response_format": {"type": "json_object"}}),
     ("/v1/chat/completions", {
     "model": "m", "messages": [{"role": "user", "content": "x"},
-                               {"role": "assistant", "function_call": http_CALLED["function"]},
+                               {"role": "assistant", "function_call": CALL_F["function"]},
                                {"role": "function", "name": "f", "content": "c"}],
-    "functions": [http_TOOL["function"]], "function_call": {"name": "f"}}),
+    "functions": [TOOL_F["function"]], "function_call": {"name": "f"}}),
     ("/v1/completions", {
     "model": "m", "prompt": ["a", "b"], "suffix": "s", "max_tokens": 5, "temperature": 1, "n": 1,
     "best_of": 2, "stream": False, "logprobs": 2, "echo": True, "stop": "x", "user": "u",
@@ -4087,14 +4197,13 @@ def noise(dice, depth=4):
     return {dice.choice(names): noise(dice, depth - 1) for _ in range(dice.randrange(4))}
 
 
-def sound(reply):
+def sound(got):
     """Is it a whole reply of the shape that its status and its content type promise?"""
-    status, headers, body = reply
-    if status != 200:
-        return status == 400 and refusal(reply)
-    if headers["content-type"] == "application/json":
-        return json.loads(body)["choices"]
-    *events, done, end = body.decode().split("\n\n")
+    if got.status != 200:
+        return got.status == 400 and got.error
+    if got.headers["content-type"] == "application/json":
+        return json.loads(got.body)["choices"]
+    *events, done, end = got.body.decode().split("\n\n")
     return (done, end) == ("data: [DONE]", "") and all(
         "choices" in json.loads(event[len("data: "):]) for event in events)
 
@@ -4103,18 +4212,18 @@ def check_all(server, requests):
     """Send all on one connection, in order; look at each reply."""
     for start in range(0, len(requests), 20):
         part = requests[start:start + 20]
-        raw = b"".join(http_post(json.dumps(body).encode(), target=path.encode())
+        raw = b"".join(posted(json.dumps(body).encode(), target=path.encode())
                        for path, body in part)
         *got, last = talk(server, raw + LAST)
         assert len(got) == len(part)
         for request, reply in zip(part, got):
-            assert sound(reply), (SEED, request, reply)
+            assert sound(reply), (SEED, request, vars(reply))
 
 
 @pytest.mark.parametrize("path, body", FULL, ids=["chat", "tools", "functions", "text", "ids"])
 def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body):
     dice = random.Random(SEED)
-    valid = http_post(json.dumps(body).encode(), target=path.encode())
+    valid = posted(json.dumps(body).encode(), target=path.encode())
     assert statuses(roomy, valid + LAST) == [200, 200]
     check_all(roomy, [
         (path, changed(body, place, value)) for place in places(body)
@@ -4148,27 +4257,17 @@ def backend(request):
 
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(int(sys.argv[1]), most), most))
-sys.exit(main(["--port", "0", "--quiet"] + sys.argv[2:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
-class Process:
+class Process(Running):
     """The command in a process of its own; knows its memory (MiB) and its descriptors."""
 
     def __init__(self, *flags, files=20000):
-        flags = flags or ("--backend", "__main__:backend")
-        self.child = subprocess.Popen([sys.executable, "-c", CHILD, str(files), *flags],
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        line = self.child.stdout.readline()     # Serving http://127.0.0.1:port/v1 ...
-        self.server_address = "127.0.0.1", int(re.search(rb":(\d+)/", line)[1])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.child.kill()
-        self.child.wait()
-        self.child.stdout.close()
+        super().__init__("--quiet", *(flags or ("--backend", "__main__:backend")),
+                         start=(sys.executable, "-c", CHILD, str(files)), cwd=str(HERE))
+        self.child = self.process
 
     def memory(self, name="VmRSS"):
         with open("/proc/%d/status" % self.child.pid) as status:
@@ -4217,7 +4316,7 @@ class Stream:
         self.rest, self.texts, self.times, self.begun = b"", [], [], time.monotonic()
         self.tail = b""
         self.client = dial(server)
-        self.client.sendall(http_post(body.encode(), b"Connection: close\r\n"))
+        self.client.sendall(posted(body.encode(), b"Connection: close\r\n"))
 
     def read(self):
         """Take what is there; False at the end."""
@@ -4249,7 +4348,7 @@ def watch_streams(streams, events, halfway):
 def test_many_streams_at_once_are_complete_and_in_order(many_files, row, count, events):
     prompt = " ".join(map(str, range(events)))
     with Process("--delay", "0.05", "--max-connections", "1100") as server:
-        talk(server, http_post(http_PROMPT) + LAST)
+        talk(server, posted(TEXT_JSON) + LAST)
         before = server.memory()
         streams = [Stream(server, prompt) for _ in range(count)]
         during = watch_streams(streams, events, server.memory)
@@ -4284,7 +4383,7 @@ class Slowloris:
             self.drops, self.client, self.sent = self.drops + 1, dial(self.server), 0
 
 
-def http_ask(connection, i):
+def ask_on(connection, i):
     """One completion, on a connection that is kept."""
     connection.request("POST", "/v1/completions", b'{"model":"m","prompt":"number %d"}' % i)
     reply = connection.getresponse()
@@ -4307,7 +4406,7 @@ def test_slow_clients_do_not_disturb_the_others(row):
             time.sleep(max(due - time.monotonic(), 0))
             if i % 50 == 0:
                 connections[i // 50 % 8].close()        # the next one dials again
-            good += http_ask(connections[i % 8], i)
+            good += ask_on(connections[i % 8], i)
             late.append(time.monotonic() - due)
         took = time.monotonic() - begin
         for client in connections + [snail.client for snail in snails]:
@@ -4318,9 +4417,9 @@ def test_slow_clients_do_not_disturb_the_others(row):
     assert good == seconds * rate and sum(snail.drops for snail in snails) >= slow
 
 
-SOAK = [get(), http_post(http_PROMPT), http_STREAMED, http_post(http_CHAT, target=b"/v1/chat/completions"), http_post(b"{"),
+SOAK = [get(), posted(TEXT_JSON), STREAM_REQUEST, posted(CHAT_JSON, target=b"/v1/chat/completions"), posted(b"{"),
         post_chunked(CHUNKS_TAKEN["one for each byte"]), get(b"/v1/nowhere"), get(b"/v1/models"),
-        http_post(http_PROMPT, b"Expect: 100-continue\r\n"), get(b"/v1/models/m", method=b"OPTIONS")]
+        posted(TEXT_JSON, b"Expect: 100-continue\r\n"), get(b"/v1/models/m", method=b"OPTIONS")]
 
 
 @stress
@@ -4348,15 +4447,15 @@ def in_chunks(body, size):
 
 @stress
 def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
-    least, most = http_PROMPT[:-1] + b',"x":"', 2**25
+    least, most = TEXT_JSON[:-1] + b',"x":"', 2**25
     body = least + b"a" * (most - len(least) - 2) + b'"}'
     tiny = in_chunks(body[:2**21 if SHORT else 2**23], 2)       # each costs the server a turn
     with Process("--request-timeout", "120") as server:
         before = server.memory("VmHWM")
-        assert statuses(server, http_post(body) + LAST) == [200, 200]
+        assert statuses(server, posted(body) + LAST) == [200, 200]
         assert statuses(server, post_chunked(in_chunks(body, 65536)) + LAST) == [200, 200]
         assert statuses(server, post_chunked(in_chunks(body + b" ", 65536))) == [413]
-        assert statuses(server, http_post(body + b" ")[:9999]) == [413]
+        assert statuses(server, posted(body + b" ")[:9999]) == [413]
         whole = server.memory("VmHWM")
         assert statuses(server, post_chunked(tiny) + LAST) == [400, 200]
         row("32 MiB twice: 200, one byte more twice: 413; %.0f MiB at most, %.0f before; %d transfer"
@@ -4369,7 +4468,7 @@ def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
 def test_a_killed_client_ends_its_backends(row):
     code = "import socket, sys\nheld = []\nfor _ in range(50):\n    held.append(socket." \
            "create_connection(('127.0.0.1', int(sys.argv[1]))))\n    held[-1].sendall(%r)\n" \
-           "print(held[-1].recv(1), flush=True)\nsys.stdin.read()" % http_STREAMED
+           "print(held[-1].recv(1), flush=True)\nsys.stdin.read()" % STREAM_REQUEST
     begun, closed = [], []
 
     def backend(request):
@@ -4384,10 +4483,10 @@ def test_a_killed_client_ends_its_backends(row):
         client = subprocess.Popen([sys.executable, "-c", code, str(server.server_port)],
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         client.stdout.readline()
-        assert http_until(lambda: len(begun) == 50)
+        until(lambda: len(begun) == 50)
         client.kill()
         begin = time.monotonic()
-        assert http_until(lambda: len(closed) == 50 and not server.connections)
+        until(lambda: len(closed) == 50)
         client.communicate()
     row("a client with 50 streams, kill -9: 50 backends closed after %.0f ms",
         1000 * (time.monotonic() - begin))
@@ -4399,13 +4498,12 @@ def test_a_reset_at_any_event_ends_the_backend(row):
     with Server(lambda request: Endless(pause=0)(request)) as server:
         for events in range(count):
             with dial(server) as client:
-                client.sendall(http_STREAMED)
+                client.sendall(STREAM_REQUEST)
                 got = b""
                 while got.count(b"data: ") < events:
                     got += client.recv(300)
                 reset(client)
-        assert http_until(lambda: not server.connections)
-        outcomes = {exchange.outcome for exchange in server.journal}
+        outcomes = {outcome(server, i) for i in range(len(server.journal))}
     row("%d streams, each reset after one event more: outcomes %s", count, outcomes)
     assert outcomes == {"client left"}
 
@@ -4434,7 +4532,7 @@ def test_a_second_sigterm_ends_at_once(row):
         streams = [Stream(server, "w " * 1000) for _ in range(50)]
         assert all([stream.read() for stream in streams])       # each reply has begun
         server.child.terminate()
-        assert http_until(lambda: http_refused(server))
+        until(lambda: is_closed(server))
         server.child.terminate()
         begin = time.monotonic()
         assert server.child.wait(5) == 0
@@ -4445,14 +4543,6 @@ def test_a_second_sigterm_ends_at_once(row):
     row("a second SIGTERM beside 50 streams: status 0 after %.0f ms", 1000 * took)
 
 
-def http_refused(server):
-    """Does nobody listen any more?"""
-    try:
-        dial(server).close()
-    except OSError:
-        return True
-
-
 @stress
 def test_a_server_without_descriptors_recovers(row):
     with Process(files=64) as server, served(server) as old:
@@ -4460,7 +4550,7 @@ def test_a_server_without_descriptors_recovers(row):
         begin, cpu = time.monotonic(), server.cpu()
         for _ in range(100):
             old.sendall(get())
-            assert read_until(old, b"}").startswith(b"HTTP/1.1 200")
+            assert read_past(old, b"}").startswith(b"HTTP/1.1 200")
             select.select([], [], [], 0.01)
         spent = server.cpu() - cpu
         for client in held:
@@ -4476,10 +4566,10 @@ def test_blocked_backends_hold_up_nobody(row):
     count, times = 200, 200 if SHORT else 2000
     with Process() as server, contextlib.ExitStack() as held:
         for _ in range(count):
-            held.enter_context(dial(server)).sendall(http_post(http_PROMPT.replace(b"Hi", b"block")))
+            held.enter_context(dial(server)).sendall(posted(TEXT_JSON.replace(b"Hi", b"block")))
         begin = time.monotonic()
         for _ in range(times // 20):
-            assert statuses(server, http_post(http_PROMPT) * 19 + LAST) == [200] * 20
+            assert statuses(server, posted(TEXT_JSON) * 19 + LAST) == [200] * 20
     row("%d requests beside %d backends that block for ever: all good, %.2f ms each", times,
         count, 1000 * (time.monotonic() - begin) / times)
 
@@ -4491,7 +4581,7 @@ def test_a_thousand_starts_and_stops_leave_nothing_behind(row):
     seconds = start_and_stop(200 if SHORT else 1000)
     row("%d starts and stops with a connection held: median %.2f, p99 %.2f ms",
         len(seconds), 1000 * of(seconds, 0.5), 1000 * of(seconds, 0.99))
-    assert http_until(lambda: threading.active_count() <= threads and descriptors() <= files)
+    until(lambda: threading.active_count() <= threads and descriptors() <= files)
 
 
 # ==================================================================================
@@ -5511,150 +5601,11 @@ def test_the_client_needs_no_package():
 # ==================================================================================
 # PROGRAMS, RELAY AND REPLAY, THE COMMAND LINE, TLS, NGINX
 
-SERVER = os.path.abspath(openai_compat.__file__)
-system_CLIENT = os.path.join(os.path.dirname(SERVER), "client.py")
-posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-
-
-def system_until(condition, seconds=5):
-    """Poll for a condition; False after the time is over."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.002)
-    return condition()
-
-
-
-
-def system_read_to_end(client):
-    return b"".join(iter(lambda: client.recv(65536), b""))
-
-
-def read_past(client, mark):
-    """The bytes up to and with `mark`."""
-    got = b""
-    while mark not in got:
-        block = client.recv(65536)
-        assert block, "closed after %r" % got
-        got += block
-    return got
-
-
 # ----------------------------------------------------------------------------------
-# Asking.  `asking` leaves when its block ends; `answered` waits for the whole answer.
-
-def chat_request(text="Hi", path="/v1/chat/completions", headers=(), **fields):
-    """The bytes of a request; afterwards the connection is to be closed."""
-    fields = {"model": "m", "messages": [{"role": "user", "content": text}], **fields}
-    body = json.dumps(fields).encode()
-    lines = ["POST %s HTTP/1.1" % path, "Host: localhost", "Connection: close",
-             "Content-Length: %d" % len(body), *map("%s: %s".__mod__, dict(headers).items())]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-@contextlib.contextmanager
-def asking(server, text="Hi", **fields):
-    """A socket through which a chat was asked for; leaving the block, the client leaves."""
-    with socket.create_connection(server.server_address[:2], timeout=10) as client:
-        client.sendall(chat_request(text, **fields))
-        yield client
-
-
-def answered(server, text="Hi", **fields):
-    """(status, headers, body); http.client raises unless the answer is complete."""
-    with asking(server, text, **fields) as client:
-        return answer_on(client)
-
-
-def answer_on(client):
-    with http.client.HTTPResponse(client) as response:
-        response.begin()
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        return response.status, headers, response.read()
-
-
-def content(answer):
-    """What a whole reply says, streamed or not."""
-    status, headers, body = answer
-    assert status == 200, body
-    if headers["content-type"] == "application/json":
-        return json.loads(body)["choices"][0]["message"]["content"]
-    assert body.endswith(b"data: [DONE]\n\n"), body
-    return "".join(system_deltas(body))
-
-
-def system_deltas(stream):
-    """The texts of the chunks in a stream, or in a part of one."""
-    said = re.findall(rb'"delta":\{"content":("(?:[^"\\]|\\.)*")', stream)
-    return [json.loads(text.decode()) for text in said]
-
-
-def error_of(answer):
-    """(status, message), of an error status or of an error event."""
-    status, headers, body = answer
-    if headers["content-type"] != "application/json":
-        assert b"[DONE]" not in body
-        body = body.strip().rpartition(b"data: ")[2]
-    return status, json.loads(body)["error"]["message"]
-
-
-def ended(connection):
-    """Has the other side closed, or died?"""
-    with contextlib.suppress(ConnectionError):
-        return connection.recv(65536) == b""
-    return True
-
-
-both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-
-
-# ----------------------------------------------------------------------------------
-# Programs.  A program says its number at the gate and waits there until the test lets it
-# pass, by closing its side; when the program dies, the test finds that side closed.
-
-class Gate:
-    PRELUDE = """
-import json, os, signal, socket, subprocess, sys
-def out(text):
-    sys.stdout.buffer.write(text if isinstance(text, bytes) else text.encode())
-    sys.stdout.flush()
-def knock():
-    return socket.create_connection(("127.0.0.1", %d))
-def gate():
-    knock().recv(1)
-def child(code):
-    return subprocess.Popen([sys.executable, "-S", "-c", prelude + code])
-"""
-
-    def __init__(self):
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.settimeout(10)
-
-    def program(self, code, *arguments):
-        prelude = self.PRELUDE % self.listener.getsockname()[1]
-        prelude += "prelude = %r\n" % prelude
-        return [sys.executable, "-S", "-c", prelude + code, *arguments]
-
-    def arrival(self):
-        """The next program at the gate, as a socket: close it, and the program goes on."""
-        door, _ = self.listener.accept()
-        door.settimeout(10)
-        return door
-
-
-@pytest.fixture
-def gate():
-    gate = Gate()
-    with gate.listener:
-        yield gate
-
-
-def program(code, *arguments):
-    """A program of a few lines that needs no gate."""
-    return [sys.executable, "-S", "-c", "import json, os, signal, sys\n" + code, *arguments]
-
+# Programs.
 
 PRINT = "sys.stdout.buffer.write(os.fsencode(sys.argv[1]))"
+READ = "request = json.load(sys.stdin); print(json.dumps(request))"
 
 
 def test_what_a_program_says_is_sent_before_it_has_finished(gate):
@@ -5669,35 +5620,27 @@ def test_what_a_program_says_is_sent_before_it_has_finished(gate):
                                   "{prompt}", "line\nline", "naïve 世界 🎈", "-n"])
 def test_the_prompt_reaches_a_program_as_it_is(text):
     with Server(command(program(PRINT, "<{prompt}>"))) as server:
-        assert content(answered(server, text)) == "<%s>" % text
+        assert chat(server, text).text == "<%s>" % text
 
 
 @posix
 def test_a_line_of_words_is_split_as_a_shell_would_split_it():
     line = '"%s" -c "import sys; print(sys.argv[1:])" {prompt} "a b"' % sys.executable
     with Server(command(line)) as server:
-        assert content(answered(server, "c d")) == "['c d', 'a b']\n"
+        assert chat(server, "c d").text == "['c d', 'a b']\n"
 
 
-READ = "request = json.load(sys.stdin); print(json.dumps(request))"
-
-
-def test_standard_input_has_the_request_as_one_json_document():
+@pytest.mark.parametrize("text", ["Hé", "\ud800"])
+def test_standard_input_has_the_request_as_one_json_document(text):
     with Server(command(program(READ))) as server:
-        seen = json.loads(content(answered(server, "Hé", temperature=0.5, top_k=3)))
-    assert seen["messages"] == [{"role": "user", "content": "Hé"}] and seen["text"] == "Hé"
+        seen = json.loads(chat(server, text, temperature=0.5, top_k=3).text)
+    assert seen["messages"] == user(text) and seen["text"] == text
     assert (seen["endpoint"], seen["index"], seen["temperature"]) == ("chat", 0, 0.5)
 
 
-def test_a_request_with_a_lone_surrogate_reaches_standard_input():
-    with Server(command(program(READ))) as server:
-        assert json.loads(content(answered(server, "\ud800")))["text"] == "\ud800"
-
-
 def test_each_prompt_of_a_completion_has_a_program_of_its_own():
-    with Server(command(program(PRINT, "{prompt}!"))) as server:
-        _, _, body = answered(server, path="/v1/completions", prompt=["a", "b"], n=2)
-    assert [choice["text"] for choice in json.loads(body)["choices"]] == ["a!", "a!", "b!", "b!"]
+    got = ask(command(program(PRINT, "{prompt}!")), TEXT_PATH, prompt=["a", "b"], n=2).json
+    assert [choice["text"] for choice in got["choices"]] == ["a!", "a!", "b!", "b!"]
 
 
 @pytest.mark.parametrize("text", ["é", "世", "🎈", "né世🎈!"])
@@ -5706,40 +5649,35 @@ def test_no_character_is_split(gate, text):
     with Server(command(speaker)) as server, asking(server, stream=True) as client:
         for _ in text.encode():
             gate.arrival().close()
-        assert "".join(system_deltas(system_read_to_end(client))) == text
+        assert "".join(said_in(read_to_end(client))) == text
 
 
+FAILING = {  # what a program does, what the message says, and what not
+    "in silence":         ("sys.exit('loading\\nout of memory')", "out of memory", "loading"),
+    "within a character": (r"os.write(1, b'ok\xf0\x9f'); sys.exit('died')", "died", "ok"),
+    "by a signal":        ("os.kill(os.getpid(), 9)", "", "Traceback"),
+}
+
+
+@posix
 @both
-def test_a_program_that_fails_in_silence_at_first_gets_a_status(stream):
-    fails = program("sys.exit('loading\\nout of memory')")
-    with Server(command(fails)) as server:
-        status, message = error_of(answered(server, stream=stream))
-    assert status == 500 and "out of memory" in message and "loading" not in message
+@pytest.mark.parametrize("code, told, untold", rows(FAILING))
+def test_a_program_that_fails_is_an_error(code, told, untold, stream):
+    with Server(command(program(code))) as server:
+        got = chat(server, stream=stream)
+    assert got.status == (200 if stream and "write" in code else 500)
+    assert told in got.error["message"] and untold not in got.error["message"]
 
 
 def test_a_program_that_fails_later_ends_its_stream_with_an_error_event(gate):
     fails = gate.program("out('so far'); gate(); sys.exit('out of memory')")
     with Server(command(fails)) as server, asking(server, stream=True) as client:
         gate.arrival().close()
-        status, headers, body = answer_on(client)
-    assert system_deltas(body) == ["so far"] and "out of memory" in error_of((200, headers, body))[1]
+        got = got_on(client)
+    assert said_in(got.body) == ["so far"] and "out of memory" in got.error["message"]
 
 
-@both
-def test_a_program_that_dies_within_a_character_is_an_error(stream):
-    dies = program(r"os.write(1, b'ok\xf0\x9f'); sys.exit('died')")
-    with Server(command(dies)) as server:
-        answer = answered(server, stream=stream)
-    assert "died" in error_of(answer)[1] and answer[0] == (200 if stream else 500)
-
-
-@posix
-def test_a_program_that_a_signal_ends_is_an_error():
-    with Server(command(program("os.kill(os.getpid(), signal.SIGKILL)"))) as server:
-        assert error_of(answered(server))[0] == 500
-
-
-FAULTS = {
+NO_PROGRAMS = {
     "missing":        ("no-such-program", None, 0),
     "no file":        ("./no/such/program", None, 0),
     "not executable": ("plain", b"#!/bin/sh\n", 0o644),
@@ -5748,7 +5686,7 @@ FAULTS = {
 
 
 @both
-@pytest.mark.parametrize("name, text, mode", rows(FAULTS))
+@pytest.mark.parametrize("name, text, mode", rows(NO_PROGRAMS))
 def test_a_program_that_cannot_be_run_is_named_in_a_500(tmp_path, name, text, mode, stream):
     path = str(tmp_path / name) if text else name
     if text:
@@ -5756,16 +5694,15 @@ def test_a_program_that_cannot_be_run_is_named_in_a_500(tmp_path, name, text, mo
         os.chmod(path, mode)
     with Server(command([path, "{prompt}"])) as server:
         for _ in range(2):      # the first has given its place back
-            status, message = error_of(answered(server, stream=stream))
-            assert status == 500 and path in message
+            got = chat(server, stream=stream)
+            assert got.status == 500 and path in got.error["message"]
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "a\udc80b", "long " * 2 ** 20],
                          ids=["NUL", "surrogate", "low surrogate", "too long"])
 def test_a_prompt_that_cannot_be_an_argument_is_a_400(text):
     with Server(command(program(PRINT, "{prompt}"))) as server:
-        assert error_of(answered(server, text))[0] == 400
-        assert content(answered(server, "short")) == "short"
+        assert chat(server, text).status == 400 and chat(server, "short").text == "short"
 
 
 LEFT = {    # what a program does, and how many processes of it come to the gate
@@ -5785,8 +5722,7 @@ def test_the_client_leaving_ends_a_program_and_its_children(gate, code, processe
     with Server(command(gate.program(code))) as server:
         with asking(server, stream=stream):
             doors = [gate.arrival() for _ in range(processes)]
-        assert all(map(ended, doors))
-        assert system_until(lambda: server.journal[-1].outcome == "client left")
+        assert all(map(ended, doors)) and outcome(server) == "client left"
 
 
 @posix
@@ -5810,38 +5746,25 @@ print(end="alone")
 """
 
 
-def together(count, work):
-    """The results of `count` threads that do the same at once."""
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    return results
-
-
 def test_programs_never_overlap_where_one_runs_at_once(tmp_path):
     lock = str(tmp_path / "lock")
     with Server(command(program(ALONE % (lock, lock)), at_once=1)) as server:
-        said = together(6, lambda: content(answered(server, stream=True)))
+        said = together(6, lambda: chat(server, stream=True).text)
     assert said == ["alone"] * 6
 
 
 def test_as_many_programs_as_may_run_at_once_do(gate):
     with Server(command(gate.program("gate()"), at_once=2)) as server:
-        with asking(server), asking(server):
-            doors = gate.arrival(), gate.arrival()
-            assert all(map(socket.socket.close, doors)) is False
+        with asking(server), asking(server), gate.arrival(), gate.arrival():
+            pass
 
 
 @both
-@pytest.mark.parametrize("fields", [{"n": 3}, {"path": "/v1/completions", "prompt": ["a"] * 3},
-                                    {"path": "/v1/completions", "prompt": "a", "n": 3}])
-def test_several_choices_do_not_wait_for_each_other(fields, stream):
-    with Server(command(program("print(end='so')"), at_once=1)) as server:
-        status, _, body = answered(server, stream=stream, **fields)
-    assert status == 200 and body.count(b'"so"') == 3
+@pytest.mark.parametrize("path, fields", [(CHAT_PATH, {"n": 3}), (TEXT_PATH, {"prompt": ["a"] * 3}),
+                                          (TEXT_PATH, {"prompt": "a", "n": 3})])
+def test_several_choices_do_not_wait_for_each_other(path, fields, stream):
+    got = ask(command(program("print(end='so')"), at_once=1), path, stream=stream, **fields)
+    assert got.status == 200 and got.body.count(b'"so"') == 3
 
 
 def test_a_waiting_client_that_leaves_frees_its_turn(gate):
@@ -5849,23 +5772,21 @@ def test_a_waiting_client_that_leaves_frees_its_turn(gate):
         with asking(server) as first:
             door = gate.arrival()
             with asking(server):
-                assert system_until(lambda: len(server.journal) == 2)
-            assert system_until(lambda: server.journal[1].outcome == "client left")
+                until(lambda: len(server.journal) == 2)
+            assert outcome(server, 1) == "client left"
             door.close()
-            assert content(answer_on(first)) == "done"
+            assert got_on(first).text == "done"
         with asking(server) as last:
             gate.arrival().close()
-            assert content(answer_on(last)) == "done"
+            assert got_on(last).text == "done"
 
 
-def test_a_program_need_not_read_its_input():
-    with Server(command(program("print(end='ok')"))) as server:
-        assert content(answered(server, "word " * 2 ** 18)) == "ok"
-
-
-def test_a_program_may_complain_at_length():
-    with Server(command(program("sys.stderr.write('x' * 2**20); print(end='ok')"))) as server:
-        assert content(answered(server)) == "ok"
+@pytest.mark.parametrize("code, text", [
+    ("print(end='ok')", "word " * 2 ** 18), ("sys.stderr.write('x' * 2**20); print(end='ok')", "Hi")],
+    ids=["need not read its input", "may complain at length"])
+def test_a_program(code, text):
+    with Server(command(program(code))) as server:
+        assert chat(server, text).text == "ok"
 
 
 FOR_EVER = """
@@ -5876,214 +5797,149 @@ while True:
 """
 
 
-def system_taken(source, most):
-    """How many bytes a socket gives before it falls silent."""
-    count = 0
-    with contextlib.suppress(socket.timeout):
-        while count < most:
-            count += len(source.recv(1))
-    return count
-
-
 def test_a_program_is_held_up_by_a_client_that_does_not_read(gate):
     with Server(command(gate.program(FOR_EVER))) as server, asking(server, stream=True):
-        door = gate.arrival()
-        door.settimeout(0.3)
-        assert system_taken(door, 64) < 64, "that many MiB are kept somewhere"
+        door, taken = gate.arrival(), 0
+        door.settimeout(0.3)                    # it has fallen silent
+        with contextlib.suppress(socket.timeout):
+            while taken < 64:
+                taken += len(door.recv(1))
+        assert taken < 64, "that many MiB are kept somewhere"
 
 
 # ----------------------------------------------------------------------------------
-# Relay.  An upstream that does what the test says, in the test's own thread.
+# Relay.
 
-class Upstream:
-    """One connection at a time: the test reads what came and says what goes back."""
-
-    def __init__(self):
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.settimeout(10)
-        self.url = "http://127.0.0.1:%d/v1" % self.listener.getsockname()[1]
-
-    def accept(self):
-        """(connection, head, body) of the next request."""
-        connection, _ = self.listener.accept()
-        connection.settimeout(10)
-        head, _, body = read_past(connection, b"\r\n\r\n").partition(b"\r\n\r\n")
-        length = re.search(rb"(?i)content-length: (\d+)", head)
-        while length and len(body) < int(length[1]):
-            body += connection.recv(65536)
-        return connection, head.decode("latin-1"), body
-
-
-@pytest.fixture
-def upstream():
-    upstream = Upstream()
-    with upstream.listener:
-        yield upstream
-
-
-def response(body, status="200 OK", type="application/json", **headers):
-    """The bytes of a response with a Content-Length."""
-    headers = {"Content-Type": type, "Content-Length": len(body), **headers}
-    lines = ["HTTP/1.1 " + status, *map("%s: %s".__mod__, headers.items())]
-    return "\r\n".join(lines).replace("_", "-").encode() + b"\r\n\r\n" + body
-
-
-CHUNKED = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-           b"Transfer-Encoding: chunked\r\n\r\n")
-
-
-def system_in_chunks(*blocks):
-    """A whole response, a transfer chunk for each block."""
-    return CHUNKED + b"".join(map(transfer_chunk, blocks)) + b"0\r\n\r\n"
-
-
-def transfer_chunk(block):
-    return b"%x\r\n%b\r\n" % (len(block), block)
-
-
-system_EVENTS = (b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"H\xc3\xa9"}}]}\n\n',
-          b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":" \xe4\xb8\x96"}}]'
-          b',"obfuscation":"x9"}\n\n',
-          b"data: [DONE]\n\n")
+ABOVE = (b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"H\xc3\xa9"}}]}\n\n',
+         b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":" \xe4\xb8\x96"}}]'
+         b',"obfuscation":"x9"}\n\n',
+         b"data: [DONE]\n\n")
+JSON_TYPE = {"content_type": "application/json"}
 EXCHANGES = {   # the bytes of an upstream, and the status and the body that are in them
-    "whole":    (response(b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'), 200,
+    "whole":    (reply(b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n', **JSON_TYPE), 200,
                  b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'),
-    "streamed": (system_in_chunks(*system_EVENTS), 200, b"".join(system_EVENTS)),
-    "split":    (system_in_chunks(*(bytes([byte]) for byte in b"".join(system_EVENTS))), 200, b"".join(system_EVENTS)),
-    "refused":  (response(b'{"error": {"code": "model_not_found"}}\n', "404 Not Found"), 404,
-                 b'{"error": {"code": "model_not_found"}}\n'),
-    "no UTF-8": (response(b"\xff\xfe\x00", type="text/html"), 200, b"\xff\xfe\x00"),
-    "empty":    (response(b""), 200, b""),
-    "to the close": (b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(system_EVENTS), 200, b"".join(system_EVENTS)),
+    "streamed": (streamed(*ABOVE), 200, b"".join(ABOVE)),
+    "split":    (streamed(*(bytes([byte]) for byte in b"".join(ABOVE))), 200, b"".join(ABOVE)),
+    "refused":  (reply(b'{"error": {"code": "model_not_found"}}\n', "404 Not Found", **JSON_TYPE),
+                 404, b'{"error": {"code": "model_not_found"}}\n'),
+    "no UTF-8": (reply(b"\xff\xfe\x00", content_type="text/html"), 200, b"\xff\xfe\x00"),
+    "empty":    (reply(b"", **JSON_TYPE), 200, b""),
+    "to the close": (b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(ABOVE), 200, b"".join(ABOVE)),
 }
-exchanges = pytest.mark.parametrize("sent, status, body", rows(EXCHANGES))
 
 
 def relayed(server, upstream, sent, **fields):
-    """The answer of a relay whose upstream sends these bytes and closes."""
+    """The reply of a relay whose upstream sends these bytes and closes."""
     with asking(server, **fields) as client:
-        connection, _, _ = upstream.accept()
-        connection.sendall(sent)
-        connection.close()
-        return answer_on(client)
+        connection, _ = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        return got_on(client)
 
 
-@exchanges
-def test_an_upstreams_answer_comes_back_as_it_was(upstream, sent, status, body):
-    with Server(Relay(upstream.url)) as server:
-        got, _, whole = relayed(server, upstream, sent)
-    assert (got, whole) == (status, body)
-
-
-@exchanges
-def test_what_was_recorded_is_replayed_as_it_was(upstream, tmp_path, sent, status, body):
+@pytest.mark.parametrize("sent, status, body", rows(EXCHANGES))
+def test_a_reply_of_an_upstream_and_its_recording_are_as_it_was(upstream, tmp_path, sent, status,
+                                                                body):
     tape = str(tmp_path / "tape")
     with Server(Relay(upstream.url, record=tape)) as server:
-        got, headers, _ = relayed(server, upstream, sent)
+        first = relayed(server, upstream, sent)
+        assert sent != streamed(*ABOVE) or server.journal[0].events == 3
+        assert server.journal[0].outcome == ("error" if status == 404 else "complete")
     with Server(Replay(tape)) as server:
-        again, same_headers, whole = answered(server)
-    assert (got, again, whole) == (status, status, body)
-    assert headers.get("content-type") == same_headers.get("content-type")
+        again = chat(server)
+    assert [(got.status, got.body) for got in (first, again)] == [(status, body)] * 2
+    assert first.headers.get("content-type") == again.headers.get("content-type")
 
 
 RETURNED = {"content-type": "text/x-odd; a=b", "x-request-id": "req_upstream",
             "retry-after": "7", "retry-after-ms": "70", "x-should-retry": "false",
             "x-ratelimit-limit-requests": "60", "x-ratelimit-reset-tokens": "6m0s",
-            "openai-model": "m-1", "openai-processing-ms": "17", "openai-version": "2020-10-01",
-            "openai-organization": "org-1"}
+            "openai-model": "m-1", "openai-processing-ms": "17",
+            "openai-version": "2020-10-01", "openai-organization": "org-1"}
+KEPT_BACK = dict.fromkeys(["set-cookie", "server", "access-control-allow-origin", "x-other"], "no")
 
 
-@pytest.mark.parametrize("name", RETURNED)
-def test_a_header_that_clients_read_comes_back(upstream, name):
+def test_the_headers_that_clients_read_come_back_and_no_others(upstream):
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**RETURNED, **KEPT_BACK}.items())
     with Server(Relay(upstream.url)) as server:
-        head = "HTTP/1.1 200 OK\r\n%s: %s\r\nContent-Length: 2\r\n\r\n{}" % (name, RETURNED[name])
-        _, headers, _ = relayed(server, upstream, head.encode())
-    assert headers[name] == RETURNED[name]
-
-
-@pytest.mark.parametrize("name", ["Set-Cookie", "Server", "Access-Control-Allow-Origin", "X-Other"])
-def test_other_headers_do_not(upstream, name):
-    with Server(Relay(upstream.url)) as server:
-        _, headers, _ = relayed(server, upstream, response(b"{}", **{name.replace("-", "_"): "no"}))
-    assert headers.get(name.lower()) != "no"
+        got = relayed(server, upstream, f"HTTP/1.1 200 OK\r\n{head}Content-Length: 2\r\n\r\n{{}}".encode())
+    assert {name: got.headers.get(name) for name in RETURNED} == RETURNED
+    assert "no" not in [got.headers.get(name) for name in KEPT_BACK]
 
 
 def test_an_event_passes_before_the_next_is_there(upstream):
     with Server(Relay(upstream.url)) as server, asking(server, stream=True) as client:
-        connection, _, _ = upstream.accept()
-        connection.sendall(CHUNKED)
-        for block in system_EVENTS:
+        connection, _ = upstream.accept()
+        connection.sendall(STREAM_HEAD)
+        for block in ABOVE:
             connection.sendall(transfer_chunk(block))
-            read_past(client, block)
+            got = read_past(client, block)
         connection.sendall(b"0\r\n\r\n")
-        assert read_past(client, b"0\r\n\r\n")
+        assert (got + read_to_end(client)).endswith(b"0\r\n\r\n")
 
 
 def test_an_upstreams_refusal_passes_unchanged():
     refusal = APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
     with Server(Script(refusal)) as first, Server(Relay(first.base_url)) as server:
-        status, headers, body = answered(server)
-    assert (status, headers["retry-after-ms"]) == (429, "20")
-    assert json.loads(body) == refusal.body()
+        got = chat(server)
+    assert (got.status, got.headers["retry-after-ms"]) == (429, "20")
+    assert json.loads(got.body) == refusal.body()
 
 
 BASES = {"": "/chat/completions", "/v1": "/v1/chat/completions", "/v1/": "/v1/chat/completions",
          "/deep/er/v1": "/deep/er/v1/chat/completions"}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "//v1//chat/completions/"])
+@pytest.mark.parametrize("path", [CHAT_PATH, "/chat/completions", "//v1//chat/completions/"])
 @pytest.mark.parametrize("base", BASES)
 def test_a_path_is_put_after_the_upstreams_own(upstream, base, path):
     with Server(Relay(upstream.url[:-len("/v1")] + base)) as server, asking(server, path=path):
-        _, head, _ = upstream.accept()
-    assert head.split(" ")[1] == BASES[base]
+        _, (line, _, _) = upstream.accept()
+    assert line.split(" ")[1] == BASES[base]
 
 
 def test_the_models_are_the_upstreams():
     with Server(models=["their-model"]) as first, Server(Relay(first.base_url)) as server:
-        with urllib.request.urlopen(server.base_url + "/models") as models:
-            assert b"their-model" in models.read()
+        assert listed(server) == ["their-model"]
 
 
 def test_a_body_goes_upstream_as_it_came(upstream):
     body = b'{ "n":"many",\n"messages": 5, "odd": 1e2, "text": "\\u00e9"}'
-    with Server(Relay(upstream.url)) as server:
-        with socket.create_connection(server.server_address) as client:
-            client.sendall(chat_request().partition(b"Content-Length")[0]
-                           + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-            assert upstream.accept()[2] == body
+    with Server(Relay(upstream.url)) as server, dial(server) as client:
+        client.sendall(request_bytes(body))
+        assert upstream.accept()[1][2] == body
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'"text"'])
 def test_what_is_no_json_object_does_not_go_upstream(body):
-    request = chat_request().partition(b"Content-Length")[0]
     with Server(Relay("http://127.0.0.1:9/v1")) as server:
-        with socket.create_connection(server.server_address) as client:
-            client.sendall(request + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-            assert answer_on(client)[0] == 400
+        assert post(server, CHAT_PATH, body).status == 400
 
 
 PARTS = {   # how far an upstream has come
     "nothing":           b"",
     "half a head":       b"HTTP/1.1 200 OK\r\nContent-Type: te",
-    "a head":            CHUNKED,
-    "an event":          CHUNKED + transfer_chunk(system_EVENTS[0]),
-    "half a chunk":      CHUNKED + b"100\r\ndata: ",
-    "half a chunk size": CHUNKED + transfer_chunk(system_EVENTS[0]) + b"1",
-    "half a body":       response(b"{}" * 100)[:-9],
+    "a head":            STREAM_HEAD,
+    "an event":          STREAM_HEAD + transfer_chunk(ABOVE[0]),
+    "half a chunk":      STREAM_HEAD + b"100\r\ndata: ",
+    "half a chunk size": STREAM_HEAD + transfer_chunk(ABOVE[0]) + b"1",
+    "half a body":       reply(b"{}" * 100, **JSON_TYPE)[:-9],
 }
+parts = pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
 
 
 @both
-@pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
-def test_the_client_leaving_closes_the_upstream(upstream, sent, stream):
-    with Server(Relay(upstream.url)) as server:
+@parts
+def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tmp_path, sent, stream):
+    tape = tmp_path / "tape"
+    with Server(Relay(upstream.url, record=str(tape))) as server:
         with asking(server, stream=stream) as client:
-            connection, _, _ = upstream.accept()
+            connection, _ = upstream.accept()
             connection.sendall(sent)
-            if system_EVENTS[0] in sent:
-                read_past(client, system_EVENTS[0])
-        assert ended(connection)
+            if ABOVE[0] in sent:
+                read_past(client, ABOVE[0])
+        assert ended(connection) and outcome(server) == "client left"
+    assert tape.read_bytes() == b""
 
 
 def complete(raw):
@@ -6092,53 +5948,39 @@ def complete(raw):
         near, far = socket.socketpair()
         with near, far:
             near.sendall(raw)
-            near.shutdown(socket.SHUT_WR)
-            return answer_on(far)[0] < 500
+            half_close(near)
+            return got_on(far).status < 500
     return False
 
 
-def close(connection):
-    connection.close()
-
-
-def system_reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-@pytest.mark.parametrize("end", [close, system_reset])
-@pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
+@pytest.mark.parametrize("end", [socket.socket.close, reset], ids=["closed", "reset"])
+@parts
 def test_an_upstream_that_is_cut_never_looks_complete(upstream, tmp_path, sent, end):
     tape = tmp_path / "tape"
     with Server(Relay(upstream.url, record=str(tape))) as server, asking(server) as client:
-        connection, _, _ = upstream.accept()
+        connection, _ = upstream.accept()
         connection.sendall(sent)
+        if ABOVE[0] in sent:
+            read_past(client, ABOVE[0])         # the events before the cut
         end(connection)
-        assert not complete(system_read_to_end(client))
-        assert system_until(lambda: server.journal[0].outcome == "error")
+        assert not complete(STREAM_HEAD * (ABOVE[0] in sent) + read_to_end(client))
+        assert outcome(server) == "error"
     assert tape.read_bytes() == b""
-
-
-def test_the_events_before_a_cut_reach_the_client(upstream):
-    with Server(Relay(upstream.url)) as server, asking(server) as client:
-        connection, _, _ = upstream.accept()
-        connection.sendall(CHUNKED + transfer_chunk(system_EVENTS[0]))
-        connection.close()
-        assert system_EVENTS[0] in system_read_to_end(client)
 
 
 @pytest.mark.parametrize("sent", [b"", b"SSH-2.0-OpenSSH\r\n", b"\0" * 70000, b"HTTP/1.1 2"],
                          ids=["nothing", "another protocol", "noise", "half a line"])
 def test_an_upstream_that_speaks_no_http_is_a_502(upstream, sent):
     with Server(Relay(upstream.url)) as server:
-        assert error_of(relayed(server, upstream, sent))[0] == 502
+        got = relayed(server, upstream, sent)
+    assert got.status == 502 and got.error
 
 
 def test_an_upstream_that_is_not_there_is_a_502_that_names_it(upstream):
     upstream.listener.close()
     with Server(Relay(upstream.url, api_key="sk-secret")) as server:
-        status, message = error_of(answered(server))
-    assert status == 502 and upstream.url in message and "secret" not in message
+        got = chat(server)
+    assert got.status == 502 and upstream.url in got.error["message"] and b"secret" not in got.body
 
 
 KEYS = {    # our keys, the relay's, what the client sends, what goes upstream
@@ -6156,16 +5998,15 @@ KEYS = {    # our keys, the relay's, what the client sends, what goes upstream
 def test_the_key_that_goes_upstream(upstream, ours, key, headers, expected):
     with Server(Relay(upstream.url, api_key=key), api_keys=ours) as server:
         with asking(server, headers=headers):
-            _, head, _ = upstream.accept()
-    sent = re.search(r"(?i)\r\nauthorization: ([^\r]*)", head)
-    assert (sent and sent[1]) == expected and (not ours or "ours" not in head)
+            _, (_, sent, _) = upstream.accept()
+    assert sent.get("authorization") == expected and (not ours or "ours" not in repr(sent))
 
 
 def test_an_upstream_is_held_up_by_a_client_that_does_not_read(upstream):
     with Server(Relay(upstream.url)) as server, asking(server, stream=True):
-        connection, _, _ = upstream.accept()
+        connection, _ = upstream.accept()
         connection.settimeout(0.3)
-        connection.sendall(CHUNKED)
+        connection.sendall(STREAM_HEAD)
         block, count = transfer_chunk(b"x" * 2 ** 16), 0
         with contextlib.suppress(socket.timeout):
             while count < 1024:
@@ -6174,61 +6015,44 @@ def test_an_upstream_is_held_up_by_a_client_that_does_not_read(upstream):
     assert count < 1024, "that many transfer chunks are kept somewhere"
 
 
-def test_the_journal_counts_the_events_of_an_upstream(upstream):
-    with Server(Relay(upstream.url)) as server:
-        relayed(server, upstream, system_in_chunks(*system_EVENTS))
-        assert (server.journal[0].events, server.journal[0].outcome) == (3, "complete")
-
-
 # ----------------------------------------------------------------------------------
 # Tapes.
 
+@pytest.fixture
+def tape(tmp_path):
+    return tmp_path / "tape"
+
+
 def recorded(tape, *texts, backend=echo, **fields):
-    """Record a streamed exchange for each text; the bodies of the answers."""
+    """Record a streamed exchange for each text; the bodies of the replies."""
     with Server(backend) as first, Server(Relay(first.base_url, record=str(tape))) as server:
-        return [answered(server, text, stream=True, **fields)[2] for text in texts]
+        return [chat(server, text, stream=True, **fields).body for text in texts]
 
 
-def test_a_tape_has_a_whole_json_line_for_each_exchange(tmp_path):
-    recorded(tmp_path / "tape", "one", "two")
-    lines = (tmp_path / "tape").read_bytes().splitlines(keepends=True)
+def test_a_tape_has_a_whole_json_line_for_each_exchange_and_is_gone_on_with(tape):
+    bodies = [*recorded(tape, "one", "two"), *recorded(tape, "three")]
+    lines = tape.read_bytes().splitlines(keepends=True)
     assert all(line.endswith(b"\n") for line in lines)
-    assert [json.loads(line)["request"]["body"]["messages"][0]["content"] for line in lines] == [
-        "one", "two"]
+    assert [json.loads(line)["request"]["body"]["messages"] for line in lines] == [
+        user("one"), user("two"), user("three")]
+    with Server(Replay(str(tape))) as server:
+        assert [chat(server, text, stream=True).body for text in ("one", "two", "three")] == bodies
 
 
-def test_a_tape_is_gone_on_with(tmp_path):
-    one, two = (recorded(tmp_path / "tape", text) for text in ("one", "two"))
-    with Server(Replay(str(tmp_path / "tape"))) as server:
-        assert [answered(server, text, stream=True)[2] for text in ("one", "two")] == one + two
-
-
-def test_a_tape_holds_no_key(tmp_path):
-    tape = tmp_path / "tape"
+def test_a_tape_holds_no_key(tape):
     with Server(api_keys="sk-upstream") as first:
         with Server(Relay(first.base_url, "sk-upstream", str(tape)), api_keys="sk-ours") as server:
-            answered(server, headers={"Authorization": "Bearer sk-ours", "Cookie": "sk-cookie"})
+            chat(server, headers={"Authorization": "Bearer sk-ours", "Cookie": "sk-cookie"})
     assert tape.stat().st_size and b"sk-" not in tape.read_bytes()
 
 
-def test_an_exchange_whose_client_left_is_not_recorded(upstream, tmp_path):
-    tape = tmp_path / "tape"
-    with Server(Relay(upstream.url, record=str(tape))) as server:
-        with asking(server, stream=True) as client:
-            connection, _, _ = upstream.accept()
-            connection.sendall(CHUNKED + transfer_chunk(system_EVENTS[0]))
-            read_past(client, system_EVENTS[0])
-        assert system_until(lambda: server.journal[0].outcome == "client left")
-    assert tape.read_bytes() == b""
-
-
-def test_many_clients_at_once_are_recorded_whole(tmp_path):
-    tape, texts = tmp_path / "tape", ["word " * 500 + str(i) for i in range(12)]
+def test_many_clients_at_once_are_recorded_whole(tape):
+    texts = ["word " * 500 + str(i) for i in range(12)]
     with Server() as first, Server(Relay(first.base_url, record=str(tape))) as server:
         waiting = list(texts)
-        together(12, lambda: answered(server, waiting.pop(), stream=True))
+        together(12, lambda: chat(server, waiting.pop(), stream=True))
     with Server(Replay(str(tape))) as server:
-        assert [content(answered(server, text, stream=True)) for text in texts] == texts
+        assert [chat(server, text, stream=True).text for text in texts] == texts
 
 
 def test_a_tape_that_cannot_be_written_costs_no_reply(tmp_path, caplog):
@@ -6236,7 +6060,7 @@ def test_a_tape_that_cannot_be_written_costs_no_reply(tmp_path, caplog):
     tape.parent.mkdir()
     with Server(say("ok")) as first, Server(Relay(first.base_url, record=str(tape))) as server:
         shutil.rmtree(str(tape.parent))
-        assert content(answered(server, stream=True)) == "ok"
+        assert chat(server, stream=True).text == "ok"
     assert str(tape) in caplog.text
 
 
@@ -6245,47 +6069,39 @@ def test_a_tape_that_can_never_be_written_is_refused_at_once(tmp_path):
         Relay("http://127.0.0.1:9/v1", record=str(tmp_path))
 
 
-def test_the_same_request_however_it_is_spelled_gets_the_recording(tmp_path):
-    body = recorded(tmp_path / "tape", "one")[0]
-    with Server(Replay(str(tmp_path / "tape"))) as server:
-        spelled = json.dumps({"stream": True, "messages": [{"content": "one", "role": "user"}],
-                              "model": "m"}, indent=1).encode()
-        with socket.create_connection(server.server_address) as client:
-            client.sendall(chat_request().partition(b"Content-Length")[0]
-                           + b"Content-Length: %d\r\n\r\n%b" % (len(spelled), spelled))
-            assert answer_on(client)[2] == body
+def test_the_same_request_however_it_is_spelled_gets_the_recording(tape):
+    [body] = recorded(tape, "one")
+    spelled = json.dumps({"stream": True, "messages": [{"content": "one", "role": "user"}],
+                          "model": "m"}, indent=1)
+    with Server(Replay(str(tape))) as server:
+        assert post(server, CHAT_PATH, spelled).body == body
 
 
-def test_repeated_requests_take_their_recordings_in_order_and_the_last_stays(tmp_path):
-    recorded(tmp_path / "tape", "x", "x", "x", backend=Script("one", "two", "three"))
-    with Server(Replay(str(tmp_path / "tape"))) as server:
-        said = [content(answered(server, "x", stream=True)) for _ in range(5)]
+def test_repeated_requests_take_their_recordings_in_order_and_the_last_stays(tape):
+    recorded(tape, "x", "x", "x", backend=Script("one", "two", "three"))
+    with Server(Replay(str(tape))) as server:
+        said = [chat(server, "x", stream=True).text for _ in range(5)]
     assert said == ["one", "two", "three", "three", "three"]
 
 
-def test_an_unknown_request_is_told_the_nearest_recording(tmp_path):
-    recorded(tmp_path / "tape", "one", backend=say("a"))
-    recorded(tmp_path / "tape", "two", backend=say("b"), temperature=0.5, seed=4)
-    with Server(Replay(str(tmp_path / "tape"))) as server:
-        status, message = error_of(answered(server, "two", stream=True, temperature=0.5, seed=5))
-    assert status == 404 and "line 2" in message and "seed" in message
-    assert "4" in message and "5" in message
+@pytest.mark.parametrize("text, seed, words", [("two", 5, ("line 2", "seed", "4", "5")),
+                                               ("one", 6, ("line 1", "seed", "6"))])
+def test_an_unknown_request_is_told_the_nearest_recording(tape, text, seed, words):
+    recorded(tape, "one", backend=say("a"))
+    recorded(tape, "two", backend=say("b"), temperature=0.5, seed=4)
+    fields = {"temperature": 0.5} if text == "two" else {}
+    with Server(Replay(str(tape))) as server:
+        got = chat(server, text, stream=True, seed=seed, **fields)
+    assert got.status == 404 and all(word in got.error["message"] for word in words)
 
 
-def test_a_field_that_was_not_recorded_is_named_too(tmp_path):
-    recorded(tmp_path / "tape", "one")
-    with Server(Replay(str(tmp_path / "tape"))) as server:
-        assert "seed" in error_of(answered(server, "one", stream=True, seed=5))[1]
+BROKEN_TAPES = {"cut": lambda line: line[:-20], "no JSON": lambda line: b"garbage\n",
+                "another file": lambda line: b'{"hello": "world"}\n', "a list": lambda line: b"[]\n",
+                "no status": lambda line: line.replace(b'"status"', b'"stat"')}
 
 
-system_BROKEN = {"cut": lambda line: line[:-20], "no JSON": lambda line: b"garbage\n",
-          "another file": lambda line: b'{"hello": "world"}\n', "a list": lambda line: b"[]\n",
-          "no status": lambda line: line.replace(b'"status"', b'"stat"')}
-
-
-@pytest.mark.parametrize("broken", system_BROKEN.values(), ids=list(system_BROKEN))
-def test_a_broken_tape_is_refused_with_its_name_and_line(tmp_path, broken):
-    tape = tmp_path / "tape"
+@pytest.mark.parametrize("broken", BROKEN_TAPES.values(), ids=list(BROKEN_TAPES))
+def test_a_broken_tape_is_refused_with_its_name_and_line(tape, broken):
     recorded(tape, "one", "two")
     one, two = tape.read_bytes().splitlines(keepends=True)
     tape.write_bytes(one + broken(two))
@@ -6293,9 +6109,8 @@ def test_a_broken_tape_is_refused_with_its_name_and_line(tmp_path, broken):
         Replay(str(tape))
 
 
-def tape_with_pauses(tmp_path, *pauses):
+def paused(tape, *pauses):
     """A tape whose one recording has a write after each of these pauses."""
-    tape = tmp_path / "tape"
     recorded(tape, "x")
     recording = json.loads(tape.read_text())
     recording["writes"] = [[pause, "data: word\n\n"] for pause in pauses]
@@ -6303,91 +6118,61 @@ def tape_with_pauses(tmp_path, *pauses):
     return str(tape)
 
 
-@pytest.mark.parametrize("speed, least", [(1, 0.1), (2, 0.05), (0.5, 0.2)])
-def test_a_replay_is_as_fast_as_it_is_told(tmp_path, speed, least):
-    with Server(Replay(tape_with_pauses(tmp_path, 0, 0.1), speed)) as server:
+@pytest.mark.parametrize("pause, speed, least", [(0.1, 1, 0.1), (0.1, 2, 0.05), (0.1, 0.5, 0.2),
+                                                 (3600, 0, 0), (3600, 1e6, 0.0036)])
+def test_a_replay_is_as_fast_as_it_is_told(tape, pause, speed, least):
+    with Server(Replay(paused(tape, 0, pause), speed)) as server:
         started = time.monotonic()
-        assert answered(server, "x", stream=True)[2] == b"data: word\n\n" * 2
-    assert least <= time.monotonic() - started < 2
+        assert chat(server, "x", stream=True).body == b"data: word\n\n" * 2
+    assert least <= time.monotonic() - started
 
 
-def test_without_a_speed_a_replay_does_not_pause(tmp_path):
-    with Server(Replay(tape_with_pauses(tmp_path, 60, 60))) as server:
-        assert answered(server, "x", stream=True)[2] == b"data: word\n\n" * 2
-
-
-def test_a_client_that_leaves_does_not_wait_for_a_pause(tmp_path):
-    with Server(Replay(tape_with_pauses(tmp_path, 0, 60), 1)) as server:
+def test_a_client_that_leaves_does_not_wait_for_a_pause(tape):
+    with Server(Replay(paused(tape, 0, 3600), 1)) as server:
         with asking(server, "x", stream=True) as client:
             read_past(client, b"word")
-        assert system_until(lambda: server.journal[0].outcome == "client left", 0.5)
+        assert outcome(server) == "client left"
 
 
-def test_the_pauses_of_the_upstream_are_on_the_tape(tmp_path):
-    recorded(tmp_path / "tape", "x", backend=Script(Reply("a b c", delay=(0, 0.1))))
-    writes = json.loads((tmp_path / "tape").read_text())["writes"]
+def test_the_pauses_of_the_upstream_are_on_the_tape(tape):
+    recorded(tape, "x", backend=Script(Reply("a b c", delay=(0, 0.1))))
+    writes = json.loads(tape.read_text())["writes"]
     assert sum(pause for pause, _ in writes[1:]) >= 0.1     # of 0.2: a busy machine reads late
 
 
-def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tmp_path):
-    with Server(Relay(upstream.url, record=str(tmp_path / "tape"))) as server:
-        relayed(server, upstream, response(b"\xff\xfe"))
-    writes = json.loads((tmp_path / "tape").read_text())["writes"]
+def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tape):
+    with Server(Relay(upstream.url, record=str(tape))) as server:
+        relayed(server, upstream, reply(b"\xff\xfe"))
+    writes = json.loads(tape.read_text())["writes"]
     assert [base64.b64decode(write["base64"]) for _, write in writes] == [b"\xff\xfe"]
 
 
-system_FULL = """
+FULL_DISK = """
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d))
-sys.path[:0] = [%r]
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 import openai_compat
 openai_compat.main(sys.argv[1:])
 """
 
 
 @posix
-def test_a_full_disk_loses_no_reply_and_leaves_no_half_line(tmp_path):
-    tape, full = str(tmp_path / "tape"), system_FULL % (4000, 4000, os.path.dirname(SERVER))
-    with Server() as first, Running("--upstream", first.base_url, "--record", tape,
-                                    start=program(full)) as server:
-        for text in ("short", "long " * 1000, "short again"):
-            assert content(answered(server, text)) == text
+def test_a_full_disk_loses_no_reply_and_leaves_no_half_line(tape):
+    texts = ["short", "long " * 1000, "short again"]
+    with Server() as first, Running("--upstream", first.base_url, "--record", str(tape),
+                                    start=program(FULL_DISK), cwd=str(HERE)) as server:
+        assert [chat(server, text).text for text in texts] == texts
         status, said = server.end()
-    with Server(Replay(tape)) as server:
-        assert [answered(server, text)[0] for text in ("short", "short again")] == [200, 200]
-        assert answered(server, "long " * 1000)[0] == 404
-    assert status == 0 and len([line for line in said if tape in line]) == 1
+    with Server(Replay(str(tape))) as server:
+        assert [chat(server, text).status for text in texts] == [200, 404, 200]
+    assert status == 0 and len([line for line in said if str(tape) in line]) == 1
 
 
 # ----------------------------------------------------------------------------------
 # The command line, as a process of its own.
 
-class Running:
-    """A server that the command line has started; `end` gives its status and last words."""
-
-    def __init__(self, *flags, start=(sys.executable, SERVER), port=0, **options):
-        options = {"universal_newlines": True, "stderr": subprocess.PIPE, **options}
-        self.process = subprocess.Popen([*start, "--port", str(port), *flags], **options)
-        self.said = []
-        while not (self.said and "Serving" in self.said[-1]):
-            self.said.append(self.process.stderr.readline())
-            assert self.said[-1], self.said
-        self.base_url = re.search(r"https?://\S+/v1", self.said[-1])[0]
-        host, port = re.search(r"//\[?(.+?)\]?:(\d+)/", self.base_url).groups()
-        self.server_address = host, int(port)
-
-    def end(self):
-        self.process.terminate()
-        said = self.process.stderr.read().splitlines()
-        return self.process.wait(10), said
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.kill()
-        self.process.wait()
-        self.process.stderr.close()
+def commanded(*words, **options):
+    """The command line's process, when it has ended."""
+    return finished(sys.executable, SERVER, *words, **options)
 
 
 MINE = """
@@ -6422,10 +6207,6 @@ def workplace(tmp_path_factory):
     return str(folder)
 
 
-def shown(answer):
-    return "%d %s" % (answer[0], answer[2].decode())
-
-
 ORPHAN = [{"role": "tool", "content": "x", "tool_call_id": "call_1"}]
 FLAGS = {   # the flags, the request, and what its reply has only with the flags
     "--model":        (["--model", "a", "--model", "b"], {}, "^404 .*model_not_found"),
@@ -6448,26 +6229,19 @@ FLAGS = {   # the flags, the request, and what its reply has only with the flags
 
 @pytest.mark.parametrize("flags, fields, expected", rows(FLAGS))
 def test_a_flag_has_its_effect(workplace, flags, fields, expected):
-    with Server() as server:
-        assert not re.search(expected, shown(answered(server, **fields)))
-    with Running(*flags, cwd=workplace) as server:
-        assert re.search(expected, shown(answered(server, **fields)))
+    with Server() as without, Running(*flags, cwd=workplace) as server:
+        shown = [f"{got.status} {got.body.decode()}" for got in (
+            chat(each, **fields) for each in (without, server))]
+    assert [bool(re.search(expected, each)) for each in shown] == [False, True]
 
 
-def test_each_named_model_is_listed():
-    with Running("--model", "a", "--model", "b") as server:
-        with urllib.request.urlopen(server.base_url + "/models") as reply:
-            assert [model["id"] for model in json.load(reply)["data"]] == ["a", "b"]
-
-
-def test_upstream_with_its_key_and_record_and_replay(tmp_path):
-    tape = str(tmp_path / "tape")
+def test_upstream_with_its_key_and_record_and_replay(tape):
     with Server(say("from above"), api_keys="up") as first:
-        flags = ["--upstream", first.base_url, "--upstream-key", "up", "--record", tape]
+        flags = ["--upstream", first.base_url, "--upstream-key", "up", "--record", str(tape)]
         with Running(*flags) as server:
-            answer = answered(server)
-    with Running("--replay", tape) as server:
-        assert answered(server)[2] == answer[2] and content(answer) == "from above"
+            got = chat(server)
+    with Running("--replay", str(tape)) as server:
+        assert chat(server).body == got.body and got.text == "from above"
 
 
 def test_at_once_lets_so_many_programs_run(gate):
@@ -6480,71 +6254,58 @@ def test_at_once_lets_so_many_programs_run(gate):
 def test_delay_is_between_the_pieces():
     with Running("--delay", "0.05", "--say", "a b c d") as server:
         started = time.monotonic()
-        assert content(answered(server, stream=True)) == "a b c d"
+        assert chat(server, stream=True).text == "a b c d"
     assert time.monotonic() - started >= 0.15
 
 
 @pytest.mark.parametrize("flags, status", [([], 404), (["--journal"], 200)])
 def test_the_journal_is_there_where_it_is_asked_for(flags, status):
-    with Running(*flags) as server:
-        with asking(server, path="/health"):
-            pass
-        with socket.create_connection(server.server_address) as client:
-            client.sendall(b"GET /journal HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert answer_on(client)[0] == status
+    with Running(*flags, "--model", "b", "--model", "a") as server:
+        assert call(server, "GET", "/journal").status == status and listed(server) == ["b", "a"]
 
 
 def test_one_connection_too_many_is_a_503():
-    with Running("--max-connections", "1") as server:
-        with socket.create_connection(server.server_address) as first:
-            first.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            read_past(first, b"ok")
-            assert answered(server)[0] == 503
+    with Running("--max-connections", "1") as server, served(server):
+        assert chat(server).status == 503
 
 
 def test_a_request_has_to_arrive_in_time():
-    with Running("--request-timeout", "0.1") as server:
-        with socket.create_connection(server.server_address, timeout=5) as client:
-            client.sendall(chat_request()[:-5])
-            assert answer_on(client)[0] == 408
+    with Running("--request-timeout", "0.1") as server, dial(server) as client:
+        client.sendall(request_bytes()[:-5])
+        assert got_on(client).status == 408
 
 
 def test_the_port_is_the_one_that_was_named():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with Running(port=port) as server:
-        assert server.server_address[1] == port and answered(server)[0] == 200
+        assert server.server_address[1] == port and chat(server).status == 200
 
 
-@pytest.mark.parametrize("keys, flags, tried, expected", [
-    ("sk-1, sk-2", [], "sk-2", 200), ("sk-1, sk-2", [], "sk-3", 401), ("", [], "any", 200),
-    ("sk-1", ["--api-key", "sk-3"], "sk-1", 200), ("sk-1,", [], "", 401)])
-def test_keys_also_come_from_the_environment(keys, flags, tried, expected):
-    environment = {**os.environ, "OPENAI_COMPAT_API_KEYS": keys}
-    with Running(*flags, env=environment) as server:
-        assert answered(server, headers={"Authorization": "Bearer " + tried})[0] == expected
+ADMITTED = {  # OPENAI_COMPAT_API_KEYS, flags, the key that is tried, status, is it warned of
+    "no key":                 ("", [], "any", 200, False),
+    "the second of two":      ("sk-1, sk-2", [], "sk-2", 200, False),
+    "neither of two":         ("sk-1, sk-2", [], "sk-3", 401, False),
+    "beside a flag":          ("sk-1", ["--api-key", "sk-3"], "sk-1", 200, False),
+    "the flag's":             ("sk-1", ["--api-key", "sk-3"], "sk-3", 200, False),
+    "a comma too many":       ("sk-1,", [], "", 401, False),
+    "open to all":            ("", ["--host", "0.0.0.0"], "any", 200, True),
+    "open to those with one": ("", ["--host", "0.0.0.0", "--api-key", "k"], "any", 401, False),
+}
 
 
-@pytest.mark.parametrize("flags, warns", [(["--host", "0.0.0.0"], True), ([], False),
-                                          (["--host", "0.0.0.0", "--api-key", "k"], False)])
-def test_it_warns_where_anybody_may_come_in_without_a_key(flags, warns):
-    with Running(*flags) as server:
+@pytest.mark.parametrize("keys, flags, tried, status, warns", rows(ADMITTED))
+def test_keys_come_from_flags_and_the_environment(keys, flags, tried, status, warns):
+    with Running(*flags, env=environment(OPENAI_COMPAT_API_KEYS=keys)) as server:
+        assert chat(server, headers={"Authorization": "Bearer " + tried}).status == status
         assert ("WARNING" in "".join(server.said)) == warns
-        assert answered(server)[0] == (401 if "k" in flags else 200)
 
 
 def test_version_is_printed():
-    done = system_ran("--version")
+    done = commanded("--version")
     assert (done.returncode, done.stdout.split()) == (0, [openai_compat.__version__])
 
 
-def system_ran(*words, **options):
-    """The command line's process, when it has ended."""
-    return subprocess.run([sys.executable, SERVER, *words], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True, timeout=10, **options)
-
-
-system_REFUSED = {  # flags, and what the message says
+CANNOT_START = {  # flags, and what the message says
     "no script":      (["--script", "no.json"], "no.json"),
     "broken script":  (["--script", "broken.json"], "broken.json"),
     "no tape":        (["--replay", "no.tape"], "no.tape"),
@@ -6569,18 +6330,18 @@ system_REFUSED = {  # flags, and what the message says
 }
 
 
-@pytest.mark.parametrize("flags, expected", rows(system_REFUSED))
+@pytest.mark.parametrize("flags, expected", rows(CANNOT_START))
 def test_what_cannot_be_started_is_one_clear_line(workplace, flags, expected):
-    done = system_ran("--port", "0", *flags, cwd=workplace)
+    done = commanded("--port", "0", *flags, cwd=workplace)
     *usage, line = done.stderr.splitlines()
     assert done.returncode in (1, 2) and re.search(expected, line), done.stderr
     assert "Traceback" not in done.stderr and (usage == [] or usage[0].startswith("usage: "))
 
 
 def test_a_port_in_use_is_one_clear_line():
-    with socket.create_server(("127.0.0.1", 0)) as system_taken:
-        port = str(system_taken.getsockname()[1])
-        done = system_ran("--port", port)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = commanded("--port", port)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and port in done.stderr
 
 
@@ -6590,10 +6351,10 @@ def test_a_port_in_use_is_one_clear_line():
 @posix
 def test_the_log_has_a_line_for_each_exchange():
     with Running("--say", "a b") as server:
-        answered(server, stream=True)
-        answered(server, path="/v1/nothing")
+        chat(server, stream=True)
+        chat(server, path="/v1/nothing")
         _, said = server.end()
-    first, second = said
+    first, second = sorted(said, key=lambda line: "/v1/nothing" in line)
     for part in ("127.0.0.1", "POST /v1/chat/completions", " 200 ", "complete", "5 events", " s"):
         assert part in first
     assert "/v1/nothing" in second and "404" in second
@@ -6602,32 +6363,35 @@ def test_the_log_has_a_line_for_each_exchange():
 @posix
 def test_quiet_leaves_nothing_to_read():
     with Running("--quiet") as server:
-        answered(server)
+        chat(server)
         assert server.end() == (0, [])
 
 
+log_and_trace = pytest.mark.parametrize("flags", [[], ["--trace"]], ids=["log", "trace"])
+
+
 @posix
+@log_and_trace
 @pytest.mark.parametrize("sent", [b"GET /\x1b[2J HTTP/1.1", b"GET /%1b[2J HTTP/1.1", b"GET /a\tb HTTP/1.1",
                                   b"G\x1bT / HTTP/1.1", "GET /\u2028 HTTP/1.1".encode()])
-@pytest.mark.parametrize("flags", [[], ["--trace"]])
 def test_nothing_that_a_client_sends_moves_the_cursor(sent, flags):
     with Running(*flags) as server:
-        with socket.create_connection(server.server_address, timeout=5) as client:
+        with dial(server) as client:
             client.sendall(sent + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            system_read_to_end(client)
+            read_to_end(client)
         _, said = server.end()
-    assert all(line.isprintable() for line in said)
+    assert said and all(line.isprintable() for line in said)
 
 
 @posix
-@pytest.mark.parametrize("flags", [[], ["--trace"]])
+@log_and_trace
 @pytest.mark.parametrize("key", ["sk-right-0123456789", "sk-wrong-0123456789"])
-@pytest.mark.parametrize("header", ["Authorization: Bearer %s", "authorization:bearer  %s",
-                                    "Authorization: %s", "API-Key: %s"])
-def test_no_key_is_printed(flags, key, header):
-    name, _, value = (header % key).partition(":")
+def test_no_key_is_printed(flags, key):
+    headers = {"Authorization": f"Bearer {key}", "authorization": f"bearer  {key}",
+               "AUTHORIZATION": key, "API-Key": key}
     with Running(*flags, "--api-key", "sk-right-0123456789") as server:
-        answered(server, headers={name: value})
+        for name, value in headers.items():
+            chat(server, headers={name: value})
         _, said = server.end()
     assert said and not [line for line in said if key in line]
 
@@ -6635,11 +6399,11 @@ def test_no_key_is_printed(flags, key, header):
 @posix
 def test_the_trace_masks_a_key_that_arrives_in_pieces():
     with Running("--trace") as server:
-        with socket.create_connection(server.server_address) as client:
+        with dial(server) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            for byte in chat_request(headers={"Authorization": "Bearer sk-abcdefgh"}):
+            for byte in request_bytes(headers={"Authorization": "Bearer sk-abcdefgh"}):
                 client.sendall(bytes([byte]))
-            answer_on(client)
+            got_on(client)
         said = "\n".join(server.end()[1])
     assert "uthorization" in said and "abcd" not in said and "efgh" not in said
 
@@ -6647,7 +6411,7 @@ def test_the_trace_masks_a_key_that_arrives_in_pieces():
 @posix
 def test_the_trace_marks_events_and_transfer_chunks_and_connections():
     with Running("--trace", "--quiet", "--say", "word") as server:
-        together(4, lambda: answered(server, stream=True))
+        together(4, lambda: chat(server, stream=True))
         _, said = server.end()
     assert all(re.match(r"#[1-4] [<>] ", line) for line in said)
     for number in "1234":
@@ -6659,17 +6423,16 @@ def test_the_trace_marks_events_and_transfer_chunks_and_connections():
 # ----------------------------------------------------------------------------------
 # A command beside the server.
 
+VARIABLES = "OPENAI_BASE_URL OPENAI_API_BASE OPENAI_API_KEY NO_PROXY no_proxy".split()
+SHOW = program("print(json.dumps({name: os.environ[name] for name in %r}))" % VARIABLES)
+
+
 def beside(*words, flags=(), **options):
-    return system_ran(*flags, "--", *words, **options)
-
-
-system_NAMES = "OPENAI_BASE_URL OPENAI_API_BASE OPENAI_API_KEY NO_PROXY no_proxy".split()
-SHOW = program("print(json.dumps({name: os.environ[name] for name in %r}))" % system_NAMES)
+    return commanded(*flags, "--", *words, **options)
 
 
 def environment_beside(*flags, **variables):
-    clean = {name: os.environ[name] for name in os.environ if name not in system_NAMES}
-    return json.loads(beside(*SHOW, flags=flags, env={**clean, **variables}).stdout)
+    return json.loads(beside(*SHOW, flags=flags, env=environment(**variables)).stdout)
 
 
 def test_a_command_finds_the_server_in_its_environment():
@@ -6689,11 +6452,6 @@ def test_a_command_gets_the_key_that_the_server_takes(flags, variables, key):
 
 def test_what_needs_no_proxy_already_stays():
     assert "intra.example" in environment_beside(NO_PROXY="intra.example")["NO_PROXY"].split(",")
-
-
-def test_the_whole_thing_in_one_line():
-    done = beside(sys.executable, system_CLIENT, "chat", "Hello!")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello!\n", "")
 
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/timerslack_ns"), reason="Linux alone")
@@ -6725,13 +6483,6 @@ def test_only_code_of_ours_has_to_share_a_core(flags, cores, workplace):
         assert os.sched_getaffinity(server.process.pid) == everywhere
 
 
-def free_port(remainder, cores):
-    """A port of which that is left over when it is divided by the number of cores."""
-    for port in range(20000 + remainder, 30000, cores):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-
-
 @linux
 @pytest.mark.parametrize("place", [0, -1])
 def test_neighbouring_ports_have_cores_of_their_own(place):
@@ -6749,7 +6500,7 @@ def test_a_command_runs_as_if_there_were_no_server():
 def test_a_program_may_use_all_the_cores():
     words = " ".join(map(shlex.quote, program(SCHEDULE)))
     with Running("--command", words) as server:
-        assert content(answered(server)).split("]")[0] == ours().split("]")[0]
+        assert chat(server).text.split("]")[0] == ours().split("]")[0]
 
 
 @linux
@@ -6758,32 +6509,37 @@ def test_a_connection_that_waits_does_not_work():
         for id in threads_of(server.process):
             with open("/proc/%d/task/%d/stat" % (server.process.pid, id)) as stat:
                 yield stat.read().rpartition(")")[2].split()[0]
-
-    with Running("--quiet") as server:
-        with contextlib.closing(HTTPConnection(*server.server_address)) as client:
-            client.request("GET", "/health")
-            assert client.getresponse().read() == b'{"status":"ok"}'
-            assert system_until(lambda: set(states()) == {"S"})
+    with Running("--quiet") as server, served(server):
+        until(lambda: set(states()) == {"S"})
 
 
-@pytest.mark.parametrize("code, status", [
-    ("sys.exit(0)", 0), ("sys.exit(3)", 3),
-    pytest.param("os.kill(os.getpid(), signal.SIGTERM)", 143, marks=posix),
-    pytest.param("os.kill(os.getpid(), signal.SIGKILL)", 137, marks=posix)])
-def test_the_status_of_a_command_is_the_status(code, status):
-    assert beside(*program(code)).returncode == status
+ASKING = [sys.executable, CLIENT, "chat", "Hello!"]
+SCRIPTED = ["--script", "steps.json"]
+BESIDE = {  # rule: (flags, command, its status, what it prints, what is said of errors)
+    "the whole thing in one line": ([], ASKING, 0, "Hello!\n", ""),
+    "the status of a command is the status": ([], program("sys.exit(3)"), 3, "", ""),
+    "a command has its own dashes": ([], program("print(sys.argv[1:])", "--", "--version"), 0,
+                                     "['--', '--version']\n", ""),
+    "a command that is not there is a 127": ([], ["no-such-command"], 127, "",
+                                             r".*no-such-command.*\n"),
+    "nor at that place": ([], ["./no-such-command"], 127, "", r".*\./no-such-command.*\n"),
+    "no command is a 127": ([], [], 127, "", r".+\n"),
+    "a script that was followed is a 0": (SCRIPTED, ASKING, 0, "from the script\n", ""),
+    "one that was not is a 1": (SCRIPTED, program(""), 1, "", r"(?s).*left over.*"),
+    "unless the command has failed": (SCRIPTED, program("sys.exit(3)"), 3, "",
+                                      r"(?s).*left over.*"),
+    **({} if os.name == "nt" else {
+        "a signal is 128 and its number": (
+            [], program("os.kill(os.getpid(), signal.SIGTERM)"), 143, "", ""),
+        "SIGKILL too": ([], program("os.kill(os.getpid(), signal.SIGKILL)"), 137, "", "")}),
+}
 
 
-def test_a_command_has_its_own_dashes():
-    done = beside(*program("print(sys.argv[1:])", "--", "--version"))
-    assert done.stdout == "['--', '--version']\n"
-
-
-@pytest.mark.parametrize("words", [["no-such-command"], ["./no-such-command"], []])
-def test_a_command_that_is_not_there_is_a_127(words):
-    done = beside(*words)
-    assert done.returncode == 127 and done.stderr.count("\n") == 1
-    assert "".join(words) in done.stderr
+@pytest.mark.parametrize("flags, words, status, printed, complained", rows(BESIDE))
+def test_beside_a_command(workplace, flags, words, status, printed, complained):
+    done = beside(*words, flags=flags, cwd=workplace)
+    assert (done.returncode, done.stdout) == (status, printed)
+    assert re.fullmatch(complained, done.stderr)
 
 
 @posix
@@ -6803,7 +6559,7 @@ def test_a_signal_is_passed_on_to_the_command(gate, name):
     with subprocess.Popen(words, stdin=subprocess.DEVNULL) as process:
         with gate.arrival() as door:
             process.send_signal(getattr(signal, name))
-            assert process.wait(10) == 7 and ended(door)
+            assert process.wait(30) == 7 and ended(door)
 
 
 def test_nothing_is_left_of_the_server_when_the_command_ends():
@@ -6813,29 +6569,8 @@ def test_nothing_is_left_of_the_server_when_the_command_ends():
         socket.create_connection(("127.0.0.1", port))
 
 
-@pytest.mark.parametrize("own, status", [(0, 1), (3, 3)])
-def test_a_script_that_was_not_followed_is_a_1_unless_the_command_failed(workplace, own, status):
-    done = beside(*program("sys.exit(%d)" % own), flags=["--script", "steps.json"], cwd=workplace)
-    assert done.returncode == status and "left over" in done.stderr
-
-
-def test_a_script_that_was_followed_is_a_0(workplace):
-    done = beside(sys.executable, system_CLIENT, "chat", "Hi", flags=["--script", "steps.json"],
-                  cwd=workplace)
-    assert (done.returncode, done.stdout) == (0, "from the script\n")
-
-
 # ----------------------------------------------------------------------------------
 # The end.
-
-def is_closed(server):
-    """Does the server take no more connections?"""
-    try:
-        socket.create_connection(server.server_address, timeout=1).close()
-    except OSError:
-        return True
-    return False
-
 
 HELD = ["--backend", "mine:held"]
 endings = pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -6844,9 +6579,8 @@ endings = pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @contextlib.contextmanager
 def held_reply(gate, workplace, *flags):
     """A server with a stream that is half told: (server, client, the door that holds it)."""
-    port = str(gate.listener.getsockname()[1])
     with Running(*HELD, *flags, cwd=workplace) as server:
-        with asking(server, port, stream=True) as client, gate.arrival() as door:
+        with asking(server, str(gate.port), stream=True) as client, gate.arrival() as door:
             read_past(client, b'"one"')
             yield server, client, door
 
@@ -6856,10 +6590,10 @@ def held_reply(gate, workplace, *flags):
 def test_a_signal_lets_running_replies_finish(gate, workplace, name):
     with held_reply(gate, workplace) as (server, client, door):
         server.process.send_signal(getattr(signal, name))
-        assert system_until(lambda: is_closed(server))
+        until(lambda: is_closed(server))
         door.close()
         assert b"[DONE]" in read_past(client, b"0\r\n\r\n")
-        assert server.process.wait(5) == 0
+        assert server.process.wait(30) == 0
 
 
 @posix
@@ -6867,19 +6601,17 @@ def test_a_signal_lets_running_replies_finish(gate, workplace, name):
 def test_a_second_signal_cuts_them(gate, workplace, name):
     with held_reply(gate, workplace) as (server, client, _):
         server.process.send_signal(getattr(signal, name))
-        assert system_until(lambda: is_closed(server))
+        until(lambda: is_closed(server))
         server.process.send_signal(getattr(signal, name))
-        assert b"[DONE]" not in system_read_to_end(client)
-        assert server.process.wait(5) == 0
+        assert b"[DONE]" not in read_to_end(client)
+        assert server.process.wait(30) == 0
 
 
 @posix
 def test_an_idle_client_does_not_hold_up_the_end():
-    with Running() as server, socket.create_connection(server.server_address) as client:
-        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        read_past(client, b"ok")
+    with Running() as server, served(server) as client:
         server.process.terminate()
-        assert server.process.wait(2) == 0 and ended(client)
+        assert server.process.wait(30) == 0 and ended(client)
 
 
 @posix
@@ -6888,151 +6620,116 @@ def test_a_signal_ends_the_programs_too(gate):
     with Running("--command", line) as server, asking(server):
         with gate.arrival() as door:
             server.process.terminate()
-            assert system_until(lambda: is_closed(server))
+            until(lambda: is_closed(server))
             server.process.terminate()
-            assert ended(door) and server.process.wait(5) == 0
+            assert ended(door) and server.process.wait(30) == 0
 
 
 # ----------------------------------------------------------------------------------
-# TLS, with a certificate that is made here.
+# TLS.
 
-@pytest.fixture(scope="session")
-def tls_files(tmp_path_factory):
-    """(certificate, key) of 127.0.0.1, which it has signed itself."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl to make a certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = str(folder / "certificate.pem"), str(folder / "key.pem")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
-                    "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key,
-                    "-out", certificate], check=True, stderr=subprocess.DEVNULL)
-    return certificate, key
-
-
-@contextlib.contextmanager
-def secured(server, tls_files):
-    """A TLS connection to the server, checked against its certificate."""
-    context = ssl.create_default_context(cafile=tls_files[0])
-    with socket.create_connection(server.server_address[:2], timeout=10) as plain:
-        with context.wrap_socket(plain, server_hostname="127.0.0.1") as client:
-            yield client
-
-
-@pytest.mark.system
 def test_a_chat_over_tls_with_our_client(tls_files):
     with Running("--tls-cert", tls_files[0], "--tls-key", tls_files[1]) as server:
-        words = [sys.executable, system_CLIENT, "chat", "Hello!", "--base-url", server.base_url]
-        done = subprocess.run([*words, "--cafile", tls_files[0]], stdout=subprocess.PIPE)
-        assert server.base_url.startswith("https:") and done.stdout.split() == [b"Hello!"]
-        assert subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 1
+        words = [sys.executable, CLIENT, "chat", "Hello!", "--base-url", server.base_url]
+        trusting = finished(*words, "--cafile", tls_files[0])
+        assert server.base_url.startswith("https:") and trusting.stdout == "Hello!\n"
+        assert finished(*words).returncode == 1
 
 
-@pytest.mark.system
-def test_an_event_over_tls_is_sent_before_the_next_is_there(tls_files, gate):
-    speaker = gate.program("out('one'); gate(); out('two')")
-    with Server(command(speaker), tls=tls_files) as server:
-        with secured(server, tls_files) as client:
-            client.sendall(chat_request(stream=True))
-            first = read_past(client, b'"one"')
-            gate.arrival().close()
-            assert b"two" not in first and b'"two"' in read_past(client, b"0\r\n\r\n")
+def test_an_event_over_tls_is_sent_before_the_next_is_there(tls_files):
+    endless = Endless("one", more="two", waits=True)
+    with Server(endless, tls=tls_files) as server, secured(server, tls_files) as client:
+        client.sendall(request_bytes({**HI, "stream": True}))
+        assert b"two" not in read_past(client, b'"one"')
+        endless.go_on.set()
+        read_past(client, b'"two"')
 
 
-@pytest.mark.system
 def test_the_client_leaving_over_tls_ends_the_program(tls_files, gate):
     with Server(command(gate.program("out('one'); gate()")), tls=tls_files) as server:
         with secured(server, tls_files) as client:
-            client.sendall(chat_request(stream=True))
+            client.sendall(request_bytes({**HI, "stream": True}))
             door = gate.arrival()
         assert ended(door)
 
 
-@pytest.mark.system
-def test_a_context_does_as_well_as_files(tls_files):
+def test_a_context_does_as_well_as_files_and_silent_clients_block_nobody(tls_files):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*tls_files)
-    with Server(tls=context) as server, secured(server, tls_files) as client:
-        client.sendall(chat_request("Hello"))
-        assert content(answer_on(client)) == "Hello"
-
-
-@pytest.mark.system
-@pytest.mark.parametrize("version, works", [("-tls1", False), ("-tls1_1", False),
-                                            ("-tls1_2", True), ("-tls1_3", True)])
-def test_only_tls_1_2_and_newer_are_spoken(tls_files, version, works):
-    with Server(tls=tls_files) as server:
-        words = ["openssl", "s_client", "-connect", "127.0.0.1:%d" % server.server_port, version,
-                 "-cipher", "ALL:@SECLEVEL=0"]
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE)
-    assert (done.returncode == 0) == works
-
-
-@pytest.mark.system
-def test_silent_clients_block_nobody_over_tls(tls_files):
-    with Server(tls=tls_files) as server, contextlib.ExitStack() as stack:
+    with Server(tls=context) as server, contextlib.ExitStack() as stack:
         for _ in range(20):
-            stack.enter_context(socket.create_connection(server.server_address))
+            stack.enter_context(dial(server))
         with secured(server, tls_files) as client:
-            client.sendall(chat_request("Hello"))
-            assert content(answer_on(client)) == "Hello"
+            client.sendall(request_bytes())
+            assert got_on(client).text == "Hello, world!"
 
 
-@pytest.mark.system
+@pytest.mark.parametrize("version, answered", [
+    ("TLSv1", "TLSV1_ALERT_PROTOCOL_VERSION"), ("TLSv1_1", "TLSV1_ALERT_PROTOCOL_VERSION"),
+    ("TLSv1_2", None), ("TLSv1_3", None)])
+def test_only_tls_1_2_and_newer_are_spoken(tls_files, version, answered):
+    """What OpenSSL is configured to refuse is allowed here; Python 3.10 refuses it too."""
+    context, said = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), None
+    context.load_verify_locations(tls_files[0])
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    with Running("--tls-cert", tls_files[0], "--tls-key", tls_files[1],
+                 env=environment(OPENSSL_CONF=os.devnull)) as server, dial(server) as plain:
+        try:
+            context.wrap_socket(plain, server_hostname="127.0.0.1").close()
+        except ssl.SSLError as error:
+            said = error.reason
+    assert said == answered
+
+
 def test_a_client_without_tls_is_closed(tls_files):
     with Server(tls=tls_files) as server, asking(server) as client:
         with contextlib.suppress(ConnectionResetError):
-            assert not system_read_to_end(client).startswith(b"HTTP")
+            assert not read_to_end(client).startswith(b"HTTP")
 
 
-@pytest.mark.system
 def test_a_silent_client_over_tls_is_closed_in_time(tls_files):
-    with Server(tls=tls_files, request_timeout=0.1) as server:
-        with socket.create_connection(server.server_address, timeout=5) as client:
-            assert ended(client)
+    with Server(tls=tls_files, request_timeout=0.1) as server, dial(server) as client:
+        assert ended(client)
 
 
-@pytest.mark.system
-def test_closing_takes_milliseconds_with_tls_connections_open(tls_files, caplog):
+def test_closing_does_not_wait_for_tls_connections(tls_files, caplog):
     with Server(tls=tls_files) as server, secured(server, tls_files) as kept:
-        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        kept.sendall(get())
         read_past(kept, b"ok")
-        with socket.create_connection(server.server_address):
-            assert system_until(lambda: len(server.connections) == 2)
-            started = time.monotonic()
+        with dial(server) as silent:
             server.close()
-    assert time.monotonic() - started < 0.3 and "left behind" not in caplog.text
+            assert ended(silent)
+    assert "left behind" not in caplog.text
 
 
-@pytest.mark.system
+@posix
 def test_sigterm_lets_a_reply_over_tls_finish(tls_files, gate, workplace):
     flags = ["--tls-cert", tls_files[0], "--tls-key", tls_files[1]]
     with Running(*HELD, *flags, cwd=workplace) as server, secured(server, tls_files) as client:
-        client.sendall(chat_request(str(gate.listener.getsockname()[1]), stream=True))
+        client.sendall(request_bytes({"model": "m", "messages": user(str(gate.port)), "stream": True}))
         with gate.arrival():
             server.process.terminate()
-            assert system_until(lambda: is_closed(server))
-        assert b"[DONE]" in read_past(client, b"0\r\n\r\n") and server.process.wait(5) == 0
+            until(lambda: is_closed(server))
+        assert b"[DONE]" in read_past(client, b"0\r\n\r\n") and server.process.wait(30) == 0
 
 
-@pytest.mark.system
 def test_an_upstream_may_speak_tls(tls_files, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", tls_files[0])
     with Server(say("a", "b"), tls=tls_files) as first, Server(Relay(first.base_url)) as server:
         assert first.base_url.startswith("https:")
-        assert content(answered(server, stream=True)) == content(answered(server)) == "ab"
+        assert chat(server, stream=True).text == chat(server).text == "ab"
 
 
-@pytest.mark.system
 def test_an_upstream_that_nobody_vouches_for_is_a_502(tls_files):
     with Server(tls=tls_files) as first, Server(Relay(first.base_url)) as server:
-        status, message = error_of(answered(server))
-    assert status == 502 and "certificate" in message.lower()
+        got = chat(server)
+    assert got.status == 502 and "certificate" in got.error["message"].lower()
 
 
-@pytest.mark.system
-@pytest.mark.parametrize("said", ["", "out('one'); "])
+@pytest.mark.parametrize("said", ["", "out('one'); "], ids=["silent", "speaking"])
 def test_the_client_leaving_closes_an_upstream_that_speaks_tls(tls_files, gate, monkeypatch, said):
     monkeypatch.setenv("SSL_CERT_FILE", tls_files[0])
     with Server(command(gate.program(said + "gate()")), tls=tls_files) as first:
@@ -7052,40 +6749,23 @@ http {
     %(site)s
 }
 """
-SITE = """
-upstream openai_compat {
-    least_conn;
-    server 127.0.0.1:8001;          # a line for each process, on this machine or another
-    server 127.0.0.1:8002;
-    keepalive 64;
-    keepalive_timeout 20s;          # less than --request-timeout, which ends idle connections
-}
-server {
-    listen 8000;
-    client_max_body_size 32m;       # as --max-body
-    location / {
-        proxy_pass http://openai_compat;
-        proxy_http_version 1.1;     # streams in transfer chunks, connections kept
-        proxy_set_header Connection "";
-        proxy_set_header Host $http_host;
-        proxy_buffering off;        # each event at once
-        proxy_read_timeout 1h;      # the head comes with the first piece: as slow as the model
-    }
-}
-"""
 
 
 class Nginx:
+    """nginx before two servers; its ports take the place of the README's."""
+
     def __init__(self, folder, *servers):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.server_address = free.getsockname()
+        if not shutil.which("nginx"):
+            pytest.skip("needs nginx")
+        self.server_address = "127.0.0.1", free_port()
         ports = [self.server_address[1], *(server.server_address[1] for server in servers)]
-        site = re.sub(r"\b800([012])\b", lambda match: str(ports[int(match[1])]), SITE)
+        site = re.sub(r"\b800([012])\b", lambda match: str(ports[int(match[1])]),
+                      FILES["openai_compat.conf"])
         (folder / "conf").write_text(NGINX % {"folder": folder, "site": site.replace(
             "listen ", "listen 127.0.0.1:")})
         self.process = subprocess.Popen(["nginx", "-p", str(folder), "-c", str(folder / "conf")],
                                         stderr=subprocess.DEVNULL)
-        assert system_until(lambda: not is_closed(self)), (folder / "log").read_text()
+        until(lambda: not is_closed(self))
 
     def __enter__(self):
         return self
@@ -7098,8 +6778,6 @@ class Nginx:
 @pytest.fixture
 def processes(tmp_path, workplace):
     """nginx, and the two processes behind it."""
-    if not shutil.which("nginx"):
-        pytest.skip("needs nginx")
     with Running(*HELD, cwd=workplace) as one, Running(*HELD, cwd=workplace) as two:
         with Nginx(tmp_path, one, two) as nginx:
             yield nginx, one, two
@@ -7107,8 +6785,7 @@ def processes(tmp_path, workplace):
 
 @pytest.mark.system
 def test_nginx_passes_an_event_before_the_next_is_there(processes, gate):
-    port = str(gate.listener.getsockname()[1])
-    with asking(processes[0], port, stream=True) as client:
+    with asking(processes[0], str(gate.port), stream=True) as client:
         first = read_past(client, b'"one"')
         gate.arrival().close()
         assert b'"two"' not in first and b'"two"' in read_past(client, b"[DONE]")
@@ -7117,50 +6794,48 @@ def test_nginx_passes_an_event_before_the_next_is_there(processes, gate):
 @pytest.mark.system
 def test_a_killed_process_behind_nginx_costs_only_its_own_connections(processes, gate):
     nginx, one, _ = processes
-    port = str(gate.listener.getsockname()[1])
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(asking(nginx, port, stream=True)) for _ in range(20)]
+        clients = [stack.enter_context(asking(nginx, str(gate.port), stream=True))
+                   for _ in range(20)]
         doors = [gate.arrival() for _ in clients]
         one.process.kill()
         one.process.wait()
         for door in doors:
             door.close()
-        whole = [b"[DONE]" in system_read_to_end(client) for client in clients]
+        whole = [b"[DONE]" in read_to_end(client) for client in clients]
     assert whole.count(True) == 10
 
 
 @pytest.mark.system
-def test_after_a_process_was_killed_nginx_asks_the_other(processes, gate):
+def test_after_a_process_was_killed_nginx_asks_the_other(processes):
     nginx, one, _ = processes
     one.process.kill()
     one.process.wait()
     for _ in range(4):
-        assert answered(nginx, path="/v1/nothing")[0] == 404
+        assert chat(nginx, path="/v1/nothing").status == 404
 
 
 @pytest.mark.system
 def test_a_refusal_passes_nginx_unchanged(tmp_path):
     refusal = APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
     with Server(Script(refusal)) as server, Nginx(tmp_path, server, server) as nginx:
-        status, headers, body = answered(nginx)
-    assert (status, headers["retry-after-ms"]) == (429, "20")
-    assert json.loads(body) == refusal.body()
+        got = chat(nginx)
+    assert (got.status, got.headers["retry-after-ms"]) == (429, "20")
+    assert json.loads(got.body) == refusal.body()
 
 
 # ==================================================================================
 # THE PAGE, in a real browser (marker system)
 
 # ----------------------------------------------------------------------------------
-# The page, in a real Chromium: driven by chromedriver, whose protocol (W3C WebDriver)
-# is JSON over HTTP.  One browser for all tests, a new window and an empty log for each.
-
-
-
+# Chromium, driven by chromedriver, whose protocol (W3C WebDriver) is JSON over HTTP.
+# One browser serves all tests; each test has a new window and empty logs.
 
 system = pytest.mark.system
-page_FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-sync
-           disable-background-networking disable-component-update
-           disable-dev-shm-usage no-proxy-server""".split()
+MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+CHROMIUM_FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-sync
+                 disable-background-networking disable-component-update
+                 disable-dev-shm-usage no-proxy-server""".split()
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 ENTER, TAB, ESCAPE, SHIFT = "\ue007", "\ue004", "\ue00c", "\ue008"
 
@@ -7171,13 +6846,11 @@ class Browser:
     def __init__(self, profile):
         self.driver = subprocess.Popen(["chromedriver", "--port=0"], text=True,
                                        stdout=subprocess.PIPE, start_new_session=True)
-        for line in self.driver.stdout:
-            started = re.search(r"started successfully on port (\d+)", line)
-            if started:
-                break
-        self.url = f"http://127.0.0.1:{started[1]}/session"
+        started = (re.search(r"started successfully on port (\d+)", line)
+                   for line in self.driver.stdout)
+        self.url = f"http://127.0.0.1:{next(filter(None, started))[1]}/session"
         options = {"binary": shutil.which("chromium"), "args": [
-            *("--" + flag for flag in page_FLAGS), f"--user-data-dir={profile}",
+            *("--" + flag for flag in CHROMIUM_FLAGS), f"--user-data-dir={profile}",
             "--host-resolver-rules=MAP evil.example 127.0.0.1"]}
         answer = self("POST", "", capabilities={"alwaysMatch": {
             "goog:chromeOptions": options,
@@ -7205,8 +6878,10 @@ class Browser:
         self.driver.wait()
         self.driver.stdout.close()
 
-    def open(self, url):
-        self("POST", "/url", url=url)
+    def open(self, server, listed=True):
+        """Open the server's page, and wait for its model (or for the lack of one)."""
+        self("POST", "/url", url=server.base_url[:-len("v1")])
+        wait_for(lambda: bool(self.value("model")), listed)
 
     def js(self, script, *args):
         return self("POST", "/execute/sync", script=script, args=list(args))
@@ -7222,20 +6897,39 @@ class Browser:
         self("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": [
             {"type": kind, "value": key} for kind, key in strokes]}])
 
-    def click(self, id):
-        [element] = self("POST", "/element", using="css selector", value="#" + id).values()
+    def click(self, selector):
+        [element] = self("POST", "/element", using="css selector", value=selector).values()
         self("POST", f"/element/{element}/click")
+
+    def say(self, *messages):
+        """Send messages, one after the other's reply."""
+        for message in messages:
+            self.js("document.getElementById('text').focus()")
+            self.type(message, ENTER)
+            wait_for(self.is_idle)
+
+    def is_idle(self):
+        return self.js("return main.getAttribute('aria-busy')") == "false"
 
     def value(self, id):
         return self.js("return document.getElementById(arguments[0]).value", id)
 
+    def fill(self, id, value):
+        self.js("document.getElementById(arguments[0]).value = arguments[1]", id, value)
+
     def talk(self):
-        """[(who, text)] as it stands in the conversation."""
+        """[(who, text)] of the lines of the conversation."""
         return [tuple(pair) for pair in self.js(
-            "return [...talk.children].map(line => [line.className, line.textContent])")]
+            "return [...talk.querySelectorAll('p')].map(p => [p.className, p.textContent])")]
 
     def wire(self):
-        return self.js("return [...wire.children].map(line => line.textContent)")
+        """[(seconds, what is new, envelope, the whole)] of the lines of the wire."""
+        return [tuple(line) for line in self.js("""
+            return [...wire.querySelectorAll('details')].map(line => {
+                const [time, ...news] = line.firstChild.childNodes, envelope = news.pop();
+                return [time.textContent, news.map(node => node.textContent).join("").trim(),
+                        envelope.textContent.trim(), line.lastChild.textContent];
+            })""")]
 
     def log(self, kind="browser"):
         return self("POST", "/se/log", type=kind)
@@ -7251,8 +6945,15 @@ class Browser:
                 if event["method"] == "Network.requestWillBeSent"]
 
 
+@system
+def test_chromium_and_chromedriver_are_installed():
+    assert MISSING == [], f"the page is not tested: install {' and '.join(MISSING)}"
+
+
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
+    if MISSING:         # the test above tells it once
+        pytest.skip(f"needs {' and '.join(MISSING)}")
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
     browser.close()
@@ -7269,7 +6970,7 @@ def browser(chromium):
     chromium("POST", "/window", handle=chromium("GET", "/window/handles")[0])
 
 
-def page_until(condition, expected=True, seconds=10):
+def wait_for(condition, expected=True, seconds=30):
     """Wait until a condition holds, or has a value."""
     end = time.monotonic() + seconds
     while condition() != expected and time.monotonic() < end:
@@ -7277,295 +6978,350 @@ def page_until(condition, expected=True, seconds=10):
     assert condition() == expected
 
 
-def open_page(browser, server, listed=True):
-    browser.open(server.base_url[:-len("v1")])
-    page_until(lambda: bool(browser.value("model")), listed)
-
-
-def completions(server):
+def asked_of(server):
+    """The exchanges about completions."""
     return [entry for entry in server.journal if entry.path == "/v1/chat/completions"]
-
-
-def is_idle(browser):
-    return browser.js("return main.ariaBusy") == "false"
-
-
-def until_said(browser, *talk):
-    page_until(lambda: is_idle(browser))
-    assert browser.talk() == list(talk)
-
-
-def page_headers(server):
-    with direct(server.base_url[:-len("v1")]) as response:
-        return response.headers, response.read().decode()
 
 
 # ------ what can be seen without a browser
 
-def test_the_page_is_80_lines_that_name_no_other_host():
-    page = openai_compat.PAGE
-    assert len(page.splitlines()) <= 80
-    assert not re.search("//[a-z]|@import|url\\(", page)
+def test_the_page_is_short_and_names_no_other_host():
+    lines = openai_compat.PAGE.splitlines()
+    assert len(lines) <= 170 and max(map(len, lines)) <= 110
+    assert not re.search("//[a-z]|@import|url\\(", openai_compat.PAGE)
 
 
-def test_the_page_inserts_text_as_text():
-    assert not re.search("(inner|outer)HTML|insertAdjacent|document.write|eval|Function|srcdoc",
-                         openai_compat.PAGE)
+@pytest.mark.parametrize("word", """
+    innerHTML outerHTML insertAdjacent document.write eval Function( srcdoc
+    Storage cookie indexedDB caches""".split())
+def test_the_page_inserts_text_as_text_and_keeps_nothing_in_the_browser(word):
+    assert word not in openai_compat.PAGE
 
 
-def test_the_page_keeps_nothing_in_the_browser():
-    assert not re.search("Storage|cookie|indexedDB|caches", openai_compat.PAGE)
-
-
-def test_the_page_may_run_what_stands_in_it_and_talk_to_its_server_and_nothing_else():
-    with Server() as server:
-        headers, page = page_headers(server)
+@pytest.mark.parametrize("quirk_header", [False, True])
+def test_the_page_may_run_its_own_script_and_talk_to_its_server_and_no_more(quirk_header):
+    with Server(quirk_header=quirk_header) as server, direct(server.base_url[:-2]) as response:
+        headers, page = response.headers, response.read().decode()
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
-    assert page == openai_compat.PAGE
-    assert {name: value for name, value in policy.items() if "sha256" not in value} == {
+    for name, text in re.findall("(?s)<(style|script)>(.*?)</", page):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{name}-src") == f"'sha256-{digest}'"
+    assert policy == {
         "default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
         "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
         "require-trusted-types-for": "'script'"}
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert not re.search(r" (on\w+|style)=", page.partition("<script>")[0])
+    assert re.findall("<option>([^<]+)", page) == list(QUIRKS if quirk_header else ())
 
 
-# ------ talking
+# ------ the conversation
+
+HTML = ('<b id="bold">bold</b><script>window.ran = 1</script>'
+        '<img src="/health" onerror="window.ran = 2"></p></main>')
+OSLO, ROME = (ToolCall("get_weather", {"city": city}) for city in ("Oslo", "Rome"))
+ANSWER = ("tool", "21 degrees, sunny")
+TWO_CALLS = [("tool-call", 'get_weather {"city":"%s"}' % city) for city in ("Oslo", "Rome")]
+REPLIES = {     # what a backend says, and what the conversation shows
+    "text": ("Grüße, 世界! 👋", [("assistant", "Grüße, 世界! 👋")]),
+    "refusal": (Reply(refusal="I will not."), [("refusal", "I will not.")]),
+    "tool call": (OSLO, [TWO_CALLS[0], ANSWER]),
+    "tool calls": ([OSLO, ROME], [*TWO_CALLS, ANSWER, ANSWER]),
+    "both": (Reply("Wait.", tool_calls=[OSLO]), [("assistant", "Wait."), TWO_CALLS[0], ANSWER]),
+    "no index": (Reply(tool_calls=[OSLO, ROME], quirk="missing_tool_index"),
+                 [*TWO_CALLS, ANSWER, ANSWER]),
+    "many ids": (Reply(tool_calls=[OSLO, ROME], quirk="duplicate_tool_id"),
+                 [*TWO_CALLS, ANSWER, ANSWER])}
+
 
 @system
-def test_a_message_gets_its_answer(browser):
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("said, shown", REPLIES.values(), ids=REPLIES)
+def test_a_reply_is_shown_and_goes_out_with_the_next_message(browser, said, shown, stream):
+    with Server(Script(said, "Fine.")) as server:
+        browser.open(server)
+        browser.click("#tool")
+        if not stream:
+            browser.click("#stream")
+        browser.say("Hi", "And?")
+        assert browser.talk() == [("user", "Hi"), *shown,
+                                  ("user", "And?"), ("assistant", "Fine.")]
+        first, second = asked_of(server)
+        assert first.body.get("stream", False) is stream
+        _, reply, *answers, _ = second.body["messages"]
+        calls = [call["function"] for call in reply.get("tool_calls", ())]
+        carried = [("assistant", reply["content"]), ("refusal", reply.get("refusal")),
+                   *(("tool-call", f"{call['name']} {call['arguments']}") for call in calls),
+                   *((answer["role"], answer["content"]) for answer in answers)]
+        assert [line for line in carried if line[1]] == shown
+
+
+@system
+def test_html_in_a_reply_does_not_run(browser):
     with Server() as server:
-        open_page(browser, server)
-        browser.type("Grüße, 世界! 👋", ENTER)
-        until_said(browser, ("user", "Grüße, 世界! 👋"), ("assistant", "Grüße, 世界! 👋"))
-        [entry] = completions(server)
-        assert entry.body["stream"] is True and entry.outcome == "complete"
+        browser.open(server)
+        browser.say(HTML)
+        assert browser.js("return [window.ran, document.images.length, document.scripts.length,"
+                          "document.getElementById('bold')]") == [None, 0, 1, None]
+        browser.js("try { talk.innerHTML = '<b>bold</b>' } catch (error) {}")
+        assert browser.talk() == [("user", HTML), ("assistant", HTML)]
 
 
 @system
-def test_the_answer_is_seen_as_it_comes(browser):
+def test_the_reply_is_seen_as_it_comes(browser):
     go_on = threading.Event()
 
     def halting(request):
         yield "first"
-        go_on.wait(10)
+        go_on.wait(30)
         yield ", second"
 
     with Server(halting) as server:
-        open_page(browser, server)
+        browser.open(server)
         browser.type("Go!", ENTER)
-        page_until(browser.talk, [("user", "Go!"), ("assistant", "first")])
+        wait_for(browser.talk, [("user", "Go!"), ("assistant", "first")])
         go_on.set()
-        until_said(browser, ("user", "Go!"), ("assistant", "first, second"))
+        wait_for(browser.talk, [("user", "Go!"), ("assistant", "first, second")])
+
+
+LOST, BROKE_OFF = "The connection failed", "The reply broke off"
+TOLD = {"no_finish": BROKE_OFF, "truncate": BROKE_OFF, "no_terminator": LOST, "reset": LOST,
+         "html_502": "502: <", "error_event": "The server had an error",
+         "bad_json": "An event is not JSON", "stall": "Stopped."}
 
 
 @system
-@pytest.mark.parametrize("quirk", openai_compat.QUIRKS)
+def test_a_server_that_is_gone_is_told_in_words(browser):
+    with Server() as server:
+        browser.open(server)
+    browser.say("Anybody?")
+    assert browser.talk()[-1][1].startswith(LOST)
+
+
+@system
+@pytest.mark.parametrize("quirk", QUIRKS)
 def test_the_page_reads_a_reply_with_any_quirk_or_says_what_is_wrong(browser, quirk):
-    broken, lost = ("page", "The reply broke off"), ("no connection", "")
-    wrong = {"no_finish": broken, "truncate": broken, "no_terminator": lost, "reset": lost,
-             "html_502": ("page", "502: <"), "error_event": ("page", ""),
-             "bad_json": ("page", ""), "stall": ("page", "Stopped.")}
-    with Server(say("Hé", "llo", " 👋"), quirk=quirk) as server:
-        open_page(browser, server)
+    with Server(say("Hé", "llo", " 👋"), quirk_header=True) as server:
+        browser.open(server)
+        browser.fill("quirk", quirk)
         browser.type("Hi", ENTER)
         if quirk == "stall":
-            page_until(lambda: len(browser.talk()[1][1]) > 0)
+            wait_for(lambda: ("assistant", "Hé") in browser.talk())
             browser.type(ESCAPE)
-        page_until(lambda: is_idle(browser))
-        [_, (_, text), *rest] = browser.talk()
-        if quirk in wrong:
-            [(who, why)] = rest
-            assert who == wrong[quirk][0] and why.startswith(wrong[quirk][1])
+        wait_for(browser.is_idle)
+        assert asked_of(server)[0].headers["x-quirk"] == quirk
+        *rest, (who, text) = browser.talk()
+        if quirk in TOLD:
+            assert who == "note" and text.startswith(TOLD[quirk])
         else:
-            assert (text, rest) == ("Héllo 👋", [])
+            assert (rest, who, text) == ([("user", "Hi")], "assistant", "Héllo 👋")
 
 
 @system
-def test_the_second_request_carries_the_conversation(browser):
-    with Server(Script("One.", "Two.", "Three.")) as server:
-        open_page(browser, server)
-        for text in "abc":
-            browser.type(text, ENTER)
-            page_until(lambda: is_idle(browser))
-            if text == "b":
-                browser.click("new")
-        assert [[message["content"] for message in entry.body["messages"]]
-                for entry in completions(server)] == [["a"], ["a", "One.", "b"], ["c"]]
-        assert browser.talk() == [("user", "c"), ("assistant", "Three.")]
+@pytest.mark.parametrize("failure, note", [
+    (APIError(429, "Too fast."), "429: Too fast."),
+    (Reply(tool_calls=[OSLO], quirk="truncate@4"), BROKE_OFF)], ids=["refused", "cut"])
+def test_a_message_that_fails_goes_back_into_the_box_and_not_into_the_conversation(
+        browser, failure, note):
+    with Server(Script("One.", failure, "Better.")) as server:
+        browser.open(server)
+        browser.say("a", "b")
+        assert browser.talk()[-1][1].startswith(note) and browser.value("text") == "b"
+        browser.say("")
+        assert browser.talk()[2:] == [("user", "b"), ("assistant", "Better.")]
+        assert [message["content"] for message in asked_of(server)[2].body["messages"]] == [
+            "a", "One.", "b"]
 
 
 @system
 @pytest.mark.parametrize("how", ["Escape", "the button"])
-def test_stop_ends_the_backend_and_keeps_what_was_said(browser, how):
-    closed = threading.Event()
-
-    def endless(request):
-        try:
-            while True:
-                yield "on and "
-                time.sleep(0.01)
-        finally:
-            closed.set()
-
-    with Server(endless) as server:
-        open_page(browser, server)
+def test_stop_lets_go_of_the_server_and_keeps_what_was_said(browser, how):
+    with Server(Script(Reply("on and " * 10000, delay=0.01), "Fine.")) as server:
+        browser.open(server)
         browser.type("Go!", ENTER)
-        page_until(lambda: len(browser.talk()[1][1]) > 20)
-        browser.type(ESCAPE) if how == "Escape" else browser.click("stop")
-        page_until(lambda: is_idle(browser))
-        assert browser.talk()[2:] == [("page", "Stopped.")]
-        assert closed.wait(5)
-        page_until(lambda: completions(server)[0].outcome, "client left")
-        said = browser.talk()[1][1]
-        server.backend = echo
-        browser.type("Again", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Again"))
-        assert completions(server)[1].body["messages"][1] == {"role": "assistant",
-                                                              "content": said}
+        wait_for(lambda: len(browser.talk()), 2)
+        browser.type(ESCAPE) if how == "Escape" else browser.click("#stop")
+        wait_for(browser.is_idle)
+        [_, (_, said), note] = browser.talk()
+        assert note == ("note", "Stopped.")
+        wait_for(lambda: asked_of(server)[0].outcome, "client left")
+        browser.say("Again")
+        assert browser.talk()[-2:] == [("user", "Again"), ("assistant", "Fine.")]
+        assert asked_of(server)[1].body["messages"][1] == {"role": "assistant", "content": said}
 
 
 @system
-def test_html_in_a_reply_is_text_and_nothing_of_it_runs(browser):
-    html = ('<b id="bold">bold</b><script>window.ran = 1</script>'
-            '<img src="/health" onerror="window.ran = 2"></p></main>')
+def test_an_empty_page_says_what_to_try_and_new_empties_it(browser):
+    hints = "return document.getElementById('hints').offsetHeight > 0"
+    with Server(Script("One.", "Two.")) as server:
+        browser.open(server)
+        assert browser.js(hints)
+        browser.say("a")
+        assert not browser.js(hints)
+        browser.click("#new")
+        assert (browser.talk(), browser.wire(), browser.js(hints)) == ([], [], True)
+        browser.say("b")
+        assert [message["content"] for message in asked_of(server)[1].body["messages"]] == ["b"]
+
+
+@system
+def test_a_wrong_key_is_told_and_nothing_is_left_of_it_when_it_is_corrected(browser):
+    def give(key):
+        browser.fill("key", "")
+        browser.click("#key")
+        browser.type(key, TAB)
+
+    with Server(api_keys="secret") as server:
+        browser.open(server, listed=False)
+        wait_for(lambda: [text[:5] for who, text in browser.talk()], ["401: "])
+        give("wrong")
+        wait_for(lambda: ["Incorrect API key" in text for who, text in browser.talk()], [True])
+        browser.say("Hi")
+        assert [who for who, text in browser.talk()] == ["user", "note"]
+        give("secret")
+        wait_for(lambda: browser.value("model"), "echo")
+        assert browser.talk() == [] and browser.value("text") == "Hi"
+        browser.say("")
+        assert browser.talk() == [("user", "Hi"), ("assistant", "Hi")]
+        assert "secret" not in browser.js("return document.body.textContent + location + "
+                                          "Object.values({...localStorage, ...sessionStorage})")
+
+
+# ------ the wire
+
+@system
+def test_the_wire_shows_the_request_the_response_and_each_event(browser):
+    with Server(api_keys="secret", quirk="comment") as server:
+        browser.open(server, listed=False)
+        browser.click("#new")
+        browser.fill("key", "secret")
+        browser.fill("model", "m")
+        browser.say("Hello, world!")
+        lines, entry = browser.wire(), asked_of(server)[0]
+    times, news, _, wholes = zip(*lines)
+    assert news[:2] == ("POST /v1/chat/completions", "200 OK")
+    assert [new for new in news[2:] if new != ": comment"] == [
+        'delta {"role":"assistant","content":"","refusal":null}', 'delta {"content":"Hello"}',
+        'delta {"content":","}', 'delta {"content":" world"}', 'delta {"content":"!"}',
+        'delta {} finish_reason "stop"', news[-3], "data: [DONE]"]
+    assert news[-3].startswith('usage {"prompt_tokens":')
+    assert news.count(": comment") == entry.events
+    assert list(map(float, times)) == sorted(map(float, times))
+    head, body = wholes[0].split("\n\n")
+    assert head == "authorization: Bearer ***\ncontent-type: application/json"
+    assert json.loads(body) == entry.body
+    assert "content-type: text/event-stream" in wholes[1] and "x-request-id: req_" in wholes[1]
+    for _, _, envelope, whole in lines:
+        if envelope:
+            assert json.loads(envelope).items() <= json.loads(whole[len("data: "):]).items()
+
+
+@system
+@pytest.mark.parametrize("clicks, fields", [
+    ([], {"stream": True, "stream_options": {"include_usage": True}}), (["#stream"], {}),
+    (["#stream", "#tool"], {"tools": ..., "tool_choice": "required"})])
+def test_the_switches_choose_what_goes_out(browser, clicks, fields):
     with Server() as server:
-        open_page(browser, server)
-        browser.type(html, ENTER)
-        until_said(browser, ("user", html), ("assistant", html))
-        assert browser.js("return [window.ran, document.images.length, document.scripts.length,"
-                          "document.getElementById('bold')]") == [None, 0, 1, None]
-        browser.js("try { talk.innerHTML = '<b>bold</b>' } catch (error) {}")
-        assert browser.talk() == [("user", html), ("assistant", html)]
+        browser.open(server)
+        for click in clicks:
+            browser.click(click)
+        browser.say("Hi")
+        body = asked_of(server)[0].body
+        assert set(body) == {"model", "messages", *fields}
+        assert all(body[name] == value for name, value in fields.items() if value != ...)
+        assert browser.js("return getComputedStyle(quirk.parentNode).display") == "none"
+        assert (browser.talk()[1][0] == "tool-call") == ("tools" in fields)
 
 
 @system
-def test_the_events_pane_shows_what_crossed_the_wire(browser):
-    with Server(quirk="comment") as server:
-        open_page(browser, server)
-        browser.type("Hello, world!", ENTER)
-        page_until(lambda: is_idle(browser))
-        sent = json.dumps(completions(server)[0].body, separators=(",", ":"))
-        listed, asked, *shown = browser.wire()
-        assert (listed, asked) == ("GET /v1/models ", f"POST /v1/chat/completions {sent}")
-        assert shown[0].startswith(":") and shown[-1] == "data: [DONE]"
-        events = [block for block in shown if block.startswith("data:")]
-        assert len(events) == completions(server)[0].events == 7
-        assert all(json.loads(event[5:]) for event in events[:-1])
+@pytest.mark.parametrize("how", ["the mouse", "the keyboard"])
+def test_an_event_opens_to_show_all_of_it(browser, how):
+    with Server() as server:
+        browser.open(server)
+        browser.say("Hi")
+        browser.js("wire.querySelector('.event:not([open]) summary').focus()")
+        browser.click(".event summary") if how == "the mouse" else browser.type(" ")
+        assert browser.js("return wire.querySelector('.event[open] pre').offsetHeight > 0")
 
 
 @system
-def test_a_long_stream_is_all_said_while_the_events_pane_keeps_its_end(browser):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_envelope_is_dim_in_the_light_and_in_the_dark(browser, scheme):
+    with Server() as server:
+        browser.cdp("Emulation.setEmulatedMedia",
+                    features=[{"name": "prefers-color-scheme", "value": scheme}])
+        browser.open(server)
+        browser.say("Hi")
+        styles = browser.js("""return ['.event summary', '.event .envelope', '.event b'].map(
+            selector => getComputedStyle(wire.querySelector(selector))).map(
+            ({color, opacity}) => [color, opacity])""")
+    ink, _, bold = [sum(map(int, re.findall(r"\d+", color)[:3])) for color, _ in styles]
+    assert [float(opacity) < 1 for _, opacity in styles] == [False, True, False]
+    assert ink < 200 and bold < 400 if scheme == "light" else ink > 500 and bold > 400
+
+
+@system
+def test_a_long_stream_is_all_said_while_the_wire_keeps_its_end(browser):
     with Server(lambda request: ("word " for _ in range(20000))) as server:
-        open_page(browser, server)
+        browser.open(server)
         browser.type("Go!", ENTER)
-        page_until(lambda: is_idle(browser), seconds=30)
+        wait_for(browser.is_idle, seconds=120)
         assert browser.talk()[1][1] == "word " * 20000
-        assert len(browser.wire()) == 500 and browser.wire()[-1] == "data: [DONE]"
+        assert browser.js("return wire.getElementsByClassName('event').length") == 500
+        news = [new for _, new, _, _ in browser.wire()]
+        assert (news[2], news[-1]) == ("POST /v1/chat/completions", "data: [DONE]")
         assert browser.js("return [main, wire.parentNode].map(pane => pane.scrollTop)") == [0, 0]
         assert browser.js("return [talk, wire].every(pane => pane.getBoundingClientRect().bottom"
                           " <= pane.parentNode.getBoundingClientRect().bottom)")
 
 
-@system
-def test_without_its_key_the_page_says_so_and_with_it_it_works(browser):
-    with Server(api_keys="secret") as server:
-        open_page(browser, server, listed=False)
-        page_until(lambda: len(browser.talk()), 1)
-        assert browser.talk()[0][0] == "page" and browser.talk()[0][1].startswith("401: ")
-        browser.click("key")
-        browser.type("wrong", TAB)
-        page_until(lambda: len(browser.talk()), 2)
-        assert "Incorrect API key" in browser.talk()[1][1]
-        browser.js("document.getElementById('key').value = ''")
-        browser.click("key")
-        browser.type("secret", TAB)
-        page_until(lambda: browser.value("model"), "echo")
-        browser.click("text")
-        browser.type("Hi", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
-        assert "secret" not in browser.js("return document.body.innerText + location + "
-                                          "Object.values({...localStorage, ...sessionStorage})")
-
-
-@system
-def test_a_refused_message_goes_back_into_the_box_and_not_into_the_conversation(browser):
-    steps = openai_compat.APIError(429, "Too fast."), "Better."
-    with Server(Script(*steps)) as server:
-        open_page(browser, server)
-        browser.type("Hello", ENTER)
-        page_until(lambda: is_idle(browser))
-        assert browser.talk()[-1] == ("page", "429: Too fast.")
-        assert browser.value("text") == "Hello"
-        browser.type(ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Better."))
-        assert len(completions(server)[1].body["messages"]) == 1
-
-
-@system
-def test_a_server_that_is_gone_is_said_in_words(browser):
-    with Server() as server:
-        open_page(browser, server)
-    browser.type("Anybody?", ENTER)
-    page_until(lambda: is_idle(browser))
-    assert browser.talk()[-1][0] == "no connection"
-
-
-@system
-def test_the_model_can_be_another(browser):
-    with Server(models=["first", "second"]) as server:
-        open_page(browser, server)
-        assert browser.value("model") == "first"
-        browser.js("document.getElementById('model').value = 'second'")
-        browser.type("Hi", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
-        assert completions(server)[0].body["model"] == "second"
-
-
-# ------ by all, everywhere
+# ------ for everybody, everywhere
 
 @system
 def test_the_keyboard_alone_is_enough(browser):
     def focus():
-        return browser.js("return document.activeElement.id || document.activeElement.tagName")
+        return browser.js("const at = document.activeElement; return at.id || at.tagName")
 
-    with Server() as server:
-        open_page(browser, server)
+    with Server(quirk_header=True) as server:
+        browser.open(server)
         assert focus() == "text"
         browser.type("one", SHIFT + ENTER, "two", ENTER)
-        until_said(browser, ("user", "one\ntwo"), ("assistant", "one\ntwo"))
+        wait_for(browser.talk, [("user", "one\ntwo"), ("assistant", "one\ntwo")])
+        wait_for(browser.is_idle)
         order = []
-        for _ in range(7):
+        while "text" not in order:
             browser.type(TAB)
             order.append(focus())
             assert order[-1] == "BODY" or browser.js(
                 "return getComputedStyle(document.activeElement).outlineStyle") != "none"
-        assert [each for each in order if each != "BODY"][:6] == [
-            "send", "new", "ASIDE", "model", "key", "main"]
+        summaries = browser.js("return wire.querySelectorAll('summary').length")
+        assert [each for each in order if each != "BODY"] == [
+            "send", "new", "ASIDE", *["SUMMARY"] * summaries,
+            "model", "key", "stream", "tool", "quirk", "main", "text"]
 
 
 @system
-def test_each_control_has_a_name_and_the_answer_is_announced(browser):
-    with Server() as server:
-        open_page(browser, server)
+def test_each_control_has_a_name_and_the_reply_is_announced(browser):
+    with Server(quirk_header=True) as server:
+        browser.open(server)
         nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
     names = {node["name"]["value"] for node in nodes if node["role"]["value"] in (
-        "textbox", "button", "main", "complementary")}
-    assert names == {"Model", "Key", "Message", "Send", "New", "Conversation",
-                     "Events on the wire"}
-    assert browser.js("return talk.ariaLive") == "polite"
+        "textbox", "checkbox", "combobox", "button", "main", "complementary")}
+    assert names == {"Model", "Key", "Stream", "Tool", "Quirk", "Message", "Send", "New",
+                     "Conversation", "Wire"}
+    assert browser.js("return [talk.role, talk.ariaLive]") == ["log", "polite"]
 
 
 @system
 @pytest.mark.parametrize("width", [320, 699, 1280])
 def test_no_window_is_too_narrow(browser, width):
-    with Server() as server:
+    with Server(quirk_header=True) as server:
         browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=640,
                     deviceScaleFactor=1, mobile=False)
-        open_page(browser, server)
-        browser.type("x" * 400, ENTER)
-        page_until(lambda: is_idle(browser))
+        browser.open(server)
+        browser.say("x" * 400)
+        browser.js("wire.querySelectorAll('details').forEach(line => { line.open = true; })")
         wide = browser.js("return [document.documentElement, main, wire.parentNode].map("
                           "element => element.scrollWidth - element.clientWidth)")
         left = browser.js("return wire.parentNode.getBoundingClientRect().left")
@@ -7573,28 +7329,13 @@ def test_no_window_is_too_narrow(browser, width):
         assert (left == 0) == (width <= 700)
 
 
-@system
-def test_the_page_is_light_in_the_light_and_dark_in_the_dark(browser):
-    def ink(scheme):
-        """How bright the text is, from 0 to 765."""
-        browser.cdp("Emulation.setEmulatedMedia",
-                    features=[{"name": "prefers-color-scheme", "value": scheme}])
-        colour = browser.js("return getComputedStyle(document.body).color")
-        return sum(map(int, re.findall(r"\d+", colour)[:3]))
-
-    with Server() as server:
-        open_page(browser, server)
-        assert ink("light") < 200 < 500 < ink("dark")
-
-
 # ------ strangers
 
 @system
 def test_nothing_is_requested_from_elsewhere(browser):
     with Server() as server:
-        open_page(browser, server)
-        browser.type("Hi", ENTER)
-        page_until(lambda: browser.talk()[-1], ("assistant", "Hi"))
+        browser.open(server)
+        browser.say("Hi")
         asked = [url for url in browser.requested() if url.startswith("http")]
         assert {url[:len(server.base_url) - 2] for url in asked} == {server.base_url[:-2]}
         assert browser.violations() == []
@@ -7605,21 +7346,26 @@ def test_nothing_is_requested_from_elsewhere(browser):
 @system
 def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
     with Server() as server, Server() as other:
-        open_page(browser, server)
-        browser.js("""fetch(arguments[0]).catch(() => 0);
+        browser.open(server)
+        browser.js("""window.blocked = [];
+                      addEventListener("securitypolicyviolation",
+                                       event => blocked.push(event.effectiveDirective));
+                      fetch(arguments[0]).catch(() => 0);
                       new Image().src = arguments[0];
                       const script = document.createElement("script");
                       script.append("window.ran = 1");
                       try { document.body.append(script); } catch (error) {}""",
                    other.base_url + "/models")
-        time.sleep(0.3)
+        wait_for(lambda: {"connect-src", "img-src"} <= set(browser.js("return blocked")))
         assert other.journal == [] and browser.js("return window.ran") is None
-        assert len(browser.violations()) >= 2
+        assert len(browser.js("return blocked")) >= 3
 
 
 STRANGER = b"""<!doctype html><title>A stranger</title><iframe name=frame></iframe><script>
 const [url, found] = [location.hash.slice(1), []];
 const body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}';
+const framed = load => new Promise(resolve => {
+  document.querySelector("iframe").onload = resolve; load(); });
 const attempts = [
   () => fetch(url + "chat/completions", {method: "POST", body}),
   () => fetch(url + "chat/completions", {method: "POST", body, mode: "no-cors"}),
@@ -7628,15 +7374,14 @@ const attempts = [
   () => fetch(url + "models"),
   () => fetch(url + "../journal"),
   () => navigator.sendBeacon(url + "chat/completions", body),
-  () => new Promise(resolve => {
+  () => framed(() => {
     const form = document.createElement("form"), input = document.createElement("input");
     Object.assign(form, {method: "POST", enctype: "text/plain", target: "frame",
                          action: url + "chat/completions"});
     [input.name, input.value] = [body.slice(0, -1) + ', "x": "', '"}'];
-    form.append(input); document.body.append(form); form.submit(); setTimeout(resolve, 300);
+    form.append(input); document.body.append(form); form.submit();
   }),
-  () => new Promise(resolve => {
-    frame.location = url + "../"; setTimeout(resolve, 300); }),
+  () => framed(() => { frame.location = url + "../"; }),
 ];
 (async () => {
   for (const attempt of attempts) {
@@ -7674,35 +7419,25 @@ def stranger():
 def test_a_page_from_elsewhere_can_neither_read_nor_cause_a_reply(browser, stranger, host):
     asked = []
     with Server(lambda request: asked.append(request) or "secret") as server:
-        browser.open(f"{stranger}#http://{host}:{server.server_port}/v1/")
-        page_until(lambda: browser.js("return !!window.found"))
+        browser("POST", "/url", url=f"{stranger}#http://{host}:{server.server_port}/v1/")
+        wait_for(lambda: browser.js("return !!window.found"))
         assert set(browser.js("return found")) == {""}
-        assert asked == [] and server.journal
-        assert {entry.status for entry in server.journal if entry.method == "POST"} == {403}
+        posts = [entry for entry in server.journal if entry.method == "POST"]
+        assert asked == [] and {entry.status for entry in posts} == {403}
         assert all(entry.events == 0 for entry in server.journal)
+    if host != "evil.example":      # where the page itself would open, it opens in no frame
+        assert any("frame-ancestors" in message for message in browser.violations())
 
 
 @system
 def test_a_name_that_leads_here_does_not_open_the_page(browser):
     with Server() as server:
-        browser.open(f"http://evil.example:{server.server_port}/")
-        assert browser.js("return document.title") == ""
+        browser("POST", "/url", url=f"http://evil.example:{server.server_port}/")
         assert "foreign_host" in browser.js("return document.body.innerText")
-
-
-@system
-def test_no_page_from_elsewhere_can_frame_the_page(browser, stranger):
-    with Server() as server:
-        browser.open(f"{stranger}#http://127.0.0.1:{server.server_port}/v1/")
-        page_until(lambda: browser.js("return !!window.found"))
-        assert any("frame-ancestors" in message for message in browser.violations())
 
 
 # ==================================================================================
 # THE SDKS OF OTHERS (marker interop), and every quirk against every client
-
-HERE = Path(openai_compat.__file__).resolve().parent
-
 
 # ----------------------------------------------------------------------------------
 # The SDKs of others.  `make interop` makes an environment for each; a script runs in
@@ -7736,35 +7471,36 @@ def plain(answer): return answer.model_dump()
 def body_of(error): return error.response.json()["error"]
 def leave(stream): stream.response.close()
 """
-interop_COMMON = """
+ASK = """
 ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}
 """
 
 
-def printed(environment, script, base_url, *arguments, **options):
-    """The lines that a Python script prints in one of the environments."""
-    python = HERE / ".venvs" / environment / "bin" / "python"
-    assert python.exists(), "no .venvs/%s: run `make interop`" % environment
-    return interop_run([str(python), "-X", "utf8", "-c", script, base_url, *arguments], base_url,
-               **options)
-
-
-def interop_run(command, base_url="", timeout=60, cwd=None, **environment):
+def printed_by(command, base_url="", **options):
     """The lines that a program prints which finds the server in its environment."""
-    keep = {name: value for name, value in os.environ.items()
-            if not name.startswith(("OPENAI_", "PYTEST_"))}
-    found = {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "any", "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run(command, env={**keep, **found, **environment}, timeout=timeout,
-                          cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, encoding="utf-8")
+    found = environment(base_url, OPENAI_API_KEY="any", NO_PROXY="127.0.0.1",
+                        **options.pop("variables", {}))
+    done = finished(*command, env=found, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
+
+
+def python_of(sdk):
+    """The Python of an environment that `make interop` has made."""
+    python = HERE / ".venvs" / sdk / "bin" / "python"
+    assert python.exists(), f"no .venvs/{sdk}: run `make interop`"
+    return str(python)
+
+
+def printed(sdk, script, base_url, *arguments):
+    """The lines that a Python script prints in one of the environments."""
+    return printed_by([python_of(sdk), "-X", "utf8", "-c", script, base_url, *arguments], base_url)
 
 
 def said(sdk, script, server):
     """What a script prints that is written for all the generations of the SDK."""
     prelude = PRELUDE_OF_OLD if sdk == OLD else PRELUDE_OF_NEW
-    return printed(sdk, prelude + interop_COMMON + script, server.base_url)
+    return printed(sdk, prelude + ASK + script, server.base_url)
 
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {
@@ -7903,7 +7639,7 @@ def exception_of(status, sdk):
     return next(row[1 if sdk == OLD else 2] for row in EXCEPTIONS if row[0] == status)
 
 
-interop_REFUSED = """
+DESCRIBE = """
 if "client" in globals(): client.max_retries = 0
 def describe(error): return body_of(error).get("code"), body_of(error).get("param")
 def refused(**fields):
@@ -7919,7 +7655,7 @@ def test_each_error_is_the_right_exception(sdk, stream):
     statuses = [row[0] for row in EXCEPTIONS]
     script = "for _ in range(%d): refused(stream=%s, **ask)" % (len(statuses), stream)
     with Server(Script(*[APIError(status, "No.") for status in statuses])) as server:
-        lines = said(sdk, interop_REFUSED + script, server)
+        lines = said(sdk, DESCRIBE + script, server)
         assert [line.split()[0] for line in lines] == [exception_of(status, sdk)
                                                        for status in statuses]
         assert [exchange.status for exchange in server.journal] == statuses
@@ -7938,7 +7674,7 @@ REFUSALS = [  # settings of the server, fields, status, code and param of the re
 @pytest.mark.parametrize("settings, fields, status, code, param", REFUSALS)
 def test_each_refusal_of_the_server_names_its_cause(settings, fields, status, code, param, sdk):
     with Server(**settings) as server:
-        lines = said(sdk, interop_REFUSED + "refused(**ask, **%r)" % fields, server)
+        lines = said(sdk, DESCRIBE + "refused(**ask, **%r)" % fields, server)
     assert lines == ["%s %s" % (exception_of(status, sdk), (code, param))]
 
 
@@ -7946,7 +7682,7 @@ def test_each_refusal_of_the_server_names_its_cause(settings, fields, status, co
 @pytest.mark.parametrize("sdk", SDKS)
 def test_an_error_in_mid_stream_raises(sdk):
     with Server(HELLO, quirk="error_event") as server:
-        lines = said(sdk, interop_REFUSED + """
+        lines = said(sdk, DESCRIBE + """
 try: print(*[chunk.choices[0].delta.content for chunk in chat(stream=True, **ask)])
 except Refused as error: print(type(error).__name__)""", server)
     assert lines == ["APIError"]
@@ -7966,7 +7702,7 @@ def test_a_429_is_retried_when_the_server_says(sdk):
 def test_an_empty_account_is_not_retried(sdk):
     empty = APIError(429, "You are out of money.", code="insufficient_quota")
     with Server(Script(empty)) as server:
-        assert said(sdk, interop_REFUSED.replace("= 0", "= 2") + "refused(**ask)", server) == [
+        assert said(sdk, DESCRIBE.replace("= 0", "= 2") + "refused(**ask)", server) == [
             "RateLimitError ('insufficient_quota', None)"]
 
 
@@ -8141,7 +7877,7 @@ def test_requests_reads_as_the_reference_documents_do(script, lines):
 
 
 # A command that gets the fixture: the newest SDK for Node that this Node can run.
-interop_NODE = """
+NODE_SCRIPT = """
 const OpenAI = require("openai");
 (async () => {
   const ask = {model: "m", messages: [{role: "user", content: "Hello!"}]};
@@ -8158,10 +7894,10 @@ const OpenAI = require("openai");
 @interop
 @pytest.mark.skipif(not shutil.which("node"), reason="no node here")
 def test_a_command_in_node_gets_the_server_and_streams():
-    environment = HERE / ".venvs" / "node"
-    assert (environment / "ready").exists(), "no .venvs/node: run `make interop`"
-    lines = interop_run([sys.executable, str(HERE / "openai_compat.py"), "--quiet", "--say",
-                 "Hello world", "--", "node", "-e", interop_NODE], cwd=str(environment))
+    installed = HERE / ".venvs" / "node"
+    assert (installed / "ready").exists(), "no .venvs/node: run `make interop`"
+    lines = printed_by([sys.executable, SERVER, "--quiet", "--say", "Hello world", "--",
+                        "node", "-e", NODE_SCRIPT], cwd=str(installed))
     assert lines == ['""', '"Hello"', '" world"', "null", "Hello world"]
 
 
@@ -8172,8 +7908,8 @@ def test_a_command_in_node_gets_the_server_and_streams():
 
 RIGHT = 'assistant Hello big world tool_calls add{"a":1} add{"a":2}'
 NO_ROLE, NO_REASON = RIGHT.replace("assistant", "None"), RIGHT.replace("tool_calls", "None")
-ROLES, interop_NAMES = RIGHT.replace("assistant", "assistant+"), RIGHT.replace("add", "add+")
-interop_SHORT = "assistant Hello None"          # taken for whole
+ROLES, REPEATED = RIGHT.replace("assistant", "assistant+"), RIGHT.replace("add", "add+")
+CUT_SHORT = "assistant Hello None"          # taken for whole
 TORTURE = {  # quirk: (the official SDK, requests by hand, client.Client)
     "comment":            (RIGHT, "JSONDecodeError", RIGHT),
     "crlf":               (RIGHT, RIGHT, RIGHT),
@@ -8191,10 +7927,10 @@ TORTURE = {  # quirk: (the official SDK, requests by hand, client.Client)
     "no_finish":          (NO_REASON, NO_REASON, "StreamTruncated"),
     "no_terminator":      (RIGHT, RIGHT, RIGHT),
     "missing_tool_index": ("TypeError", "KeyError", RIGHT),
-    "duplicate_tool_id":  (interop_NAMES, interop_NAMES, RIGHT),
+    "duplicate_tool_id":  (REPEATED, REPEATED, RIGHT),
     "bad_json":           ("JSONDecodeError", "JSONDecodeError", "BadReply"),
     "error_event":        ("APIError", "KeyError", "APIError"),
-    "truncate":           (interop_SHORT, interop_SHORT, "StreamTruncated"),
+    "truncate":           (CUT_SHORT, CUT_SHORT, "StreamTruncated"),
     "stall":              ("APITimeoutError", "ConnectionError", "ConnectionFailed"),
     "reset":              ("APIConnectionError", "ChunkedEncodingError", "StreamTruncated"),
     "html_502":           ("InternalServerError", "JSONDecodeError", "APIError"),
@@ -8266,7 +8002,7 @@ def tortured():
             with Server(lambda request: answer, quirk_header=True) as server:
                 if reader == "client":
                     command = [sys.executable, "-c", script, server.base_url, *QUIRKS]
-                    lines = interop_run(command, cwd=str(HERE))
+                    lines = printed_by(command, cwd=str(HERE))
                 else:
                     lines = printed(reader, script, server.base_url, *QUIRKS)
             results[reader] = dict(zip(QUIRKS, lines))
@@ -8343,7 +8079,7 @@ class Agent:
 '''
 
 TESTS_OF_THE_AGENT = '''
-import asyncio, time
+import asyncio
 import openai, pytest
 from agent import Agent, Forecast
 from openai_compat import APIError, Reply, Script, Server, ToolCall, say
@@ -8382,9 +8118,7 @@ def test_any_forecast_that_fits_the_schema_will_do():
 def test_it_waits_when_the_limit_is_reached():
     slow = APIError(429, "Slow down.", headers={"retry-after-ms": "10"})
     with Server(Script(slow, slow, "4 degrees")) as server:
-        begun = time.monotonic()
         assert agent_on(server).answer("Oslo?") == "4 degrees"
-        assert time.monotonic() - begun < 1
 
 
 def test_it_does_not_wait_for_an_empty_account():
@@ -8431,9 +8165,8 @@ def test_a_stream_that_breaks_is_no_answer():
 def test_an_application_is_tested_with_nothing_but_this_fixture(tmp_path):
     (tmp_path / "agent.py").write_text(AGENT, encoding="utf-8")
     (tmp_path / "test_agent.py").write_text(TESTS_OF_THE_AGENT, encoding="utf-8")
-    python = HERE / ".venvs" / "openai" / "bin" / "python"
-    lines = interop_run([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-                cwd=str(tmp_path), PYTHONPATH=str(HERE))
+    lines = printed_by([python_of("openai"), "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+                       cwd=str(tmp_path), variables={"PYTHONPATH": str(HERE)})
     assert lines[-1].startswith("10 passed")
 
 
@@ -8466,7 +8199,7 @@ def test_500_fixtures_in_10_processes_do_not_clash_and_leave_nothing():
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                   cwd=str(HERE), universal_newlines=True) for _ in range(10)]
     for process in processes:
-        lines = process.communicate(timeout=60)[0].splitlines()
+        lines = process.communicate(timeout=300)[0].splitlines()
         assert process.returncode == 0, lines
         assert lines[-1] == "True" and len(lines) == 6
         assert all(len(set(line.split())) == 10 for line in lines[:-1])
@@ -8483,7 +8216,7 @@ def test_500_fixtures_in_10_processes_do_not_clash_and_leave_nothing():
 README = Path(openai_compat.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
-def readme_blocks():
+def blocks_of_the_readme():
     """(language, text, the paragraph before it) of each block."""
     found = []
     for match in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
@@ -8498,7 +8231,7 @@ def file_of(paragraph):
     return named[0] if named else None
 
 
-BLOCKS = readme_blocks()
+BLOCKS = blocks_of_the_readme()
 FILES = {file_of(before): text for _, text, before in BLOCKS if file_of(before)}
 
 
@@ -8558,32 +8291,23 @@ def desk(tmp_path_factory):
 NPM = """sh -c 'for ask in 1 2 "3 --temperature 0"; do python3 client.py chat $ask; done'"""
 
 
-def surroundings(folder, base_url=None):
-    """The environment of a newcomer, who has set nothing."""
-    kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(("OPENAI_", "PYTEST_", "PYTHON")) and "proxy" not in name.lower()}
-    found = {"OPENAI_BASE_URL": base_url} if base_url else {}
-    return {**kept, **found, "PATH": "%s%s%s" % (folder / "bin", os.pathsep, os.environ["PATH"])}
+def at(folder, base_url=None, path="bin"):
+    """The environment of a newcomer at that desk."""
+    path = os.pathsep.join([str(folder / path), os.environ["PATH"]])
+    return environment(base_url, PATH=path)
 
 
-class Serving:
+class Serving(Running):
     """`python3 openai_compat.py ...` on a free port, until the end of the with block."""
 
     def __init__(self, folder, command):
-        self.process = subprocess.Popen(
-            ["bash", "-c", "exec %s --port 0" % command], cwd=str(folder), env=surroundings(folder),
-            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True)
-        self.greeting = self.process.stderr.readline()
-        self.port = re.search(r":(\d+)/v1", self.greeting)[1]
-        self.base_url = "http://127.0.0.1:%s/v1" % self.port
-
-    def __enter__(self):
-        return self
+        super().__init__(start=("bash", "-c", f'exec {command} "$@"', "bash"),
+                         cwd=str(folder), env=at(folder))
+        self.greeting, self.port = self.said[-1], str(self.server_address[1])
 
     def __exit__(self, *error):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.communicate(timeout=10)
-        assert self.process.returncode == 0
+        assert self.end()[0] == 0
+        super().__exit__(*error)
 
 
 @pytest.fixture(scope="module")
@@ -8594,16 +8318,12 @@ def serving(desk):
         yield server
 
 
-def run_block(folder, commands, server, path=None):
+def run_block(folder, commands, server, path="bin"):
     """What each of the commands prints, in one bash; 8000 becomes the server's port."""
     script = "\n".join("%s\nstatus=$?; echo '<ended>' $status; (exit $status)" % command
                        for command in commands)
-    environment = surroundings(folder, server.base_url)
-    if path:
-        environment["PATH"] = path
-    done = subprocess.run(
-        ["bash"], input=script.replace("8000", server.port), cwd=str(folder), env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, universal_newlines=True)
+    done = finished("bash", input=script.replace("8000", server.port), cwd=str(folder),
+                    env=at(folder, server.base_url, path), stderr=subprocess.STDOUT)
     printed = done.stdout.replace(":%s/" % server.port, ":8000/")
     parts = re.split(r"<ended> (\d+)\n", printed)
     assert len(parts) == 2 * len(commands) + 1, printed
@@ -8661,10 +8381,8 @@ class Encoding:
 }
 
 
-def readme_program(text, monkeypatch, desk):
+def executed(text, monkeypatch, desk):
     """What a block of Python defines, when it is executed."""
-    for name in [name for name in os.environ if name.startswith("OPENAI_")]:
-        monkeypatch.delenv(name)
     monkeypatch.syspath_prepend(str(desk))
     monkeypatch.delitem(sys.modules, "agent", raising=False)
     names = {"__name__": "readme"}
@@ -8687,21 +8405,17 @@ TESTS = [text for language, text, _ in BLOCKS if language == "python" and "def t
 @pytest.mark.parametrize("text", [text for text in TESTS if "openai." not in text],
                          ids=lambda text: re.search(r"def (\w+)", text)[1])
 def test_a_test_of_the_readme_passes(monkeypatch, desk, text):
-    found = list(found_in(readme_program(text, monkeypatch, desk)))
+    found = list(found_in(executed(text, monkeypatch, desk)))
     assert found
     for _, function, arguments in found:
         function(*arguments)
 
 
-def test_the_retry_test_of_the_readme_takes_less_than_100_ms(monkeypatch, desk):
-    names = readme_program(block("python", "retry-after-ms"), monkeypatch, desk)
-    (_, function, _), = found_in(names)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    assert 0.04 <= min(times) < 0.1
+def test_the_retry_test_of_the_readme_waits_as_long_as_it_is_told(monkeypatch, desk):
+    (_, function, _), = found_in(executed(block("python", "retry-after-ms"), monkeypatch, desk))
+    started = time.perf_counter()
+    function()
+    assert time.perf_counter() - started >= 0.04
 
 
 def test_the_tests_of_the_readme_are_as_short_as_it_is_told():
@@ -8713,12 +8427,12 @@ def test_the_tests_of_the_readme_are_as_short_as_it_is_told():
 
 
 def test_the_journal_of_the_readme_sees_a_client_leave(monkeypatch, desk):
-    readme_program(block("python", '== "client left"'), monkeypatch, desk)
+    executed(block("python", '== "client left"'), monkeypatch, desk)
 
 
 def test_the_program_with_the_client_does_what_it_says(monkeypatch, desk, serving, capsys):
     text = block("python", "from client import Client, fold, pieces").replace("8000", serving.port)
-    names = readme_program(text, monkeypatch, desk)
+    names = executed(text, monkeypatch, desk)
     assert capsys.readouterr().out == re.search(r"print\(.*# (.*)", text)[1]
     said = re.findall(r'^(\S.*?) +# (".*")$', text, re.MULTILINE)
     assert len(said) == 2
@@ -8726,24 +8440,14 @@ def test_the_program_with_the_client_does_what_it_says(monkeypatch, desk, servin
         assert eval(expression, names) == json.loads(value)
 
 
-def readme_asked(server, **fields):
-    body = json.dumps({"model": "any", **fields}).encode()
-    path = "/chat/completions" if "messages" in fields else "/completions"
-    with urllib.request.urlopen(server.base_url + path, body, timeout=20) as reply:
-        return json.load(reply)
-
-
 def test_the_recipes_for_a_model_and_its_tokenizer_work(desk):
     """With stand-ins for the packages; the packages themselves were tried by hand."""
     with Serving(desk, block("sh", "transform:generate").strip()) as server:
-        reply = readme_asked(server, messages=[{"role": "user", "content": "Hallo 世界"}], n=2)
-        assert [each["message"]["content"] for each in reply["choices"]] == ["Hallo 世界 "] * 2
-        assert reply["usage"]["prompt_tokens"] == len("Hallo 世界".encode())
-        reply = readme_asked(server, prompt="世界", max_tokens=3)
-        assert reply["choices"][0]["text"] == "世"
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            readme_asked(server, prompt="fail")
-        assert refused.value.code == 500
+        got = chat(server, "Hallo 世界", n=2).json
+        assert [each["message"]["content"] for each in got["choices"]] == ["Hallo 世界 "] * 2
+        assert got["usage"]["prompt_tokens"] == len("Hallo 世界".encode())
+        assert post(server, TEXT_PATH, {**PROMPT, "prompt": "世界", "max_tokens": 3}).text == "世"
+        assert post(server, TEXT_PATH, {**PROMPT, "prompt": "fail"}).status == 500
 
 
 def test_a_script_is_followed_by_a_command_of_any_language(desk, serving):
@@ -8764,21 +8468,17 @@ def test_the_make_targets_of_the_readme_are_there():
 @pytest.mark.interop
 def test_the_first_fixture_of_the_readme_with_the_official_sdk(desk):
     (desk / "test_first.py").write_text(block("python", "import openai,"))
-    python = HERE / ".venvs" / "openai" / "bin" / "python"
-    assert python.exists(), "no .venvs/openai: run `make interop`"
-    done = subprocess.run([str(python), "-m", "pytest", "-q", "test_first.py"], cwd=str(desk),
-                          env=surroundings(desk), stdout=subprocess.PIPE, universal_newlines=True)
+    done = finished(python_of("openai"), "-m", "pytest", "-q", "test_first.py", cwd=str(desk),
+                    env=at(desk))
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.interop
 def test_npm_test_is_a_command_like_any_other(desk, serving):
     (desk / "package.json").write_text(json.dumps({"scripts": {"test": NPM}}))
-    path = desk / "npm"
-    path.mkdir()
-    shutil.copy(str(desk / "bin" / "python3"), str(path))
-    (printed, status), = run_block(desk, [block("sh", "npm test").strip()], serving,
-                                   "%s%s%s" % (path, os.pathsep, os.environ["PATH"]))
+    (desk / "npm").mkdir()
+    shutil.copy(str(desk / "bin" / "python3"), str(desk / "npm"))
+    (printed, status), = run_block(desk, [block("sh", "npm test").strip()], serving, "npm")
     assert printed.splitlines()[-1] == "Take an umbrella." and status == 0
 
 
@@ -8788,30 +8488,6 @@ def test_the_certificate_of_the_readme_is_trusted_where_it_is_named(desk, servin
     assert printed.splitlines()[-1] == "Hello!" and status == 0
 
 
-@pytest.mark.system
-def test_nginx_takes_the_configuration_of_the_readme(desk):
-    server = "python3 openai_compat.py"
-    with Serving(desk, server) as one, Serving(desk, server) as two:
-        with Server() as free:
-            port = str(free.server_port)
-        site = FILES["openai_compat.conf"]
-        for was, now in (("8000", port), ("8001", one.port), ("8002", two.port)):
-            site = site.replace(was, now)
-        (desk / "nginx.conf").write_text(
-            "daemon off; pid pid; error_log log; events {} http { access_log off;"
-            "client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f;"
-            "uwsgi_temp_path u; scgi_temp_path s; %s }" % site)
-        nginx = subprocess.Popen(["nginx", "-p", str(desk), "-c", "nginx.conf"],
-                                 stderr=subprocess.DEVNULL)
-        try:
-            behind = client.Client("http://127.0.0.1:%s/v1" % port, max_retries=5)
-            texts = client.pieces(behind.chat_completions("Hello!", stream=True))
-            assert "".join(texts) == "Hello!"
-        finally:
-            nginx.terminate()
-            nginx.wait()
-
-
 # ----------------------------------------------------------------------------------
 # Nothing is left out, and the form is kept.
 
@@ -8819,24 +8495,21 @@ def words_of(section):
     return re.search(r"^## %s\n(.*?)(?=^## |\Z)" % section, README, re.MULTILINE | re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("path", Server.ROUTES)
-def test_each_endpoint_is_in_the_readme(path):
-    path = path if path in ("/", "/health", "/journal") else "/v1" + path
-    path += "{id}" if path == "/v1/models/" else ""
-    method = "POST" if path.endswith("completions") else "GET"
-    assert "`%s %s`" % (method, path) in words_of("What is spoken")
+@pytest.mark.parametrize("route", [
+    "POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}",
+    "GET /health", "GET /journal", "GET /"])
+def test_each_endpoint_is_in_the_readme(route):
+    assert f"`{route}`" in words_of("What is spoken")
 
 
-@pytest.mark.parametrize("field", sorted({*openai_compat.CHAT_FIELDS, *openai_compat.COMPLETION_FIELDS,
-                                          "prompt"}))
+@pytest.mark.parametrize("field", sorted({*(field for field, *_ in TYPES), "stop", "prompt"}))
 def test_each_parameter_is_in_the_readme(field):
     assert "`%s`" % field in words_of("What is spoken")
 
 
 @pytest.mark.parametrize("name", ["openai_compat.py", "client.py"])
 def test_each_flag_is_in_the_readme(name):
-    said = subprocess.run([sys.executable, str(HERE / name), "--help"], stdout=subprocess.PIPE,
-                          universal_newlines=True).stdout
+    said = finished(sys.executable, str(HERE / name), "--help").stdout
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", said)) - {"--help"}
     text = words_of("The client") if name == "client.py" else README
     assert len(flags) > 15
@@ -8845,9 +8518,8 @@ def test_each_flag_is_in_the_readme(name):
 
 @pytest.mark.parametrize("quirk", QUIRKS)
 def test_each_quirk_is_in_the_readme_as_it_says_of_itself(quirk):
-    function = (openai_compat.CHUNK_QUIRKS.get(quirk) or QUIRKS[quirk])
     (row,) = re.findall(r"^\| `%s` \| (.*) \|$" % quirk, README, re.MULTILINE)
-    assert row == inspect.getdoc(function).replace(" nor, see below, ", " nor ")
+    assert row == inspect.getdoc(QUIRKS[quirk]).replace(" nor, see below, ", " nor ")
 
 
 def test_as_many_quirks_as_the_readme_counts():
