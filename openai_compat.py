@@ -18,11 +18,41 @@ One exchange.  The body of a request to POST /v1/chat/completions:
 The body of the response: five server-sent events.  (An event is one line and a blank
 line; here the lines are broken to fit the page.)
 
-@@EVENTS@@
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},
+    "logprobs":null,"finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,
+    "finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"content":" world"},"logprobs":null,
+    "finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}
+
+    data: [DONE]
 
 Without "stream" the same chunks are folded into one chat.completion:
 
-@@COMPLETION@@
+    {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973","object":"chat.completion",
+    "created":1767225600,"model":"echo","system_fingerprint":"fp_openai_compat",
+    "service_tier":"default","choices":[{"index":0,"message":{"role":"assistant",
+    "content":"Hello world","refusal":null},"logprobs":null,
+    "finish_reason":"stop"}],"usage":{"prompt_tokens":2,"completion_tokens":2,
+    "total_tokens":4,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},
+    "completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,
+    "accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}
 
 The stages, in the order of this file.  Each is a small function over the one above:
 
@@ -91,8 +121,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote, urlsplit
 
 __version__ = "2.0.0"
-__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command", "Script",
-           "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
+__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command",
+           "Script", "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
 
 log = logging.getLogger("openai_compat")
 
@@ -114,7 +144,8 @@ ERROR_KINDS = {  # status: (type, code); a hundred stands for its whole class
     500: ("server_error", None),
     503: ("service_unavailable_error", None),
 }
-FRAMING_HEADERS = {"connection", "content-length", "transfer-encoding"}
+HEADER_NAME = re.compile("(?!connection$|content-length$|transfer-encoding$)"
+                         r"[!#$%&'*+.^_`|~0-9a-z-]+")
 
 
 def header_fields(headers):
@@ -125,15 +156,14 @@ def header_fields(headers):
         {'retry-after': '3'}
 
     Raises ValueError for a malformed name, for a line end in a value (it would start
-    another header), and for the headers that say how long the body is.
+    another header), and for the headers that the server itself sets to frame the body.
     """
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9a-z-]+", name) or name in FRAMING_HEADERS:
-            raise ValueError(f"{name!r} cannot be the name of a response header")
-        if re.search("[\r\n\0]", value):
-            raise ValueError(f"the header {name!r} has a line end or a NUL in its value")
+        if not HEADER_NAME.fullmatch(name) or re.search("[\r\n\0]", value):
+            raise ValueError(f"{name!r} cannot be a header of a response, or not with "
+                             "this value")
     return fields
 
 
@@ -145,8 +175,9 @@ class APIError(Exception):
     response.
 
     Example:
-        >>> APIError(429, "Slow down.", headers={"retry-after": "1"}).body()["error"]
-        {'message': 'Slow down.', 'type': 'requests', 'param': None, 'code': 'rate_limit_exceeded'}
+        >>> APIError(404, "No such model.", code="model_not_found").body()
+        {'error': {'message': 'No such model.', 'type': 'invalid_request_error', \
+'param': None, 'code': 'model_not_found'}}
     """
 
     def __init__(self, status, message, param=None, code=None, type=None, headers=None):
@@ -190,7 +221,7 @@ class BackendFault(APIError):
 
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
-MOST_NESTED = 200               # levels; more could exhaust the stack when it is encoded
+MOST_NESTED = 200               # levels; more could exhaust the stack later
 
 
 def reject_constant(text):
@@ -203,7 +234,8 @@ def finite(text):
 
 
 # The standard parser also takes NaN, Infinity and 1e999, which JSON does not have.
-decode_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
+decode_json = json.JSONDecoder(parse_constant=reject_constant,
+                               parse_float=finite).decode
 
 
 def nesting(value):
@@ -223,8 +255,8 @@ def nesting(value):
 
 
 def body_error(reason):
-    return APIError(400, "We could not parse the JSON body of your request. "
-                         f"(HINT: the body must be one JSON object in UTF-8; {reason}.)")
+    return APIError(400, "We could not parse the JSON body of your request. (HINT: the "
+                         f"body must be one JSON object in UTF-8; {reason}.)")
 
 
 def parse_json(body):
@@ -286,7 +318,7 @@ def to_json(value):
         if not text.isascii() and NOT_FOR_UTF8.search(text):
             text = encode_json(value, ascii=True)
     except RecursionError:
-        raise ValueError("this value is nested too deeply, or contains itself") from None
+        raise ValueError("the value is nested too deeply, or holds itself") from None
     return text.encode()
 
 
@@ -299,11 +331,12 @@ def to_json(value):
 #     "string"                    a type of JSON
 #     ("low", "high")             one of these words
 #     [spec]                      an array of values that fit the spec
-#     Object({"a": spec, ...})    an object; "a!" must be there, "a?" too but may be null
+#     Object({"a": spec, ...})    an object; "a!" must be there, "a?" too, but even null
 #     Tagged, Either, Map, Bounded, and a function of where and value: see below
 
-TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: bool is not int
-         "decimal": (int, float), "array": (list,), "object": (dict,)}
+TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
+    "string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
+    "array": (list,), "object": (dict,)}
 
 
 class Object:
@@ -311,8 +344,8 @@ class Object:
 
     def __init__(self, fields):
         self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
-        self.required = [name[:-1] for name in fields if name.endswith("!")]
-        self.present = [name[:-1] for name in fields if name.endswith("?")]
+        self.required = [name[:-1] for name in fields if name[-1] in "!?"]
+        self.nullable = [name[:-1] for name in fields if name[-1] == "?"]
 
 
 # An object of several shapes: the value of the field `tag` says which one it has.
@@ -341,15 +374,14 @@ def mistyped(where, value, expected):
 
 def out_of_bounds(where, value, kind, limit, bound):
     """The 400 for a number or a length beyond its limit, "minimum" or "maximum"."""
-    side = "below" if limit == "minimum" else "above"
+    side, sign = ("below", ">=") if limit == "minimum" else ("above", "<=")
     code, name = f"{kind}_{side}_{limit[:3]}", JSON_NAMES[type(value)]
     if kind in ("integer", "decimal"):
-        sign = ">=" if limit == "minimum" else "<="
-        fault, got, code = f"{kind} {side} {limit} value", value, f"{code}_value"
-        wanted = f"a value {sign} {bound}"
+        fault, wanted = f"{kind} {side} {limit} value", f"a value {sign} {bound}"
+        got, code = value, f"{code}_value"
     else:
-        wanted, code = f"{name} with {limit} length {bound}", f"{code}_length"
-        fault, got = f"{kind} too long", f"{name} with length {len(value)}"
+        fault, wanted = f"{kind} too long", f"{name} with {limit} length {bound}"
+        got, code = f"{name} with length {len(value)}", f"{code}_length"
         if not value:
             fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
     return invalid(f"Invalid '{where}': {fault}. Expected {wanted}, but got {got} "
@@ -364,8 +396,8 @@ def check_type(where, value, kind):
 def check_word(where, value, words):
     check_type(where, value, "string")
     if value not in words:
-        *others, last = map(repr, words)
-        supported = f"{', '.join(others)}, and {last}" if others else last
+        supported = ", and ".join(filter(None, [
+            ", ".join(map(repr, words[:-1])), repr(words[-1])]))
         raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
                       f"{supported}.", where, "invalid_value")
 
@@ -379,10 +411,7 @@ def check_items(where, value, spec):
 def check_members(where, value, spec):
     check_type(where, value, "object")
     for name in spec.required:
-        if value.get(name) is None:
-            raise missing(f"{where}.{name}")
-    for name in spec.present:
-        if name not in value:
+        if value.get(name) is None and not (name in spec.nullable and name in value):
             raise missing(f"{where}.{name}")
     for name, inner in spec.fields.items():
         if value.get(name) is not None:
@@ -441,21 +470,23 @@ def check(where, value, spec):
     """Raise a 400 unless the value at `where` in the body fits the spec.
 
     Example:
-        >>> check("stop", ["a", 5], ["string"])
+        >>> check("n", 0, Bounded("integer", 1, 128))
         Traceback (most recent call last):
         ...
-        openai_compat.APIError: Invalid type for 'stop[1]': expected a string, but got an integer instead.
+        openai_compat.APIError: Invalid 'n': integer below minimum value. Expected a \
+value >= 1, but got 0 instead.
     """
     CHECKS[type(spec)](where, value, spec)
 
 
 NAMED = Object({"name!": check_name})
-FUNCTION = Object({"name!": check_name, "description": "string", "parameters": "object",
-                   "strict": "boolean"})
+FUNCTION = Object({"name!": check_name, "description": "string",
+                   "parameters": "object", "strict": "boolean"})
 CUSTOM = Object({"name!": check_name, "description": "string", "format": "object"})
 TOOL = Tagged("type", {"function": Object({"function!": FUNCTION}),
                        "custom": Object({"custom!": CUSTOM})})
-CHOSEN = {"function": Object({"function!": NAMED}), "custom": Object({"custom!": NAMED})}
+CHOSEN = {"function": Object({"function!": NAMED}),
+          "custom": Object({"custom!": NAMED})}
 ALLOWED = Object({"mode!": ("auto", "required"), "tools!": [Tagged("type", CHOSEN)]})
 TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
     "type", {**CHOSEN, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
@@ -477,8 +508,8 @@ MESSAGE = Tagged("role", {
                          "tool_calls": [CALL], "function_call": CALLED}),
     "tool": Object({"content?": CONTENT, "tool_call_id!": "string"}),
     "function": Object({"content?": "string", "name!": "string"})})
-JSON_SCHEMA = Object({"name!": check_name, "description": "string", "schema": "object",
-                      "strict": "boolean"})
+JSON_SCHEMA = Object({"name!": check_name, "description": "string",
+                      "schema": "object", "strict": "boolean"})
 RESPONSE_FORMAT = Tagged("type", {
     "text": Object({}), "json_object": Object({}),
     "json_schema": Object({"json_schema!": JSON_SCHEMA})})
@@ -555,15 +586,11 @@ COMPLETION_FIELDS = Fields(
     ("logprobs",               "integer",                     None,     0,      5),
     ("suffix",                 "string",                      None,     None,   None),
 )
-NEEDS = (  # a field, another that must be there and true, and what the API says otherwise
-    ("stream_options", "stream",
-     "The 'stream_options' parameter is only allowed when 'stream' is enabled."),
-    ("top_logprobs", "logprobs",
-     "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."),
-    ("tool_choice", "tools", "Invalid value for 'tool_choice': 'tool_choice' is only "
-     "allowed when 'tools' are specified."),
-    ("function_call", "functions", "Invalid value for 'function_call': 'function_call' "
-     "is only allowed when 'functions' are specified."),
+ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
+SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
+NEEDS = (  # a field, another that must be there and true, and what the API says if not
+    ("stream_options", "stream", ENABLED), ("top_logprobs", "logprobs", ENABLED),
+    ("tool_choice", "tools", SPECIFIED), ("function_call", "functions", SPECIFIED),
 )
 
 
@@ -580,7 +607,7 @@ def checked(body, fields):
             check(name, value, fields[name])
     for name, other, message in NEEDS:
         if name in fields and name in given and not given.get(other):
-            raise invalid(message, name)
+            raise invalid(message.format(name, other), name)
     stop = given.get("stop") or ()
     given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
     return {**body, **fields.defaults, **given}
@@ -611,8 +638,7 @@ def check_answer(i, id, called):
 
 
 def check_conversation(messages):
-    """Each tool call must be answered in the messages that follow it, and each answer
-    must belong to such a call."""
+    """Refuse a tool call without its answer, and an answer without its call."""
     called, unanswered = [], []         # ids of the last turn's calls
     for i, message in enumerate([*messages, {"role": "end"}]):
         if message["role"] == "tool":
@@ -625,8 +651,8 @@ def check_conversation(messages):
                           "following tool_call_ids did not have response messages: "
                           f"{', '.join(unanswered)[:1000]}",
                           f"messages.[{min(i, len(messages) - 1)}].role")
-        is_turn = message["role"] == "assistant"
-        called = unanswered = called_ids(i, is_turn and message.get("tool_calls") or ())
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        called = unanswered = called_ids(i, calls or ())
 
 
 def tool_names(tools):
@@ -667,7 +693,7 @@ def text_of(content):
     """The text of a message's content: a string, a list of parts, or null.
 
     Example:
-        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "image_url", ...: ...}])
+        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "file", "file": {}}])
         'Look: '
     """
     if type(content) is list:
@@ -1041,7 +1067,7 @@ USAGE_DETAILS = {
                                   "accepted_prediction_tokens": 0,
                                   "rejected_prediction_tokens": 0},
 }
-SERVED_TIERS = {"auto": "default", "fast": "priority"}   # the others are served as asked
+SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as asked
 
 
 class Usage:
@@ -1137,8 +1163,7 @@ def chat_logprob(token, top):
 
 
 def chat_logprobs(tokens, top, field="content"):
-    """An object for each token, under the field that the tokens belong to; None
-    unless they were asked for."""
+    """An object for each token, under its field; None if nobody asked for them."""
     if top is None:
         return None
     return {"content": [], "refusal": None,
@@ -1146,7 +1171,7 @@ def chat_logprobs(tokens, top, field="content"):
 
 
 def text_logprobs(tokens, top, offset, is_prompt=False):
-    """Four parallel arrays, or None unless they were asked for.
+    """Four parallel arrays; None if nobody asked for them.
 
     The first token of a prompt has no probability.
 
@@ -1184,9 +1209,9 @@ def call_deltas(request, call, index):
     Example:
         >>> request = {"tools": [], "functions": []}
         >>> for delta in call_deltas(request, Call("now", "call_1", ["{}"]), 0):
-        ...     print(delta["tool_calls"])
-        [{'index': 0, 'id': 'call_1', 'type': 'function', 'function': {'name': 'now', 'arguments': ''}}]
-        [{'index': 0, 'function': {'arguments': '{}'}}]
+        ...     print(to_json(delta["tool_calls"]).decode())
+        [{"index":0,"id":"call_1","type":"function","function":{"name":"now",...}}]
+        [{"index":0,"function":{"arguments":"{}"}}]
     """
     kind = "custom" if call.name in custom_tools(request) else "function"
     field = CALL_INPUT[kind]
@@ -1242,11 +1267,12 @@ def chat_chunks(request, sequences, usage):
         >>> request = {**parse_chat({**body, "stream": True}), "id": "chatcmpl-1"}
         >>> pieces = [("text", ["Hello"]), ("text", ["!"]), ("end", "stop")]
         >>> for chunk in chat_chunks(request, [pieces], Usage()):
-        ...     print(chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"])
-        {'role': 'assistant', 'content': '', 'refusal': None} None
-        {'content': 'Hello'} None
-        {'content': '!'} None
-        {} stop
+        ...     [choice] = chunk["choices"]
+        ...     print(choice["index"], choice["delta"], choice["finish_reason"])
+        0 {'role': 'assistant', 'content': '', 'refusal': None} None
+        0 {'content': 'Hello'} None
+        0 {'content': '!'} None
+        0 {} stop
 
     The last chunk, where the usage is wanted, has it and no choices.
     """
@@ -1290,8 +1316,9 @@ def completion_chunks(request, sequences, usage):
     Example:
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
         >>> request = {**parse_completion(body), "id": "cmpl-1"}
+        >>> pieces = [("text", [" two"]), ("end", "stop")]
         >>> usage = Usage(prompts_of(request, tokenize))
-        >>> for chunk in completion_chunks(request, [[("text", [" two"]), ("end", "stop")]], usage):
+        >>> for chunk in completion_chunks(request, [pieces], usage):
         ...     print(chunk["choices"])
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
         [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
@@ -1301,7 +1328,8 @@ def completion_chunks(request, sequences, usage):
     for i, pieces in enumerate(sequences):
         number, rank = divmod(i, best_of)
         index = number * n + rank if rank < n else None
-        running.append(text_choices(request, index, usage.prompts[number], pieces, usage))
+        prompt = usage.prompts[number]
+        running.append(text_choices(request, index, prompt, pieces, usage))
     for choice in in_turn(running):
         if choice["index"] is not None:
             yield {**common, "choices": [choice]}
@@ -1333,18 +1361,22 @@ def joined_logprobs(logprobs):
 
 
 def joined_calls(fragments):
-    """An opening for each call and fragments after it -> the calls, without indices."""
-    calls = {}
-    for fragment in itertools.chain.from_iterable(fragments):
-        kind = "custom" if "custom" in fragment else "function"
-        field = CALL_INPUT[kind]
-        call = calls.setdefault(fragment["index"], {**fragment, kind: {
-            **fragment[kind], field: []}})
-        call[kind][field].append(fragment[kind][field])
+    """The fragments of tool calls -> the calls, in order of their index.
+
+    Example:
+        >>> request = {"tools": [], "functions": []}
+        >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
+        >>> list(joined_calls(delta["tool_calls"][0] for delta in deltas))
+        [{'id': 'call_1', 'type': 'function', 'function': {'name': 'now', ...: '{}'}}]
+    """
+    calls = collections.defaultdict(list)
+    for fragment in fragments:
+        calls[fragment["index"]].append(fragment)
     for index in sorted(calls):
-        call = {name: value for name, value in calls[index].items() if name != "index"}
-        kind, field = call["type"], CALL_INPUT[call["type"]]
-        yield {**call, kind: {**call[kind], field: "".join(call[kind][field])}}
+        opening, kind = calls[index][0], calls[index][0]["type"]
+        text = "".join(fragment[kind][CALL_INPUT[kind]] for fragment in calls[index])
+        yield {"id": opening["id"], "type": kind,
+               kind: {**opening[kind], CALL_INPUT[kind]: text}}
 
 
 def folded_choice(index, said):
@@ -1356,7 +1388,8 @@ def folded_choice(index, said):
     message = {"role": "assistant", "content": joined(said.get("content", ())),
                "refusal": joined(said.get("refusal", ()))}
     if "tool_calls" in said:
-        message["tool_calls"] = list(joined_calls(said["tool_calls"]))
+        fragments = itertools.chain.from_iterable(said["tool_calls"])
+        message["tool_calls"] = list(joined_calls(fragments))
     if "function_call" in said:
         arguments = joined(call["arguments"] for call in said["function_call"])
         message["function_call"] = {**said["function_call"][0], "arguments": arguments}
@@ -1367,12 +1400,13 @@ def fold(chunks):
     """The chunks of one stream -> the completion that they spell.
 
     Example:
-        >>> choice = {"index": 0, "logprobs": None, "finish_reason": None}
         >>> completion = fold([
-        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "Hel"}}]},
-        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "lo"}}]}])
-        >>> completion["object"], completion["choices"][0]["message"]["content"]
-        ('chat.completion', 'Hello')
+        ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
+        ...         chat_choice(0, {"role": "assistant", "content": "Hel"})]},
+        ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
+        ...         chat_choice(0, {"content": "lo"}, finish_reason="stop")]}])
+        >>> completion["object"], completion["choices"][0]["message"]
+        ('chat.completion', {'role': 'assistant', 'content': 'Hello', 'refusal': None})
 
     Raises ValueError without any chunk.
     """

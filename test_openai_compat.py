@@ -1708,7 +1708,7 @@ def nested(wrap, depth=900):
     {"type": "string", "enum": list(range(10 ** 5))}, {"allOf": [{}] * 10 ** 5},
     {"uniqueItems": True, "default": list(range(10 ** 5)), "minItems": 10 ** 5},
     {"type": "string", "anyOf": [{"const": i} for i in range(10 ** 5)]},
-], ids=lambda schema: repr(schema)[:40])
+], ids=lambda schema: str(type(schema)))
 def test_a_hostile_schema_is_refused(schema):
     with pytest.raises(APIError) as error:
         sample(schema)
