@@ -1,5 +1,12 @@
-import json, os, subprocess, sys, threading
-import openai, pytest
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import openai
+import pytest
+
 from openai_compat import APIError, QUIRKS, Reply, Script, Server, ToolCall, say
 from travel import NoAnswer, Plan
 
@@ -23,15 +30,17 @@ def test_two_calls_at_once_are_both_answered(server, use):
 
 def test_every_tool_is_offered_with_its_schema(server, use):
     def fields(tools):
-        return {each["function"]["name"]: sorted(each["function"]["parameters"]["properties"])
-                for each in tools} == {"weather": ["city"], "fare": ["end", "start"]}
+        functions = [each["function"] for each in tools]
+        found = {each["name"]: sorted(each["parameters"]["properties"])
+                 for each in functions}
+        return found == {"weather": ["city"], "fare": ["end", "start"]}
     server.backend = Script(Reply("Hello.", expect={"tools": fields}))
     assert use(server, "ask", "Hi") == "Hello."
 
 
-@pytest.mark.parametrize("call", [ToolCall("boat", {}), ToolCall("weather", {"town": "Oslo"}),
-                                  ToolCall("weather", "no JSON"),
-                                  ToolCall("weather", {"city": "Bonn"})])
+@pytest.mark.parametrize("call", [
+    ToolCall("boat", {}), ToolCall("weather", {"town": "Oslo"}),
+    ToolCall("weather", "no JSON"), ToolCall("weather", {"city": "Bonn"})])
 def test_a_mistake_of_the_model_is_told_to_it(server, use, call):
     server.backend = Script(call, Reply("Sorry.", expect=last("error: ")))
     assert use(server, "ask", "Oslo?") == "Sorry."
@@ -54,7 +63,8 @@ def test_a_refusal_is_no_answer(server, use):
 
 def test_a_plan_is_understood(server, use):
     server.backend = json.dumps({"city": "Oslo", "days": 2, "sights": ["Opera"]})
-    assert use(server, "plan", "Two days") == Plan(city="Oslo", days=2, sights=["Opera"])
+    plan = use(server, "plan", "Two days")
+    assert plan == Plan(city="Oslo", days=2, sights=["Opera"])
 
 
 def test_any_plan_that_fits_the_schema_will_do(server, use):
@@ -76,10 +86,11 @@ def test_it_tells_the_answer_piece_by_piece(server, use):
 
 def test_it_leaves_when_it_has_heard_enough(server, use):
     server.backend = Reply(["blah "] * 1000, delay=(0, 0.005))
-    pieces = use(server, "tell", "Oslo?", enough=lambda text: text.count("blah") == 3)
+    pieces = use(server, "tell", "Oslo?", enough=lambda text: len(text) == 15)
     assert pieces == ["blah "] * 3
     server.close()
-    assert server.journal[0].outcome == "client left" and server.journal[0].events < 1000
+    exchange, = server.journal
+    assert exchange.outcome == "client left" and exchange.events < 1000
 
 
 def test_an_answer_that_is_cut_is_no_answer(server, use):
@@ -88,8 +99,8 @@ def test_an_answer_that_is_cut_is_no_answer(server, use):
         use(server, "tell", "Oslo?")
 
 
-ERRORS = {"bad_json", "error_event", "html_502", "no_finish", "reset", "stall", "truncate",
-          "empty_data", "id_field", "retry_block"}      # the last three are faults of the SDK
+ERRORS = {"bad_json", "error_event", "html_502", "no_finish", "reset", "stall",
+          "truncate"} | {"empty_data", "id_field", "retry_block"}   # faults of the SDK
 
 
 @pytest.mark.parametrize("quirk", QUIRKS)
@@ -107,7 +118,8 @@ def test_a_fault_on_the_wire_is_the_answer_or_an_error(server, use, quirk):
 
 def test_it_waits_when_the_limit_is_reached(server, use):
     slow = APIError(429, "Slow down.", headers={"retry-after-ms": "10"})
-    server.backend = Script(slow, APIError(503, "Busy.", headers={"retry-after-ms": "10"}), "4")
+    busy = APIError(503, "Busy.", headers={"retry-after-ms": "10"})
+    server.backend = Script(slow, busy, "4")
     assert use(server, "ask", "Oslo?") == "4"
     assert [each.status for each in server.journal] == [429, 503, 200]
 
@@ -127,12 +139,13 @@ def test_what_takes_too_long_is_cancelled(server, use):
 
 # ------ embeddings, and beside them chat
 
-NOTES = ["Rome: the Colosseum closes at six", "Oslo: the Opera has a roof to walk on"]
+NOTES = ["Rome: the Colosseum closes at six", "Oslo: one may walk on the Opera's roof"]
 
 
 def test_the_nearest_note_goes_into_the_question(server, use):
     server.backend = Script(Reply("On its roof.", expect=last("From our notes: Oslo")))
-    assert use(server, "answer_from_notes", "Oslo opera?", notes=NOTES) == "On its roof."
+    answer = use(server, "answer_from_notes", "Oslo opera?", notes=NOTES)
+    assert answer == "On its roof."
     assert [each.path for each in server.journal] == [
         "/v1/embeddings", "/v1/embeddings", "/v1/chat/completions"]
 
@@ -152,7 +165,8 @@ def test_five_questions_at_once_get_their_own_answers(server, use):
     cities = ["Oslo", "Rome", "Bern", "Bonn", "Lyon"]
     server.backend = Script(*[Reply(city[::-1], expect=last(city)) for city in cities],
                             any_order=True)
-    assert use(server, "compare", cities) == [f"{city}: {city[::-1]}" for city in cities]
+    lines = use(server, "compare", cities)
+    assert lines == [f"{city}: {city[::-1]}" for city in cities]
 
 
 def test_five_requests_are_served_side_by_side(server, use):
@@ -168,7 +182,8 @@ def test_one_city_that_fails_does_not_spoil_the_others(server, use):
     server.backend = Script(Reply("yes", expect=last("Oslo")),
                             Reply(error=APIError(400, "No."), expect=last("Rome")),
                             any_order=True)
-    assert use(server, "compare", ["Oslo", "Rome"]) == ["Oslo: yes", "Rome: (BadRequestError)"]
+    lines = use(server, "compare", ["Oslo", "Rome"])
+    assert lines == ["Oslo: yes", "Rome: (BadRequestError)"]
 
 
 # ------ another endpoint, and the desk as a process
@@ -178,12 +193,13 @@ def test_another_endpoint_can_be_streamed(use):
         place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
         part = {"type": "output_text", "text": "", "annotations": []}
         message = {"type": "message", "id": "msg_1", "role": "assistant", "content": []}
-        reply = {"id": "resp_1", "object": "response", "model": body["model"], "output": []}
+        reply = {"id": "resp_1", "object": "response", "model": "m", "output": []}
         yield {"type": "response.created", "response": reply}
         yield {"type": "response.output_item.added", "output_index": 0, "item": message}
         yield {"type": "response.content_part.added", **place, "part": part}
-        yield {"type": "response.output_text.delta", **place, "delta": body["input"].upper()}
-        whole = {**message, "content": [{**part, "text": body["input"].upper()}]}
+        text = body["input"].upper()
+        yield {"type": "response.output_text.delta", **place, "delta": text}
+        whole = {**message, "content": [{**part, "text": text}]}
         yield {"type": "response.completed", "response": {**reply, "output": [whole]}}
 
     with Server(routes={"/responses": responses}) as server:
@@ -191,10 +207,12 @@ def test_another_endpoint_can_be_streamed(use):
 
 
 def test_the_desk_runs_as_a_process(server):
-    server.backend = Script(Reply("4", expect=last("Oslo?")), Reply("21", expect=last("Rome?")))
-    found = {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "any"}
-    done = subprocess.run([sys.executable, "travel.py"], input="Oslo?\nRome?\n", env=found,
-                          stdout=subprocess.PIPE, universal_newlines=True, timeout=60)
+    server.backend = Script(Reply("4", expect=last("Oslo?")),
+                            Reply("21", expect=last("Rome?")))
+    found = {"OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "any"}
+    done = subprocess.run(
+        [sys.executable, "travel.py"], input="Oslo?\nRome?\n", timeout=60,
+        env={**os.environ, **found}, stdout=subprocess.PIPE, universal_newlines=True)
     assert done.stdout == "4\n21\n"
 
 
@@ -204,4 +222,5 @@ def test_a_backend_that_fails_fails_the_test(use):
         return "x"
     with pytest.raises(AssertionError, match="sober"):
         with Server(backend) as server:
-            assert use(server, "compare", ["Oslo"], retries=0) == ["Oslo: (InternalServerError)"]
+            lines = use(server, "compare", ["Oslo"], retries=0)
+            assert lines == ["Oslo: (InternalServerError)"]

@@ -1,4 +1,4 @@
-"""A travel desk: answers questions with tools, finds notes, plans, tells and compares."""
+"""A travel desk: answers with tools, finds notes, plans, tells and compares."""
 import asyncio
 import json
 import math
@@ -33,7 +33,7 @@ INSTRUCTIONS = {"role": "system", "content": "You work at a travel desk. Be brie
 
 
 class Desk:
-    """tools: {name: an async function of the arguments' fields}; notes: texts to search."""
+    """tools: {name: an async function of its fields}; notes: texts to search."""
 
     def __init__(self, client, tools=None, notes=(), model="gpt-5-mini"):
         self.client, self.tools, self.model = client, tools or {}, model
@@ -56,10 +56,11 @@ class Desk:
 
     def offered(self):
         known = {"weather": Weather, "fare": Fare}
-        return [openai.pydantic_function_tool(known[name], name=name) for name in self.tools]
+        return [openai.pydantic_function_tool(known[name], name=name)
+                for name in self.tools]
 
     async def call(self, call):
-        """The message that answers one tool call; a mistake of the model's is told to it."""
+        """The message that answers a tool call; it tells the model of its mistakes."""
         try:
             fields = json.loads(call.function.arguments)
             content = await self.tools[call.function.name](**fields)
@@ -70,8 +71,8 @@ class Desk:
     async def plan(self, wish):
         """A wish in words as a Plan."""
         reply = await self.client.chat.completions.parse(
-            model=self.model, messages=[INSTRUCTIONS, {"role": "user", "content": wish}],
-            response_format=Plan)
+            model=self.model, response_format=Plan,
+            messages=[INSTRUCTIONS, {"role": "user", "content": wish}])
         message = reply.choices[0].message
         if message.parsed is None:
             raise NoAnswer(message.refusal)
@@ -103,7 +104,8 @@ class Desk:
         return self.notes[scores.index(max(scores))]
 
     async def embed(self, texts):
-        reply = await self.client.embeddings.create(model="text-embedding-3-small", input=texts)
+        reply = await self.client.embeddings.create(
+            model="text-embedding-3-small", input=texts)
         return [each.embedding for each in reply.data]
 
     async def answer_from_notes(self, question):
