@@ -703,14 +703,13 @@ def chosen_tools(tool_choice):
 
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
-    known = tool_names(request["tools"])
     for name in tool_names(chosen_tools(request["tool_choice"])):
-        if name not in known:
+        if name not in tool_names(request["tools"]):
             raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
                           "tool_choice")
     call = request["function_call"]
-    known = [function["name"] for function in request["functions"]]
-    if type(call) is dict and call["name"] not in known:
+    if type(call) is dict and call["name"] not in [
+            function["name"] for function in request["functions"]]:
         raise invalid("Invalid value for 'function_call': no function named "
                       f"'{call['name']}' was specified in the 'functions' parameter.",
                       "function_call")
@@ -759,7 +758,8 @@ def parse_chat(body, strict=True):
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
     text = last_question(request["messages"])
-    return {**request, "endpoint": "chat", "prompt": text, "text": text}
+    request.update(endpoint="chat", prompt=text, text=text)
+    return request
 
 
 def is_token_ids(prompt):
@@ -818,7 +818,8 @@ def parse_completion(body, strict=True):
         raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
                       "each are more than 128 choices.", "prompt",
                       "array_above_max_length")
-    return {**request, "endpoint": "completion", "best_of": best_of, "prompts": prompts}
+    request.update(endpoint="completion", best_of=best_of, prompts=prompts)
+    return request
 
 
 def count_choices(request):
@@ -4299,7 +4300,7 @@ class Server(ThreadingHTTPServer):
         is_chat = request["endpoint"] == "chat"
         prefix, make_chunks = (("chatcmpl-", chat_chunks) if is_chat
                                else ("cmpl-", completion_chunks))
-        request = {**request, "id": prefix + self.random_name(29)}
+        request["id"] = prefix + self.random_name(29)
         quirk = self.quirk_asked(incoming.fields)
         prompts = prompts_of(request, self.tokenize)
         replies = list(self.replies(request, prompts, incoming))
