@@ -1551,18 +1551,17 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
 
     seconds: how long the client may take to read what was sent.  deadline: when the
-    request that is being read must be complete, on the clock time.monotonic.  alarm: a
-    socket that can be read as soon as the server is shutting down.
+    request that is being read must be complete, on the clock time.monotonic.
     """
 
-    def __init__(self, sock, seconds, alarm):
+    def __init__(self, sock, seconds):
         sock.setblocking(False)
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
-        self.selector, self.watched, self.alarm = Selector(), True, alarm
-        for each in (sock, alarm):
-            self.selector.register(each, selectors.EVENT_READ)
+        self.stopping = False           # the server is about to close the connection
+        self.selector, self.watched = Selector(), True
+        self.selector.register(sock, selectors.EVENT_READ)
 
     def receive(self):
         """Read once what has arrived, without waiting -> whether there was anything."""
@@ -1593,16 +1592,9 @@ class Connection:
             raise ClientLeft
 
     def select(self, seconds):
-        """The files that are ready, or [] when the time is over.
-
-        What the client has sent, or that it has left, comes before the alarm.
-        """
+        """The files that are ready, or [] when the time is over."""
         ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
-        files = [key.fileobj for key, _ in ready]
-        if self.alarm in files and self.sock not in files:
-            raise APIError(503, "The server is shutting down.",
-                           headers={"retry-after": "1"})
-        return files
+        return [key.fileobj for key, _ in ready]
 
     def read_ahead(self):
         """Read what the client sends early: the end of it may be that it left."""
@@ -1612,13 +1604,20 @@ class Connection:
                 self.watched = False
                 return
         if self.ended:
-            raise ClientLeft
+            raise self.left()
+
+    def left(self):
+        """What ends a wait: the client has left, or the server is shutting down."""
+        if self.stopping:
+            return APIError(503, "The server is shutting down.",
+                            headers={"retry-after": "1"})
+        return ClientLeft()
 
     def wait(self, seconds, source=None):
         """Wait so long, or until the file `source` can be read; ClientLeft if the client
         leaves first."""
         if self.ended:
-            raise ClientLeft
+            raise self.left()
         if source is not None:
             self.selector.register(source, selectors.EVENT_READ)
         try:
@@ -3993,7 +3992,6 @@ class Server(ThreadingHTTPServer):
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
-        self.alarm = socket.socketpair()    # what is sent to [1] can be read from [0]
 
     @property
     def backend(self):
@@ -4071,7 +4069,7 @@ class Server(ThreadingHTTPServer):
         if self.tls:
             sock = self.tls.wrap_socket(sock, server_side=True,
                                         do_handshake_on_connect=False)
-        reader = RequestReader(sock, self.request_timeout, self.alarm[0])
+        reader = RequestReader(sock, self.request_timeout)
         if self.trace:
             reader.trace = functools.partial(self.print_block, next(self.numbers))
         return reader, address
@@ -4121,13 +4119,12 @@ class Server(ThreadingHTTPServer):
             thread.join(max(end - time.monotonic(), 0))
 
     def cut_connections(self):
-        """End what waits, with a word to the client; then whatever else there is."""
-        with suppress(OSError):             # it is closed already
-            self.alarm[1].send(b"!")
-        self.join_connections(0.25)
-        for reader in list(self.connections.values()):
-            reader.shut(socket.SHUT_RDWR)
-        self.join_connections(0.25)
+        """End what waits: first nothing more can come, then nothing more can go."""
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            for reader in list(self.connections.values()):
+                reader.stopping = True
+                reader.shut(how)
+            self.join_connections(0.25)
 
     def close(self, grace=0, error=None):
         """Stop, close every connection, and raise what failed: see `check`.
@@ -4146,8 +4143,6 @@ class Server(ThreadingHTTPServer):
         if set(self.connections) - {threading.current_thread()}:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
-        for each in self.alarm:
-            each.close()
         self.check(error)
 
     def check(self, error=None):
