@@ -1456,9 +1456,8 @@ def error_response(error):
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
-# Waiting.  Each connection has a thread of its own.  `Connection` reads and writes its
-# socket, which never blocks; all waiting goes through a selector, together with the
-# client's socket, so that a client that leaves is noticed at once.
+# Waiting.  Each connection has a thread of its own.  Whatever waits in that thread also
+# watches the client's socket, so that a client that leaves is noticed at once.
 
 class EndReply(BaseException):
     """Ends a reply on purpose.  It is no Exception, so that no backend catches it."""
@@ -1468,10 +1467,9 @@ class ClientLeft(EndReply):
     """The client has closed its side of the connection."""
 
 
-LONGEST_SELECT = 3600.0         # seconds; the selectors take no arbitrarily long time
+LONGEST_WAIT = 10.0**6          # seconds; poll() counts milliseconds in 31 bits
 MOST_READ_AHEAD = 2**20         # bytes that are kept while nobody reads them
-NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError,
-           ssl.SSLWantWriteError)
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # A selector that takes descriptors above 1,023, where the platform has one.
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -1484,19 +1482,17 @@ class Connection:
     """
 
     def __init__(self, sock, seconds):
-        sock.setblocking(False)
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
         self.stopping = False           # the server is about to close the connection
-        self.selector, self.watched = Selector(), True
-        self.selector.register(sock, selectors.EVENT_READ)
 
-    def receive(self):
-        """Read once what has arrived, without waiting -> whether there was anything."""
+    def receive(self, seconds):
+        """Wait so long for bytes, and read once -> whether there were any, or the end."""
+        self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
         try:
             block = self.sock.recv(65536)
-        except NOT_NOW:
+        except (socket.timeout, *NOT_NOW):
             return False
         except OSError:
             block = b""
@@ -1506,78 +1502,49 @@ class Connection:
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
-        if not self.watched:
-            self.selector.register(self.sock, selectors.EVENT_READ)
-            self.watched = True
-        while True:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise APIError(408, "The request took too long to arrive.")
-            # TLS may hold bytes that it has read already: no selector sees those.
-            held = getattr(self.sock, "pending", int)()
-            if (held or self.select(left)) and self.receive():
-                break
+        if not self.receive(self.deadline - time.monotonic()):
+            raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
 
-    def select(self, seconds):
-        """The files that are ready, or [] when the time is over."""
-        ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
-        return [key.fileobj for key, _ in ready]
+    def is_full(self):
+        return len(self.buffer) > MOST_READ_AHEAD
 
-    def read_ahead(self):
-        """Read what the client sends early: the end of it may be that it left."""
-        while not self.ended and self.receive():
-            if len(self.buffer) > MOST_READ_AHEAD:      # its end is noticed later then
-                self.selector.unregister(self.sock)
-                self.watched = False
+    def pause(self, seconds):
+        """Wait so long, and read ahead what the client sends early: the end of it says
+        that the client has left, or that the server is shutting down."""
+        end = time.monotonic() + seconds
+        while not self.ended and not self.is_full():
+            if not self.receive(end - time.monotonic()):
                 return
+        if self.ended and self.stopping:
+            raise APIError(503, "The server is shutting down.",
+                           headers={"retry-after": "1"})
         if self.ended:
-            raise self.left()
+            raise ClientLeft
+        time.sleep(max(end - time.monotonic(), 0))      # its end is noticed later
 
-    def left(self):
-        """What ends a wait: the client has left, or the server is shutting down."""
-        if self.stopping:
-            return APIError(503, "The server is shutting down.",
-                            headers={"retry-after": "1"})
-        return ClientLeft()
-
-    def wait(self, seconds, source=None):
-        """Wait so long, or until the file `source` can be read; ClientLeft if the client
-        leaves first."""
-        if self.ended:
-            raise self.left()
-        if source is not None:
-            self.selector.register(source, selectors.EVENT_READ)
-        try:
-            end = time.monotonic() + seconds
-            while True:
-                ready = self.select(seconds)
-                if self.sock in ready:
-                    self.read_ahead()
-                seconds = end - time.monotonic()
-                if source in ready or seconds <= 0:
-                    return
-        finally:
-            if source is not None:
-                self.selector.unregister(source)
+    def wait_for(self, source):
+        """Wait until the file `source` can be read, or as `pause` for the client."""
+        ready = ()
+        while source not in ready:
+            self.pause(0)
+            with Selector() as selector:
+                for file in (source,) if self.is_full() else (source, self.sock):
+                    selector.register(file, selectors.EVENT_READ)
+                ready = [key.fileobj for key, _ in selector.select()]
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
         view = memoryview(block)
+        self.sock.settimeout(0)         # most of the time there is nothing to wait for
         while view:
             try:
                 view = view[self.sock.send(view):]
             except NOT_NOW:
-                self.wait_to_send()
-            except OSError:
+                self.sock.settimeout(min(self.seconds, LONGEST_WAIT))
+            except OSError:             # also the timeout
                 raise ClientLeft from None
-
-    def wait_to_send(self):
-        with Selector() as selector:
-            selector.register(self.sock, selectors.EVENT_WRITE)
-            if not selector.select(min(self.seconds, LONGEST_SELECT)):
-                raise ClientLeft
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -1586,7 +1553,6 @@ class Connection:
             socket.socket.shutdown(self.sock, how)
 
     def close(self):
-        self.selector.close()
         self.sock.close()
 
 
@@ -1601,14 +1567,14 @@ def pause(seconds):
     if connection is None:              # a backend that is called without a server
         time.sleep(seconds)
     else:
-        connection.wait(seconds)
+        connection.pause(seconds)
 
 
 def wait_for(source):
     """Wait until the file `source` can be read; ClientLeft if the client leaves first."""
     connection = getattr(this_thread, "connection", None)
     if connection is not None:
-        connection.wait(math.inf, source)
+        connection.wait_for(source)
 
 
 # ----------------------------------------------------------------------------------
@@ -3058,13 +3024,8 @@ class RequestReader(Connection):
 
     def handshake(self, seconds):
         """Agree on TLS; a client that is silent holds up only its own thread."""
-        self.deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return self.sock.do_handshake()
-            except ssl.SSLWantReadError:
-                if not self.select(self.deadline - time.monotonic()):
-                    raise ClientLeft from None
+        self.sock.settimeout(min(seconds, LONGEST_WAIT))
+        self.sock.do_handshake()
 
     def wait_for_request(self, seconds):
         """Wait until a request begins; a connection is not idle for ever."""
@@ -3487,7 +3448,7 @@ class Handler(BaseHTTPRequestHandler):
         if how == "stall":
             self.flush(incoming)
             with suppress(APIError):                # the server is shutting down
-                self.reader.wait(math.inf)
+                self.reader.pause(math.inf)
         incoming.failed = True
         incoming.end()
         self.flush(incoming)
