@@ -1703,7 +1703,6 @@ def html_502(writes, k):
     """An HTML page with status 502, as a proxy would send it."""
     raise Instead(Response(502, {"content-type": "text/html"},
                            b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
-    yield
 
 
 WRITE_QUIRKS = {
@@ -2069,17 +2068,22 @@ def is_number(value):
     return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
-def is_delay(value):
-    """A number of seconds, or two of them: before the first piece, and between pieces."""
-    if isinstance(value, (list, tuple)):
-        return len(value) == 2 and all(map(is_number, value))
-    return is_number(value)
+def delay_pair(delay):
+    """Seconds before the first piece, and between pieces.
+
+    Example:
+        >>> delay_pair(0.1), delay_pair((1, 0))
+        ((0.1, 0.1), (1, 0))
+    """
+    pair = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    if len(pair) != 2 or not all(map(is_number, pair)):
+        raise TypeError(f"a delay must be seconds, or (first, between), not {delay!r}")
+    return pair
 
 
 REPLY_TYPES = {
     "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
-    "finish_reason": str, "usage": dict, "delay": (int, float, list, tuple),
-    "quirk": str, "headers": dict, "error": APIError,
+    "finish_reason": str, "usage": dict, "quirk": str, "headers": dict, "error": APIError,
 }
 
 
@@ -2101,13 +2105,13 @@ class Reply:
         self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
-        for name, value in vars(self).items():
-            if value is not None and not isinstance(value, REPLY_TYPES[name]):
+        for name, types in REPLY_TYPES.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, types):
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
-        if not (all(isinstance(call, ToolCall) for call in self.tool_calls)
-                and is_delay(delay)):
-            raise TypeError("tool_calls must be ToolCalls, and a delay must be seconds "
-                            f"or (first, between), not {self.tool_calls!r} and {delay!r}")
+        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
+            raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
+        delay_pair(delay)
         parse_quirk(quirk)
         self.headers, self.expect = header_fields(headers), expect
 
@@ -2122,8 +2126,6 @@ class Reply:
 
 def as_reply(result):
     """What a backend returned, as a Reply; its `text` may be any iterable of pieces."""
-    if isinstance(result, (str, list, tuple)):
-        return Reply(result)
     if isinstance(result, Reply):
         return result
     if isinstance(result, ToolCall):
@@ -2166,22 +2168,16 @@ def pieces_of(reply, tokenize, make_id, one_by_one):
 
 
 def paced(pieces, delay):
-    """Each piece so many seconds after the one before; delay: a number, or (first,
-    between)."""
-    seconds, between = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    """Each piece so many seconds after the one before.  The error that a reply ends with
+    is raised here."""
+    seconds, between = delay_pair(delay)
     for kind, said in pieces:
         if kind != "end":
             pause(seconds)
-        yield kind, said
-        seconds = between
-
-
-def raising(pieces):
-    """Raise the error that a Reply ends with."""
-    for kind, said in pieces:
         if kind == "error":
             raise said
         yield kind, said
+        seconds = between
 
 
 def forced_tool(request):
@@ -2196,13 +2192,12 @@ def forced_tool(request):
 
 def sample_input(request, name):
     """Arguments that fit the schema of the tool of that name; text for a custom one."""
-    if name in custom_tools(request):
-        return request["text"]
-    functions = [tool["function"] for tool in request["tools"]
-                 if tool["type"] == "function"] + list(request["functions"])
-    schemas = (function.get("parameters") for function in functions
-               if function["name"] == name)
-    return sample(next(schemas) or {"type": "object"})
+    tools = [*request["tools"], *({"function": each} for each in request["functions"])]
+    for tool in tools:
+        function = tool.get("function", {})
+        if function.get("name") == name:
+            return sample(function.get("parameters") or {"type": "object"})
+    return request["text"]
 
 
 def echo(request):
@@ -2242,16 +2237,15 @@ COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE, inspect.CO_ASYNC_GENERAT
 def as_backend(value):
     """A backend from one, or from a constant; TypeError for anything else."""
     if isinstance(value, APIError):
-        return constant(Reply(error=value))
+        value = Reply(error=value)
     if isinstance(value, (str, Reply, ToolCall)):
         return constant(as_reply(value))
-    code = getattr(value, "__code__", None)
-    is_async = bool(getattr(code, "co_flags", 0) & COROUTINE)
+    is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
     if isinstance(value, PassingOn) or callable(value) and not is_async:
         return value
-    what = "a coroutine function" if is_async else repr(value)
+    what = "a coroutine function" if is_async else repr(value)[:200]
     raise TypeError("a backend must be a function of the request, a str, a Reply, a "
-                    f"ToolCall or an APIError, not {what[:200]}; say(...) says pieces, "
+                    f"ToolCall or an APIError, not {what}; say(...) says pieces, "
                     "Script(...) takes a step per request")
 
 
@@ -2264,53 +2258,33 @@ def model_name(backend):
 
 # ------ Script: a step per request, and what each request must be
 
-def brief(value, around=0):
-    """A value in few words; of a long text, what stands around a position.
-
-    Example:
-        >>> brief("x" * 200 + "here" + "y" * 200, around=200)
-        "...'xxx...xxxhereyyy...yyy'..."
-    """
-    if value is ABSENT:
-        return "absent"
-    if isinstance(value, str):
-        start, end = max(around - 40, 0), around + 80
-        before, after = "..." * (start > 0), "..." * (end < len(value))
-        return f"{before}{value[start:end]!r}{after}"
-    text = repr(value)
-    return text if len(text) <= 300 else text[:290] + "..."
-
-
 ABSENT = object()
 
 
-def both(got, expected):
-    """Two values that differ, in words; of texts, what stands around the difference.
+def brief(value, around=0):
+    """A value as Python writes it; of a long one, what stands around a position.
 
     Example:
-        >>> both("Hello", "Help")
-        "'Hello', expected 'Help'"
+        >>> brief("x" * 80 + "here" + "y" * 400, around=80)[:20], brief(ABSENT)
+        ('...xxxxxxxxxxxxxxxxx', 'absent')
     """
-    place = 0
-    if isinstance(got, str) and isinstance(expected, str):
-        place = len(os.path.commonprefix([got, expected]))
-    return f"{brief(got, place)}, expected {brief(expected, place)}"
+    text = "absent" if value is ABSENT else repr(value)
+    start, end = max(around - 40, 0), around + 250
+    return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
 def refused_by(function, value):
     """Why a function in an `expect` says no to a value; None if it says yes."""
-    name = getattr(function, "__name__", repr(function))
     try:
         result = function(None if value is ABSENT else value)
+        says = "no" if result is not None else "None (to say yes, it must return True)"
     except AssertionError as error:
-        return f"{brief(value)}, and {name} says: {str(error) or 'assertion failed'}"
-    if result:
-        return None
-    hint = " (it returned None; it must return True)" if result is None else ""
-    return f"{brief(value)}, to which {name} says no{hint}"
+        result, says = False, str(error) or "assertion failed"
+    name = getattr(function, "__name__", repr(function))
+    return None if result else f"{brief(value)}, to which {name} says: {says}"
 
 
-def difference(expected, value, path="the body"):
+def difference(expected, value, path=""):
     """The path of the first difference and what it is, or None.
 
     Example:
@@ -2318,21 +2292,22 @@ def difference(expected, value, path="the body"):
         ...            {"messages": [{"role": "user", "content": "Ho"}], "n": 1})
         "messages[0].content is 'Ho', expected 'Hi'"
     """
+    at = path or "the body"
     if callable(expected):
         fault = refused_by(expected, value)
-        return fault and f"{path} is {fault}"
+        return fault and f"{at} is {fault}"
     if isinstance(expected, dict) and isinstance(value, dict):
-        prefix = "" if path == "the body" else f"{path}."
-        pairs = [(each, value.get(name, ABSENT), f"{prefix}{name}")
+        pairs = [(each, value.get(name, ABSENT), f"{path}.{name}" if path else name)
                  for name, each in expected.items()]
     elif isinstance(expected, list) and isinstance(value, list):
         if len(expected) != len(value):
-            return f"{path} has {len(value)} items, expected {len(expected)}"
-        pairs = [(each, value[i], f"{path}[{i}]") for i, each in enumerate(expected)]
+            return f"{at} has {len(value)} items, expected {len(expected)}"
+        pairs = [(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(expected, value))]
     elif expected == value or expected is None and value is ABSENT:
         return None
     else:
-        return f"{path} is {both(value, expected)}"
+        place = len(os.path.commonprefix([repr(value), repr(expected)]))
+        return f"{at} is {brief(value, place)}, expected {brief(expected, place)}"
     return next(filter(None, (difference(*pair) for pair in pairs)), None)
 
 
@@ -2351,14 +2326,17 @@ def reply_from_json(step):
     return Reply(**fields)
 
 
+Step = collections.namedtuple("Step", "number expect backend given")
+
+
 def as_step(number, step):
-    """A step as a backend with its `expect`; what cannot be a step is refused."""
+    """A step of a script, from any of its forms; what cannot be a step is refused."""
     try:
-        if isinstance(step, dict):
-            step = reply_from_json(step)
-        if isinstance(step, (list, tuple)):
-            step = Reply(tool_calls=step)
-        return getattr(step, "expect", None), as_backend(step)
+        given = reply_from_json(step) if isinstance(step, dict) else step
+        if isinstance(given, (list, tuple)):
+            given = Reply(tool_calls=given)
+        expect = given.expect if isinstance(given, Reply) else None
+        return Step(number, expect, as_backend(given), step)
     except (TypeError, ValueError) as error:
         raise type(error)(f"step {number} of the script: {error}") from None
 
@@ -2383,8 +2361,7 @@ class Script:
     model = "script"
 
     def __init__(self, *steps, any_order=False, otherwise=None):
-        self.steps = [(number, *as_step(number, step), step)
-                      for number, step in enumerate(steps, 1)]     # those not yet taken
+        self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         self.count, self.any_order = len(steps), any_order
         self.otherwise = None if otherwise is None else as_backend(otherwise)
         if isinstance(self.otherwise, PassingOn):
@@ -2399,10 +2376,6 @@ class Script:
             steps = json.load(file)
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
-        for number, step in enumerate(steps, 1):
-            if type(step) not in (str, dict):
-                raise ValueError(f"step {number} of the script must be a string or an "
-                                 "object")
         return cls(*steps)
 
     def __call__(self, request):
@@ -2412,11 +2385,12 @@ class Script:
         return self.current.step(request)
 
     def take(self, body):
-        """The step for a request; it is used up."""
+        """The backend of the step that a request uses up."""
         with self.lock:
-            place, fault = self.match(body)
-            if fault is None:
-                return self.steps.pop(place)[2]
+            step, fault = self.match(body)
+            if step is not None:
+                self.steps.remove(step)
+                return step.backend
             if self.otherwise is not None:
                 self.last_unmatched = fault
                 return self.otherwise
@@ -2425,40 +2399,34 @@ class Script:
                        headers={"x-should-retry": "false"})
 
     def match(self, body):
-        """(the place of the step for a request, None), or (None, why there is none)."""
-        if not self.steps:
-            return None, (f"step {self.count + 1} was asked for, but the script has "
-                          f"{self.count}; the request: {brief(body)}")
-        if not self.any_order:
-            number, expect, *_ = self.steps[0]
-            fault = expect and difference(expect, body)
-            return 0, fault and f"step {number} was not as expected: {fault}"
-        faults, free = [], None
-        for place, (number, expect, *_) in enumerate(self.steps):
-            if expect is None:
-                free = place if free is None else free
-                continue
-            fault = difference(expect, body)
+        """(the step for a request, None), or (None, why there is none)."""
+        steps, faults = self.steps[:1], []
+        if self.any_order:              # those without an `expect` come last
+            steps = sorted(self.steps, key=lambda step: step.expect is None)
+        for step in steps:
+            fault = None if step.expect is None else difference(step.expect, body)
             if fault is None:
-                return place, None
-            faults.append(f"step {number}: {fault}")
-        return free, None if free is not None else (
-            f"no step is for this request: {'; '.join(faults)}")
+                return step, None
+            faults.append(f"step {step.number} is not for this request: {fault}")
+        return None, "; ".join(faults) or (
+            f"step {self.count + 1} was asked for, but the script has {self.count}; "
+            f"the request: {brief(body)}")
 
     def check(self, error=None):
         """Raise AssertionError unless every request followed the script.
 
         Remaining steps count only if there was no other error.
         """
-        if self.faults:
-            raise AssertionError("Script: " + "; ".join(self.faults))
-        if self.steps and error is None:
-            number, *_, step = self.steps[0]
-            why = self.last_unmatched
-            raise AssertionError(
-                f"Script: {len(self.steps)} of {self.count} steps remain, from step "
-                f"{number} on: {brief(step)}" + (f"; the last request that no step was "
-                                                 f"for: {why}" if why else ""))
+        faults = list(self.faults)
+        if self.steps and not faults and error is None:
+            number, *_, given = self.steps[0]
+            faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
+                          f"{number} on: {brief(given)}")
+            if self.last_unmatched:
+                faults.append(f"of the last request that no step was for, "
+                              f"{self.last_unmatched}")
+        if faults:
+            raise AssertionError("Script: " + "; ".join(faults))
 
 
 # ------ command: a program per choice
@@ -2498,10 +2466,8 @@ def transcript(request):
 
 
 def end_program(process):
-    """Stop a program that has not ended by itself, and its children."""
+    """Stop a program and its children."""
     import subprocess
-    if process.stdout.closed and process.poll() is not None:
-        return
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -2511,24 +2477,28 @@ def end_program(process):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
             os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
 
 
-def decoded(pipe):
-    """The text that comes through a pipe, no character split; closes it at its end.
+def read_block(pipe):
+    """What has come through a pipe; b"" at its end.
 
     On Windows no selector takes a pipe: a client that leaves is noticed at the next text.
     """
-    decoder, block = codecs.getincrementaldecoder("utf-8")("replace"), None
-    while block != b"":
-        if os.name != "nt":
-            wait_for(pipe)
-        block = os.read(pipe.fileno(), 65536)
-        text = decoder.decode(block, final=not block)
-        if text:
-            yield text
-    pipe.close()
+    if os.name != "nt":
+        wait_for(pipe)
+    return os.read(pipe.fileno(), 65536)
+
+
+def output_of(process):
+    """The text that a program writes, as it writes it, until the program has ended."""
+    blocks = iter(functools.partial(read_block, process.stdout), b"")
+    try:
+        yield from codecs.iterdecode(blocks, "utf-8", "replace")
+        while process.poll() is None:   # it has closed its output, and goes on
+            pause(0.02)
+    except BaseException:
+        end_program(process)
+        raise
 
 
 def last_line(file):
@@ -2549,11 +2519,8 @@ def run_program(program, request, places):
         files[0].write(to_json({name: request[name] for name in request
                                 if name != "body"}))
         files[0].seek(0)
-        process = start_program(program, request, files)
-        stack.callback(end_program, process)
-        yield from decoded(process.stdout)
-        while process.poll() is None:   # it has closed its output, and goes on
-            pause(0.02)
+        process = stack.enter_context(start_program(program, request, files))
+        yield from output_of(process)
         if process.returncode:
             raise APIError(500, f"{program[0]} ended with status {process.returncode}: "
                                 f"{last_line(files[1])}")
@@ -4158,10 +4125,8 @@ class Server(ThreadingHTTPServer):
         delay = reply.delay or self.delay
         pieces = pieces_of(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
                            one_by_one=request["stream"] or bool(delay))
-        if delay:
+        if delay or reply.error:
             pieces = paced(pieces, delay)
-        if reply.error:
-            pieces = raising(pieces)
         return sequence(pieces, request)
 
     def complete(self, request, incoming):
