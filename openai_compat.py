@@ -2372,8 +2372,12 @@ class Script:
     @classmethod
     def from_file(cls, path):
         """A script from a JSON list of steps: a str, or an object with Reply's fields."""
-        with open(path, encoding="utf-8") as file:
-            steps = json.load(file)
+        with open(path, "rb") as file:
+            text = file.read()
+        try:
+            steps = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
         return cls(*steps)
@@ -2568,7 +2572,12 @@ RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
-DONE_EVENT = re.compile(rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+LINE_START = rb"(?:\A|(?<=[\r\n]))"
+DONE_EVENT = re.compile(
+    LINE_START + rb"data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+# The end of a block that may go on as [DONE] in the next one.
+DONE_BEGUN = re.compile(
+    LINE_START + rb"(?:da?t?a?:? ?\[?D?O?N?E?|data: ?\[DONE\][ \t\r\n]*)\Z")
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
@@ -2602,15 +2611,12 @@ class Upstream(io.RawIOBase):
 
 def blocks_of(response):
     """The body of an upstream's response as it arrives; if it is cut, so are we."""
-    while True:
-        pause(0)
-        try:
-            block = response.read1(65536)
-        except (OSError, http.client.HTTPException):
-            raise Cut("fin") from None
-        if not block:
-            break
-        yield block
+    try:
+        for block in iter(functools.partial(response.read1, 65536), b""):
+            yield block
+            pause(0)
+    except (OSError, http.client.HTTPException):
+        raise Cut("fin") from None
     if response.length:                 # that many bytes were promised and did not come
         raise Cut("fin")
 
@@ -2630,13 +2636,10 @@ def until_done(blocks):
         if done:
             yield held[:done.end()]
             return
-        lines = held.rstrip(b"\r\n")
-        start = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1       # of the last one
-        last = re.sub(rb"\r\n?", b"\n", held[start:].replace(b" ", b""))
-        if not b"data:[DONE]\n\n".startswith(last):
-            start = len(held)
-        yield held[:start]
-        held = held[start:]
+        begun = DONE_BEGUN.search(held)
+        end = begun.start() if begun else len(held)
+        yield held[:end]
+        held = held[end:]
     yield held
 
 
@@ -2663,33 +2666,19 @@ class Relay(PassingOn):
     """
 
     model = "relay"
+    CONNECTIONS = {"http": http.client.HTTPConnection,
+                   "https": http.client.HTTPSConnection}
 
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        if self.upstream.scheme not in ("http", "https") or not self.upstream.hostname:
+        if self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname:
             raise ValueError(f"{base_url!r} is not the URL of a server")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
-
-    def unreachable(self, error):
-        return APIError(502, f"The upstream at {self.base_url} cannot be reached: "
-                             f"{error}.", code="upstream_unreachable")
-
-    def connect(self, incoming):
-        kind = (http.client.HTTPSConnection if self.upstream.scheme == "https"
-                else http.client.HTTPConnection)
-        connection = kind(self.upstream.hostname, self.upstream.port, timeout=10)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise self.unreachable(error) from None
-        incoming.cleanup.callback(connection.sock.close)
-        connection.sock.settimeout(600)
-        return connection
 
     def headers(self, incoming):
         fields = {name: value for name, value in incoming.fields.items()
@@ -2713,29 +2702,34 @@ class Relay(PassingOn):
         _, mark, query = incoming.target.partition("?")
         return f"{self.upstream.path}{path}{mark}{query}"
 
-    def ask(self, connection, incoming):
+    def ask(self, incoming):
         """Send the request -> the head of the upstream's response."""
+        target, headers = self.target(incoming), self.headers(incoming)
+        connection = self.CONNECTIONS[self.upstream.scheme](
+            self.upstream.hostname, self.upstream.port, timeout=10)
         try:
-            connection.request(incoming.method, self.target(incoming),
-                               incoming.content or None, self.headers(incoming))
+            connection.connect()
+            incoming.cleanup.callback(connection.sock.close)
+            connection.sock.settimeout(600)
+            connection.request(incoming.method, target, incoming.content or None, headers)
             connection.sock = upstream = Upstream(connection.sock)
             response = connection.getresponse()
             if upstream.ended:          # http.client takes half a head for a whole one
                 raise OSError("the connection was cut")
             return response
         except (OSError, http.client.HTTPException) as error:
-            raise self.unreachable(error) from None
+            raise APIError(502, f"The upstream at {self.base_url} cannot be reached: "
+                                f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        response = self.ask(self.connect(incoming), incoming)
+        response = self.ask(incoming)
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
-        is_stream = headers.get("content-type", "").startswith("text/event-stream")
-        if is_stream:
+        if headers.get("content-type", "").startswith("text/event-stream"):
             headers = {**EVENT_STREAM, **headers}
-        if is_stream and "content-encoding" not in headers:
-            writes = until_done(writes)
+            if "content-encoding" not in headers:
+                writes = until_done(writes)
         if self.tape:
             writes = self.recorded(writes, incoming, response.status, headers)
             incoming.cleanup.callback(writes.close)
@@ -2743,54 +2737,50 @@ class Relay(PassingOn):
 
     def recorded(self, writes, incoming, status, headers):
         """The same writes.  The exchange is on the tape before the last one goes out."""
-        kept, last, end = [], time.monotonic(), b""
+        kept, last = [], time.monotonic()
         try:
-            for write in writes:
+            for write in filter(None, writes):
                 kept.append([round(time.monotonic() - last, 4), as_text(write)])
                 if DONE_EVENT.search(write):
-                    end = write
                     break
                 yield write
                 last = time.monotonic()
+            else:                       # everything went out; the end is an empty write
+                write = b""
         except (Cut, ClientLeft, GeneratorExit) as error:
             who = "the upstream was cut" if isinstance(error, Cut) else "the client left"
             log.warning("An exchange was not recorded on %s: %s", self.tape, who)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
-        yield end
+        yield write
 
     def append(self, recording):
-        line = to_json(recording) + b"\n"
         try:
-            with self.lock, open(self.tape, "ab", buffering=0) as tape:
-                if tape.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self.lock, open(self.tape, "ab") as tape:
+                tape.write(to_json(recording) + b"\n")
         except OSError as error:
             log.error("An exchange was not recorded on %s: %s", self.tape, error)
         if self.on_record:
             self.on_record(recording)
 
 
-def match_key(method, path, body):
-    """What tells one request from another on a tape: in it 0 and 0.0 are equal.
+def canonical(value):
+    """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
 
     Example:
-        >>> match_key("POST", "/completions", {"temperature": 0.0})
-        ('POST', '/completions', '{"temperature": 0}')
+        >>> canonical({"b": 0.0, "a": True})
+        '{"a": true, "b": 0}'
     """
     def number(text):
         return int(float(text)) if float(text).is_integer() else float(text)
-    body = json.loads(to_json(body), parse_float=number)
-    return method, path, json.dumps(body, sort_keys=True)
+    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
 
 
 def likeness(a, b):
-    """How many fields of the body two requests have in common."""
-    fields, others = a["body"], b["body"]
-    if a["path"] != b["path"] or not type(fields) is type(others) is dict:
-        return 0
-    return 1 + sum(others.get(name, ABSENT) == fields[name] for name in fields)
+    """How much two requests have in common: the path, then lines of the JSON text."""
+    lines = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
+    return a["path"] == b["path"], len(lines)
 
 
 class Replay(PassingOn):
@@ -2829,7 +2819,7 @@ class Replay(PassingOn):
                                      "recording") from None
 
     def add(self, recording):
-        self.recordings[match_key(**recording["request"])].append(recording)
+        self.recordings[canonical(recording["request"])].append(recording)
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
@@ -2850,8 +2840,8 @@ class Replay(PassingOn):
     def respond(self, incoming):
         asked = incoming.asked()
         with self.lock:
-            queue = self.recordings.get(match_key(**asked), ())
-            recording = queue.pop(0) if len(queue) > 1 else next(iter(queue), None)
+            queue = self.recordings.get(canonical(asked), [None])
+            recording = queue.pop(0) if len(queue) > 1 else queue[0]
         if recording is None and self.relay is not None:
             return self.relay.respond(incoming)
         if recording is None:
