@@ -1770,10 +1770,8 @@ def parse_quirk(text):
 
 SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
-
-JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
-              "null": type(None), "integer": (int, float), "number": (int, float)}
-CONSTANTS = {"boolean": [False, True], "null": [None]}
+JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
+              type(None): ["null"], int: ["integer", "number"], float: ["number"]}
 FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
     "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
@@ -1784,35 +1782,36 @@ FORMATS = {  # None: any string
 }
 
 
+def canonical(value):
+    """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
+
+    Example:
+        >>> canonical({"b": 0.0, "a": True})
+        '{"a": true, "b": 0}'
+    """
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
+
+
 def _unsatisfiable(keyword, why="it cannot be satisfied"):
     return APIError(400, f"No instance of this schema can be made, for its keyword "
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def _is_a(value, kind):
-    """Is a value of this JSON type, or of one of these?  true is not an integer."""
-    if isinstance(kind, list):
-        return any(_is_a(value, each) for each in kind)
-    if type(value) is bool or kind == "any":
-        return kind in ("any", "boolean")
-    return isinstance(value, JSON_TYPES[kind]) and (kind != "integer" or value % 1 == 0)
+def _types(value):
+    """The JSON types of a value.  A number without a fraction is an integer.
 
-
-def _key(value):
-    """Text that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
-    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
+    Example:
+        >>> _types(1.0), _types(True)
+        (['number', 'integer'], ['boolean'])
+    """
+    is_whole = type(value) is float and value % 1 == 0
+    return JSON_TYPES[type(value)] + ["integer"] * is_whole
 
 
 def _is_one(value, values):
-    return any(value == each and _key(value) == _key(each) for each in values)
-
-
-def _at_least(value, length):
-    return len(value) >= length
-
-
-def _at_most(value, length):
-    return len(value) <= length
+    return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
 def _rows(kind, keywords, rule):
@@ -1820,26 +1819,24 @@ def _rows(kind, keywords, rule):
 
 
 RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobody knows)
-    **_rows("any", "not if $id $dynamicRef $recursiveRef", lambda *_: None),
-    "type": ("any", _is_a), "enum": ("any", _is_one),
-    "const": ("any", lambda value, constant: _is_one(value, [constant])),
-
+    **_rows("any", "not if $id $dynamicRef", lambda *_: None),
+    "type": ("any", lambda value, kinds: not set(_types(value)).isdisjoint(
+        [kinds] if isinstance(kinds, str) else kinds)),
+    "enum": ("any", _is_one), "const": ("any", lambda value, it: _is_one(value, [it])),
     "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
     "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
     "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
         value % step if isinstance(step, int) else value / step % 1) == 0),
-
-    "minLength": ("string", _at_least), "maxLength": ("string", _at_most),
+    **{f"min{noun}": (kind, lambda value, least: len(value) >= least) for noun, kind in (
+        ("Length", "string"), ("Items", "array"), ("Properties", "object"))},
+    **{f"max{noun}": (kind, lambda value, most: len(value) <= most) for noun, kind in (
+        ("Length", "string"), ("Items", "array"), ("Properties", "object"))},
     "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    **_rows("string", "pattern contentEncoding contentMediaType", lambda *_: None),
-
-    "minItems": ("array", _at_least), "maxItems": ("array", _at_most),
+    **_rows("string", "pattern", lambda *_: None),
     "uniqueItems": ("array", lambda value, on: (
-        not on or len(set(map(_key, value))) == len(value))),
+        not on or len(set(map(canonical, value))) == len(value))),
     **_rows("array", "items prefixItems", lambda *_: True),     # see `_Sampler.parts`
     **_rows("array", "contains additionalItems unevaluatedItems", lambda *_: None),
-
-    "minProperties": ("object", _at_least), "maxProperties": ("object", _at_most),
     "required": ("object", lambda value, names: value.keys() >= set(names)),
     **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
     **_rows("object", "patternProperties dependencies dependentRequired "
@@ -1868,8 +1865,8 @@ class _Sampler:
     """One sample in the making: the root of its schema, and the work that is left."""
 
     def __init__(self, root):
-        self.root, self.left, self.fault = root, SAMPLE_WORK, None
-        self.trusting, self.trusted = False, set()
+        self.root, self.left = root, SAMPLE_WORK
+        self.trusting = False           # do its strings match their patterns?
 
     def spend(self, work, keyword="$ref"):
         self.left -= work
@@ -1896,7 +1893,8 @@ class _Sampler:
     def broken(self, value, schema, keyword="allOf"):
         """The first keyword that a value does not obey, or None.
 
-        Patterns are not run: a string of an author's example is trusted to match one.
+        Patterns are not run: an author's example is trusted to match, and so are the
+        parts of an object or array, since each of them was checked when it was made.
         """
         if isinstance(schema, bool):
             return None if schema else keyword
@@ -1904,16 +1902,13 @@ class _Sampler:
         self.spend(len(schema) + sum(map(len, lists)))
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
-            verdict = not _is_a(value, kind) or rule(value, argument)
-            claim = verdict is None and kind == "string" and (value, keyword, argument)
-            if claim and self.trusting:
-                self.trusted.add(claim)
-            if verdict is None and claim not in self.trusted:
+            verdict = kind not in ["any", *_types(value)] or rule(value, argument)
+            if verdict is None and not (self.trusting and kind == "string"):
                 raise _unsatisfiable(keyword, "it is not known here")
             if verdict is False:
                 return keyword
-        parts = itertools.starmap(self.broken, self.parts(value, schema))
-        return next(filter(None, parts), None)
+        return next(filter(None, itertools.starmap(
+            self.broken, self.parts(value, schema))), None)
 
     def parts(self, value, schema):
         """(a value, its schema, keyword) for the value itself and for what is in it."""
@@ -1932,20 +1927,22 @@ class _Sampler:
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
         schemas = [each for each in schemas if each is not False]  # seen further out
-        self.fault = _unsatisfiable("$ref", "it contains itself without an end")
-        for self.trusting, value in self.candidates(schemas, name, above):
+        fault = _unsatisfiable("$ref", "it contains itself without an end")
+        for trusting, values in self.candidates(schemas, name, above):
             try:
-                self.spend(len(to_json(value)))
-                keyword = self.broken(value, {"allOf": schemas})
-                if not keyword and not _is_one(value, others):
-                    return value
-                raise _unsatisfiable(keyword or "uniqueItems")
-            except APIError as fault:
-                self.fault = fault
-        raise self.fault
+                for value in values:
+                    self.trusting = trusting
+                    self.spend(len(to_json(value)))
+                    keyword = self.broken(value, {"allOf": schemas})
+                    if not keyword and not _is_one(value, others):
+                        return value
+                    fault = _unsatisfiable(keyword or "uniqueItems")
+            except APIError as error:
+                fault = error
+        raise fault
 
     def candidates(self, todo, name, above, here=()):
-        """Each (is it an author's example?, value), reading the schemas `todo` in turn.
+        """(are they to be trusted?, values), reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -1963,20 +1960,23 @@ class _Sampler:
                 yield from self.candidates(both, name, above, (*here, schema))
 
     def values(self, here, name, inside):
-        """The candidates of one reading: what its schemas list or a type makes."""
+        """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in _said(here, "examples") if each]
-        yield from ((True, value) for value in _said(here, "default") + examples)
+        yield from ((True, [value]) for value in _said(here, "default") + examples)
         listed = _said(here, "const") + sum(_said(here, "enum"), [])
+        yield from ((False, [value]) for value in listed)
         types = (kind if type(kind) is list else [kind] for kind in _said(here, "type"))
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
-        for kind in dict.fromkeys(kinds) or ["object"]:
-            try:
-                make = getattr(self, f"make_{kind}", None)
-                made = listed or CONSTANTS.get(kind) or make(here, name, inside)
-                yield from ((False, value) for value in made)
-            except APIError as fault:
-                self.fault = fault
+        for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
+            made = getattr(self, f"make_{kind}")(here, name, inside)
+            yield kind in ("object", "array"), made
+
+    def make_null(self, *_):
+        return [None]
+
+    def make_boolean(self, *_):
+        return [False, True]
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
@@ -1987,8 +1987,9 @@ class _Sampler:
         while len(names) < low:
             names.append(self.make(key, "key", inside, names))
         for count in (max(low, len(required)), len(names)):
-            yield {each: self.make([_property(schema, each) for schema in here],
-                                   each, inside) for each in names[:count]}
+            yield {self.make([*key, {"const": each}], each): self.make(
+                [_property(schema, each) for schema in here], each, inside)
+                   for each in names[:count]}
 
     def make_array(self, here, name, inside):
         low, made = max(_said(here, "minItems"), default=0), []
@@ -2001,9 +2002,8 @@ class _Sampler:
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        name, low = name or "text", max(_said(here, "minLength"), default=0)
-        high = min(_said(here, "maxLength"), default=SAMPLE_WORK)
-        self.spend(low, "minLength")
+        name, high = name or "text", min(_said(here, "maxLength"), default=SAMPLE_WORK)
+        low = min(max(_said(here, "minLength"), default=0), SAMPLE_WORK)
         yield from filter(None, map(FORMATS.get, _said(here, "format")))
         for mark in ("", *map(str, range(2, 100))):
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
@@ -2032,10 +2032,11 @@ def sample(schema):
         ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
         {'city': 'city', 'days': 3}
     """
-    if isinstance(schema, dict):        # an $id says nothing at the root
-        schema = {key: each for key, each in schema.items() if key != "$id"}
     try:
-        return json.loads(to_json(_Sampler(schema).make([{"allOf": [schema]}], "text")))
+        schema = json.loads(to_json(schema))        # a copy that has no other types
+        if isinstance(schema, dict):
+            schema.pop("$id", None)                 # it says nothing at the root
+        return _Sampler(schema).make([{"allOf": [schema]}], "text")
     except RecursionError:
         raise _unsatisfiable("$ref", "it is nested too deeply") from None
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
@@ -2765,18 +2766,6 @@ class Relay(PassingOn):
             self.on_record(recording)
 
 
-def canonical(value):
-    """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
-
-    Example:
-        >>> canonical({"b": 0.0, "a": True})
-        '{"a": true, "b": 0}'
-    """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
-
-
 def likeness(a, b):
     """How much two requests have in common: the path, then lines of the JSON text."""
     lines = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
@@ -2799,6 +2788,7 @@ class Replay(PassingOn):
         if not is_number(speed) or not isinstance(relay, (Relay, type(None))):
             raise TypeError("the speed of a Replay must be a number, its relay a Relay")
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
+        self.lines = itertools.count(1)         # a recording is a line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         if relay is not None:
             relay.tape = relay.tape or tape
@@ -2819,18 +2809,19 @@ class Replay(PassingOn):
                                      "recording") from None
 
     def add(self, recording):
+        recording["line"] = next(self.lines)
         self.recordings[canonical(recording["request"])].append(recording)
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
-        recorded = [recording["request"] for queue in self.recordings.values()
-                    for recording in queue]
+        recorded = sum(self.recordings.values(), [])
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
-        nearest = max(recorded, key=lambda request: likeness(request, asked))
-        fault = difference(nearest, asked) or f"on the tape {difference(asked, nearest)}"
-        return APIError(404, "There is no recording of this request.  The difference to "
-                             f"the nearest one: {fault}.", code="not_recorded")
+        nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
+        fault = (difference(nearest["request"], asked)
+                 or f"on the tape {difference(asked, nearest['request'])}")
+        return APIError(404, "There is no recording of this request; the nearest one is "
+                             f"line {nearest['line']}: {fault}.", code="not_recorded")
 
     def writes(self, recording):
         for seconds, text in recording["writes"]:
