@@ -1866,7 +1866,7 @@ class _Sampler:
 
     def __init__(self, root):
         self.root, self.left = root, SAMPLE_WORK
-        self.trusting = False           # do its strings match their patterns?
+        self.trusting, self.trusted = False, set()  # an author's example; its strings
 
     def spend(self, work, keyword="$ref"):
         self.left -= work
@@ -1893,8 +1893,7 @@ class _Sampler:
     def broken(self, value, schema, keyword="allOf"):
         """The first keyword that a value does not obey, or None.
 
-        Patterns are not run: an author's example is trusted to match, and so are the
-        parts of an object or array, since each of them was checked when it was made.
+        Patterns are not run: a string of an author's example is trusted to match one.
         """
         if isinstance(schema, bool):
             return None if schema else keyword
@@ -1903,7 +1902,10 @@ class _Sampler:
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
             verdict = kind not in ["any", *_types(value)] or rule(value, argument)
-            if verdict is None and not (self.trusting and kind == "string"):
+            claim = verdict is None and kind == "string" and (value, keyword, argument)
+            if claim and self.trusting:
+                self.trusted.add(claim)
+            if verdict is None and claim not in self.trusted:
                 raise _unsatisfiable(keyword, "it is not known here")
             if verdict is False:
                 return keyword
@@ -1942,7 +1944,7 @@ class _Sampler:
         raise fault
 
     def candidates(self, todo, name, above, here=()):
-        """(are they to be trusted?, values), reading the schemas `todo` in turn.
+        """(is it an author's example?, values), reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -1969,8 +1971,7 @@ class _Sampler:
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
         for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
-            made = getattr(self, f"make_{kind}")(here, name, inside)
-            yield kind in ("object", "array"), made
+            yield False, getattr(self, f"make_{kind}")(here, name, inside)
 
     def make_null(self, *_):
         return [None]
@@ -1987,9 +1988,8 @@ class _Sampler:
         while len(names) < low:
             names.append(self.make(key, "key", inside, names))
         for count in (max(low, len(required)), len(names)):
-            yield {self.make([*key, {"const": each}], each): self.make(
-                [_property(schema, each) for schema in here], each, inside)
-                   for each in names[:count]}
+            yield {each: self.make([_property(schema, each) for schema in here],
+                                   each, inside) for each in names[:count]}
 
     def make_array(self, here, name, inside):
         low, made = max(_said(here, "minItems"), default=0), []
