@@ -1488,7 +1488,7 @@ class Connection:
         self.stopping = False           # the server is about to close the connection
 
     def receive(self, seconds):
-        """Wait so long for bytes, and read once -> whether there were any, or the end."""
+        """Wait so long for bytes, and read once -> did any come, or the end of them?"""
         self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
         try:
             block = self.sock.recv(65536)
@@ -1571,7 +1571,7 @@ def pause(seconds):
 
 
 def wait_for(source):
-    """Wait until the file `source` can be read; ClientLeft if the client leaves first."""
+    """Wait until the file `source` can be read; ClientLeft if the client leaves."""
     connection = getattr(this_thread, "connection", None)
     if connection is not None:
         connection.wait_for(source)
@@ -1624,7 +1624,7 @@ def calls_in(choice):
 
 
 def usage_always(chunks, k):
-    """A usage in every chunk and in a chunk of its own, although nobody asked for it."""
+    """A usage in every chunk and in a chunk of its own, though nobody asked for it."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for chunk in chunks:
         usage = chunk.get("usage") or usage
@@ -1772,6 +1772,7 @@ SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
 JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
               type(None): ["null"], int: ["integer", "number"], float: ["number"]}
+CONSTANTS = {"boolean": [False, True], "null": [None]}
 FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
     "duration": "P1D", "email": "user@example.com", "hostname": "example.com",
@@ -1827,10 +1828,10 @@ RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobod
     "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
     "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
         value % step if isinstance(step, int) else value / step % 1) == 0),
-    **{f"min{noun}": (kind, lambda value, least: len(value) >= least) for noun, kind in (
-        ("Length", "string"), ("Items", "array"), ("Properties", "object"))},
-    **{f"max{noun}": (kind, lambda value, most: len(value) <= most) for noun, kind in (
-        ("Length", "string"), ("Items", "array"), ("Properties", "object"))},
+    **{f"{bound}{noun}": (kind, rule) for noun, kind in (
+        ("Length", "string"), ("Items", "array"), ("Properties", "object"))
+       for bound, rule in (("min", lambda value, least: len(value) >= least),
+                           ("max", lambda value, most: len(value) <= most))},
     "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
     **_rows("string", "pattern", lambda *_: None),
     "uniqueItems": ("array", lambda value, on: (
@@ -1971,13 +1972,8 @@ class _Sampler:
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
         for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
-            yield False, getattr(self, f"make_{kind}")(here, name, inside)
-
-    def make_null(self, *_):
-        return [None]
-
-    def make_boolean(self, *_):
-        return [False, True]
+            yield False, CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
+                here, name, inside)
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
@@ -2066,7 +2062,7 @@ class ToolCall:
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def delay_pair(delay):
@@ -2084,23 +2080,25 @@ def delay_pair(delay):
 
 REPLY_TYPES = {
     "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
-    "finish_reason": str, "usage": dict, "quirk": str, "headers": dict, "error": APIError,
+    "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
+    "error": APIError,
 }
 
 
 class Reply:
     """What a backend says, with everything that can be said about it.
 
-    text: a str, or a list of the pieces to send.  usage: fields that replace the counted
-    ones.  delay: seconds between pieces, or (first, between).  quirk: a name of QUIRKS.
-    headers: go out with the response.  error: an APIError to answer with, after the
-    delay and the text.  expect: see Script.
+    text: a str, or a list of the pieces to send.  usage: fields that replace those
+    that were counted.  delay: seconds between pieces, or (first, between).  quirk: a
+    name of QUIRKS.  headers: go out with the response.  error: an APIError to answer
+    with, after the delay and the text.  expect: see Script.
 
     Raises TypeError or ValueError for a value that cannot be used.
     """
 
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
-                 usage=None, delay=0, quirk=None, headers=None, error=None, expect=None):
+                 usage=None, delay=0, quirk=None, headers=None, error=None,
+                 expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
         self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
@@ -2153,24 +2151,26 @@ def each_piece(text):
 def pieces_of(reply, tokenize, make_id, one_by_one):
     """What a reply says, as pairs of kind and tokens; see the section on pieces."""
     reason, text = "stop", reply.text
-    for tokens in split(reply.refusal or "", tokenize, one_by_one):
-        yield "refusal", tokens
-    if isinstance(text, str):
-        for tokens in split(text, tokenize, one_by_one):
-            yield "text", tokens
-        text = ()
-    for piece in itertools.chain(each_piece(text), reply.tool_calls):
+    for kind, whole in (("refusal", reply.refusal), ("text", text)):
+        if isinstance(whole, str):
+            for tokens in split(whole, tokenize, one_by_one):
+                yield kind, tokens
+    pieces = each_piece(() if isinstance(text, str) else text)
+    for piece in itertools.chain(pieces, reply.tool_calls):
         if isinstance(piece, ToolCall):
             reason = "tool_calls"
-            yield "call", Call(piece.name, piece.id or make_id(), tokenize(piece.arguments))
+            id, arguments = piece.id or make_id(), tokenize(piece.arguments)
+            yield "call", Call(piece.name, id, arguments)
         elif piece:
             yield "text", tokenize(piece)
-    yield ("error", reply.error) if reply.error else ("end", reply.finish_reason or reason)
+    if reply.error:
+        yield "error", reply.error
+    yield "end", reply.finish_reason or reason
 
 
 def paced(pieces, delay):
-    """Each piece so many seconds after the one before.  The error that a reply ends with
-    is raised here."""
+    """Each piece so many seconds after the one before.  The error that a reply ends
+    with is raised here."""
     seconds, between = delay_pair(delay)
     for kind, said in pieces:
         if kind != "end":
@@ -2252,9 +2252,9 @@ def as_backend(value):
 
 def model_name(backend):
     """The name that /v1/models lists for a backend."""
-    names = (getattr(backend, "model", None), getattr(backend, "__name__", None))
-    return next((name for name in names if isinstance(name, str) and name),
-                type(backend).__name__)
+    names = (getattr(backend, "model", None), getattr(backend, "__name__", None),
+             type(backend).__name__)
+    return next(name for name in names if isinstance(name, str) and name)
 
 
 # ------ Script: a step per request, and what each request must be
@@ -2347,9 +2347,9 @@ class Script:
 
     A step is a str, a ToolCall or a list of them, a Reply, an APIError, a dict as in a
     JSON script, or a function of the request.  All choices of a request say the same.
-    any_order: a request takes the first step whose `expect` it meets, and a step without
-    `expect` only if there is none.  otherwise: a backend for requests that no step is
-    for.
+    any_order: a request takes the first step whose `expect` it meets, and a step
+    without `expect` only if there is none.  otherwise: a backend for requests that no
+    step is for.
 
     `Reply(expect=...)` is compared with the body as it was sent.  A dict names the
     fields that matter; a list must have as many items as the body's; a function tests
@@ -2372,11 +2372,10 @@ class Script:
 
     @classmethod
     def from_file(cls, path):
-        """A script from a JSON list of steps: a str, or an object with Reply's fields."""
-        with open(path, "rb") as file:
-            text = file.read()
+        """A script from a JSON list of steps: strings, objects with Reply's fields."""
         try:
-            steps = json.loads(text)
+            with open(path, "rb") as file:
+                steps = json.load(file)
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
@@ -2443,7 +2442,7 @@ def start_program(program, request, files):
     """The process; it leads a group of its own, so that its children end with it."""
     import subprocess           # only for those who run programs, here and below
     texts = {"{prompt}": request["text"], "{transcript}": transcript(request)}
-    arguments = [re.sub(r"\{prompt\}|\{transcript\}", lambda match: texts[match[0]], each)
+    arguments = [re.sub("{prompt}|{transcript}", lambda match: texts[match[0]], each)
                  for each in program]
     try:
         "".join(arguments).encode()     # a lone surrogate cannot be an argument
@@ -2461,7 +2460,8 @@ def transcript(request):
 
     Example:
         >>> transcript({"endpoint": "chat", "messages": [
-        ...     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]})
+        ...     {"role": "system", "content": "Be brief."},
+        ...     {"role": "user", "content": "Hi"}]})
         'system: Be brief.\\nuser: Hi'
     """
     if request["endpoint"] == "completion":
@@ -2487,7 +2487,8 @@ def end_program(process):
 def read_block(pipe):
     """What has come through a pipe; b"" at its end.
 
-    On Windows no selector takes a pipe: a client that leaves is noticed at the next text.
+    On Windows no selector takes a pipe, so that a client that leaves is noticed at the
+    next text.
     """
     if os.name != "nt":
         wait_for(pipe)
@@ -2532,12 +2533,12 @@ def run_program(program, request, places):
 
 
 def command(program, at_once=1):
-    """A backend that runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
+    """Runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
 
-    There is no shell.  In an argument {prompt} becomes request["text"], {transcript} the
-    whole conversation.  Standard input gets the request as one JSON document; what the
-    program writes to standard output is the reply.  At most `at_once` programs run at a
-    time; the others wait.  The program ends when the client leaves.
+    There is no shell.  In an argument {prompt} becomes request["text"], {transcript}
+    the whole conversation.  Standard input gets the request as one JSON document; what
+    the program writes to standard output is the reply.  At most `at_once` programs run
+    at a time; the others wait.  The program ends when the client leaves.
 
     Raises ValueError for a program that is not there.
     """
@@ -2659,9 +2660,9 @@ def as_bytes(text):
 class Relay(PassingOn):
     """Passes requests on to another server: Relay("http://gpu:8000/v1").
 
-    api_key: for that server; without one the client's own key is passed on, unless it is
-    one of ours.  record: the path of a tape, to which complete exchanges are appended.
-    paths: further endpoints that are passed on, such as "/embeddings".
+    api_key: for that server; without one the client's own key is passed on, unless it
+    is one of ours.  record: the path of a tape, to which complete exchanges are
+    appended.  paths: further endpoints that are passed on, such as "/embeddings".
 
     The upstream's path is built from the route, never taken from the client.
     """
@@ -2712,7 +2713,8 @@ class Relay(PassingOn):
             connection.connect()
             incoming.cleanup.callback(connection.sock.close)
             connection.sock.settimeout(600)
-            connection.request(incoming.method, target, incoming.content or None, headers)
+            connection.request(incoming.method, target, incoming.content or None,
+                               headers)
             connection.sock = upstream = Upstream(connection.sock)
             response = connection.getresponse()
             if upstream.ended:          # http.client takes half a head for a whole one
@@ -2737,7 +2739,7 @@ class Relay(PassingOn):
         return Response(response.status, headers, incoming.counted(writes))
 
     def recorded(self, writes, incoming, status, headers):
-        """The same writes.  The exchange is on the tape before the last one goes out."""
+        """The same writes.  The exchange is on the tape before the last goes out."""
         kept, last = [], time.monotonic()
         try:
             for write in filter(None, writes):
@@ -2749,8 +2751,8 @@ class Relay(PassingOn):
             else:                       # everything went out; the end is an empty write
                 write = b""
         except (Cut, ClientLeft, GeneratorExit) as error:
-            who = "the upstream was cut" if isinstance(error, Cut) else "the client left"
-            log.warning("An exchange was not recorded on %s: %s", self.tape, who)
+            why = "upstream was cut" if isinstance(error, Cut) else "client left"
+            log.warning("An exchange was not recorded on %s: the %s", self.tape, why)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
@@ -2820,7 +2822,7 @@ class Replay(PassingOn):
         nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
         fault = (difference(nearest["request"], asked)
                  or f"on the tape {difference(asked, nearest['request'])}")
-        return APIError(404, "There is no recording of this request; the nearest one is "
+        return APIError(404, "There is no recording of this request; the nearest is "
                              f"line {nearest['line']}: {fault}.", code="not_recorded")
 
     def writes(self, recording):
