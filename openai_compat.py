@@ -1588,12 +1588,19 @@ class Connection:
         while not self.ended and not self.is_full():
             if not self.receive(end - time.monotonic()):
                 return
-        if self.ended and self.stopping:
+        if self.ended and self.stopping and not self.client_closed():
             raise APIError(503, "The server is shutting down.",
                            headers={"retry-after": "1"})
         if self.ended:
             raise ClientLeft
-        time.sleep(max(end - time.monotonic(), 0))      # its end is noticed later
+        while time.monotonic() < end and not self.stopping:     # noticed later, then
+            time.sleep(max(min(end - time.monotonic(), 1), 0))
+
+    def client_closed(self):
+        """Did the client close before the server did?  Only Linux can tell."""
+        with suppress(OSError, AttributeError):
+            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            return state == b"\x08"        # TCP_CLOSE_WAIT
 
     def wait_for(self, source):
         """Wait until the file `source` can be read, or as `pause` for the client."""
@@ -2891,10 +2898,13 @@ class Replay(PassingOn):
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
         nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
-        fault = (difference(nearest["request"], asked)
-                 or f"on the tape {difference(asked, nearest['request'])}")
-        return APIError(404, "There is no recording of this request; the nearest is "
-                             f"line {nearest['line']}: {fault}.", code="not_recorded")
+        fault = difference(nearest["request"], asked)
+        if fault is None:               # null is like absent there, and true like 1
+            other = difference(asked, nearest["request"])
+            fault = f"on the tape {other or 'a null or a boolean differs'}"
+        return APIError(404, "There is no recording of this request.  The nearest one is "
+                             f"line {nearest['line']} of {self.tape}: {fault}.",
+                        code="not_recorded")
 
     def writes(self, recording):
         for seconds, text in recording["writes"]:
@@ -4172,12 +4182,14 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice; each call gets its own copy of the request."""
         is_chat, backend = request["endpoint"] == "chat", self.backend
+        texts = ([request["text"]] if is_chat else
+                 [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index in range(count_choices(request)):
-            text = request["text"] if is_chat else prompts[index // request["best_of"]].text
-            body = parse_json(incoming.content)
-            given = {name: copied(request[name])
-                     for name in {*body, "stop", "prompts"}.intersection(request)}
-            reply = as_reply(backend({**request, **given, "body": body, "index": index,
+            text, body = texts[index % len(texts)], parse_json(incoming.content)
+            own = {name: copied(request[name]) for name in (*body, "stop")}
+            if not is_chat:
+                own["prompts"] = copied(request["prompts"])
+            reply = as_reply(backend({**request, **own, "body": body, "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
