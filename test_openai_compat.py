@@ -5,6 +5,7 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 """
 import base64
 import contextlib
+import copy
 import functools
 import gc
 import hashlib
@@ -15,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import select
@@ -33,6 +35,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -2490,6 +2493,102 @@ def test_what_no_backend_may_return_or_yield_is_a_500_that_says_so(stream, backe
     assert got.status == 500 and type(value).__name__ in got.error["message"]
 
 
+CONSTANTS = {"str": "a b", "Reply": Reply(["a ", "b"]), "tuple of pieces": Reply(("a ", "b")),
+             "say": say("a b")}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS.values(), ids=CONSTANTS)
+def test_a_constant_is_a_backend(constant):
+    with Server(constant) as server:
+        assert [chat(server, text).text for text in "xy"] == ["a b"] * 2
+        server.backend = ToolCall("f", {"n": 1})
+        assert chat(server, **TOOLS).json["choices"][0]["finish_reason"] == "tool_calls"
+        server.backend = TEAPOT
+        assert chat(server).error["code"] == "teapot"
+
+
+async def coroutine(request):
+    return "x"
+
+
+async def async_generator(request):
+    yield "x"
+
+
+@pytest.mark.parametrize("value", [None, b"x", 5, ["a", "b"], ("a",), {"text": "a"}, coroutine,
+                                   async_generator], ids=repr)
+def test_what_is_no_backend_is_a_type_error_where_it_is_given(value):
+    with pytest.raises(TypeError, match="say.*Script"):
+        Server(value)
+    with Server("still here") as server:
+        with pytest.raises(TypeError, match="must be a function of the request"):
+            server.backend = value
+        assert chat(server).text == "still here"
+
+
+@pytest.mark.parametrize("fields", [
+    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
+    {"refusal": 5}, {"finish_reason": 5}, {"usage": [1]}, {"delay": "1"}, {"delay": -1},
+    {"delay": math.nan}, {"delay": (1,)}, {"quirk": 5}, {"headers": "x"}, {"error": ValueError()}],
+    ids=repr)
+def test_a_value_of_the_wrong_type_is_refused_where_the_reply_is_made(fields):
+    with pytest.raises(TypeError, match=next(iter(fields))):
+        Reply(**fields)
+
+
+class Theirs:
+    """A user's object, with attributes and methods that mean something to the user."""
+
+    model, paths, delay, quirk, expect, steps = 5, ["/x"], "slow", "bogus", 1, None
+
+    def __call__(self, request):
+        return "theirs"
+
+    def nothing(self):
+        raise AssertionError("nobody may call this")
+    answer = respond = check = close = start = on_record = nothing
+
+
+def test_the_attributes_of_a_users_backend_have_any_name():
+    with Server(Theirs()) as server:
+        assert chat(server).text == "theirs" and listed(server) == ["Theirs"]
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_each_call_of_a_backend_gets_a_copy_of_its_own(path):
+    seen = []
+
+    def backend(request):
+        seen.append(json.dumps([request["stop"], request["x"], request["body"],
+                                request.get("messages"), request.get("prompts")]))
+        for name in ("stop", "x", "messages", "prompts"):
+            request.get(name, []).append({"changed": 1})
+            request["body"].get(name, []).append("changed")
+        return "a"
+    with Server(backend) as server:
+        body = {**HI, **PROMPT, "prompt": ["p"], "x": [1], "stop": ["z"], "n": 3}
+        post(server, path, body)
+        assert server.journal[0].body == body and seen == [seen[0]] * 3
+        server.journal[0].body["x"].append("changed")
+        assert server.journal[0].body == body
+
+
+def test_a_seed_freezes_the_ids_and_the_programs_own_random_is_left_alone():
+    def ids():
+        with Server(ToolCall("f")) as server:
+            server.random.seed(7)
+            random.seed(7)
+            made = [chat(server, **TOOLS).json for _ in range(2)]
+        assert random.random() == random.Random(7).random()
+        return [(each["id"], each["choices"][0]["message"]["tool_calls"][0]["id"]) for each in made]
+    assert ids() == ids() and len(set(ids())) == 2
+    with Server() as one, Server() as other:
+        random.seed(7)
+        first = chat(one).json["id"]
+        random.seed(7)
+        assert chat(other).json["id"] != first
+
+
 def failing(error, *pieces):
     def backend(request):
         yield from pieces
@@ -2545,6 +2644,81 @@ def test_a_connection_outlives_an_error():
         assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
 
 
+def fail_in_pytest(request):
+    pytest.fail("told by a test")
+
+
+@both
+def test_pytests_own_failure_is_a_500_and_fails_the_block(stream):
+    failed = pytest.fail.Exception
+    with failing_at_its_end(fail_in_pytest, failed, "told by a test") as server:
+        got = chat(server, stream=stream)
+        assert (got.status, outcome(server)) == (500, "error") and b"told" not in got.body
+
+
+def test_the_first_failure_of_several_fails_the_block_with_an_advice():
+    errors = [KeyError("first"), ValueError("second")]
+    server = Server(lambda request: raising(errors.pop(0))(request)).start()
+    assert [chat(server).status for _ in range(2)] == [500, 500]
+    with pytest.raises(KeyError, match="first") as fault:
+        server.close()
+    server.close()                              # closing twice is closing once
+    advice = "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
+    assert "Raise APIError" in advice
+    assert fault.traceback[-1].name == "backend"    # where it came from, not where it was kept
+
+
+def test_an_error_in_the_block_comes_before_the_backends():
+    with pytest.raises(IndexError):
+        with Server(raising(ValueError("of the backend"))) as server:
+            chat(server)
+            raise IndexError("of the block")
+
+
+@contextlib.contextmanager
+def no_collector():
+    """What is freed in the block is freed without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@both
+@pytest.mark.parametrize("error, kept", [(APIError(418, "x"), 0), (RuntimeError("x"), 2)],    # the first, to be raised again, and the last, its context
+                         ids=["meant", "not meant"])
+@pytest.mark.parametrize("late", [(), ("a",)], ids=["at once", "later"])
+def test_an_exception_that_is_raised_again_and_again_keeps_nothing_alive(error, kept, late, stream,
+                                                                          caplog):
+    caplog.set_level("CRITICAL", "openai_compat")       # pytest keeps what is logged
+    held = []
+
+    def backend(request):
+        big = Theirs()
+        held.append(weakref.ref(big))
+        try:
+            yield from late
+            raise KeyError(big)
+        except KeyError:
+            raise error
+    server = Server(backend).start()
+    with no_collector():
+        for _ in range(20):
+            chat(server, stream=stream)
+        assert until(lambda: len(server.journal) == 20 and server.journal[-1].outcome)
+        until(lambda: len([1 for ref in held if ref()]) <= kept)
+    with contextlib.suppress(RuntimeError):
+        server.close()
+
+
+def test_an_error_can_be_pickled_and_copied():
+    for again in (pickle.loads(pickle.dumps(TEAPOT)), copy.copy(TEAPOT), copy.deepcopy(TEAPOT)):
+        assert (again.status, again.body(), again.headers, str(again)) == (
+            418, TEAPOT.body(), TEAPOT.headers, "I'm a teapot.")
+
+
 @pytest.mark.parametrize("status, kind, code", [
     (400, "invalid_request_error", None), (401, "invalid_request_error", None),
     (404, "invalid_request_error", None), (429, "requests", "rate_limit_exceeded"),
@@ -2558,6 +2732,17 @@ def test_an_errors_type_and_code_follow_from_its_status(status, kind, code):
 def test_no_quota_is_not_to_be_tried_again():
     error = APIError(429, "x", code="insufficient_quota")
     assert error.type == "insufficient_quota" and error.headers["x-should-retry"] == "false"
+
+
+def test_an_author_may_have_no_quota_tried_again():
+    error = APIError(429, "x", code="insufficient_quota", headers={"x-should-retry": "true"})
+    assert error.headers["x-should-retry"] == "true"
+
+
+@pytest.mark.parametrize("status, is_one", [(399, False), (400, True), (599, True), (600, False)])
+def test_the_status_of_an_error_is_from_400_to_599(status, is_one):
+    with contextlib.nullcontext() if is_one else pytest.raises(ValueError, match=str(status)):
+        assert APIError(status, "x").status == status
 
 
 def test_a_generator_is_closed_when_the_limit_is_reached():
