@@ -4085,10 +4085,10 @@ class Server(ThreadingHTTPServer):
         own first exception.  error: what the `with` block ended with."""
         if error is not None and not isinstance(error, Exception):
             return
+        failure, traceback = self.failure or (None, None)
         if isinstance(self.backend, (Script, Replay)):
-            self.backend.check(error)
-        if self.failure is not None and error is None:
-            failure, traceback = self.failure
+            self.backend.check(error or failure)
+        if failure is not None and error is None:
             if hasattr(failure, "add_note"):
                 failure.add_note("It came from the server's backend.  Raise APIError "
                                  "there where the failure is meant for the client.")
