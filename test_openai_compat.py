@@ -2687,7 +2687,7 @@ def no_collector():
 
 
 @both
-@pytest.mark.parametrize("error, kept", [(APIError(418, "x"), 0), (RuntimeError("x"), 2)],    # the first, to be raised again, and the last, its context
+@pytest.mark.parametrize("error, kept", [(APIError(418, "x"), 0), (RuntimeError("x"), 2)],
                          ids=["meant", "not meant"])
 @pytest.mark.parametrize("late", [(), ("a",)], ids=["at once", "later"])
 def test_an_exception_that_is_raised_again_and_again_keeps_nothing_alive(error, kept, late, stream,
@@ -2708,6 +2708,7 @@ def test_an_exception_that_is_raised_again_and_again_keeps_nothing_alive(error, 
         for _ in range(20):
             chat(server, stream=stream)
         assert until(lambda: len(server.journal) == 20 and server.journal[-1].outcome)
+        # What nobody meant keeps two: the first is raised again, the last is its context.
         until(lambda: len([1 for ref in held if ref()]) <= kept)
     with contextlib.suppress(RuntimeError):
         server.close()
@@ -2919,6 +2920,67 @@ def test_all_choices_of_a_request_say_the_same_step():
             assert [choice["message"]["content"] for choice in got["choices"]] == [text] * 3
 
 
+def test_a_step_may_be_a_dict_as_in_a_file():
+    script = Script({"text": "a", "expect": {"n": 1}}, {"error": {"status": 429, "message": "no"},
+                                                        "delay": 0, "expect": {"n": 2}},
+                    {"tool_calls": [{"name": "f", "arguments": {}}]}, {"text": ["b", "c"]})
+    with Server(script) as server:
+        assert [chat(server, n=n, **TOOLS).status for n in (1, 2, 1)] == [200, 429, 200]
+        assert contents(server, 1) == ["bc"]
+
+
+def test_in_any_order_a_request_takes_the_first_step_that_expects_it():
+    def expecting(word):
+        return {"messages": lambda messages: word in messages[-1]["content"]}
+    script = Script("free", Reply("1", expect=expecting("x")), Reply("2", expect=expecting("x")),
+                    Reply("3", expect=expecting("y")), any_order=True)
+    with Server(script) as server:
+        assert [chat(server, text).text for text in ("y", "x", "z", "x")] == ["3", "1", "free", "2"]
+
+
+def test_in_any_order_a_request_that_no_step_expects_is_told_why_by_each():
+    script = Script(Reply("1", expect={"n": 1}), Reply("2", expect={"seed": 5}), any_order=True)
+    got, fault = not_followed(script, {"n": 2})
+    assert got.status == NOT_FOLLOWED
+    assert "step 1: n is 2, expected 1; step 2: seed is absent, expected 5" in got.error["message"]
+    assert got.error["message"] in fault
+
+
+def test_parallel_requests_in_any_order_each_take_a_step_of_their_own():
+    steps = [Reply(str(i), expect={"seed": i % 3}) for i in range(30)]
+    with Server(Script(*steps, any_order=True)) as server:
+        seeds = iter([i % 3 for i in range(30)])
+        said = together(10, lambda: [(seed, chat(server, seed=seed).text)
+                                     for seed in itertools.islice(seeds, 3)])
+    said = [int(text) for each in said for seed, text in each if int(text) % 3 == seed]
+    assert sorted(said) == list(range(30))
+
+
+def test_what_no_step_is_for_is_answered_otherwise():
+    script = Script(Reply("main", expect={"n": 1}), otherwise=lambda request: "a title")
+    with Server(script) as server:
+        assert [chat(server, **fields).text for fields in ({}, {"n": 1}, {})] == [
+            "a title", "main", "a title"]
+
+
+def test_a_step_that_remains_beside_otherwise_says_why_the_last_one_did_not_match():
+    got, fault = not_followed(Script(Reply("main", expect={"n": 1}), otherwise=echo), {"n": 3})
+    assert got.status == 200 and "1 of 1 steps remain" in fault and "n is 3, expected 1" in fault
+
+
+@pytest.mark.parametrize("wrong", [5, ["x"], coroutine, Relay("http://h/v1")], ids=repr)
+def test_otherwise_is_a_backend_but_no_relay(wrong):
+    with pytest.raises(TypeError):
+        Script("a", otherwise=wrong)
+
+
+def test_a_script_that_is_given_later_is_the_one_that_is_checked():
+    with pytest.raises(AssertionError, match="'second'"):
+        server = Server(Script("first")).start()
+        server.backend = Script("second")
+        server.close()
+
+
 def not_followed(script, *bodies):
     """(the last reply, the AssertionError's text) of a script that fails."""
     server, got = Server(script).start(), None
@@ -2961,6 +3023,46 @@ def test_an_unexpected_request_is_told_its_first_difference(expect, body, words)
     got, fault = not_followed(Script(Reply("a", expect=expect)), body)
     assert got.status == NOT_FOLLOWED and got.headers["x-should-retry"] == "false"
     assert all(word in got.error["message"] and word in fault for word in ("step 1", *words))
+
+
+def asserts(value):
+    assert value == "x", "the model must be x"
+    return True
+
+
+def never_true(value):
+    assert value
+
+
+LONG_TEXT = "a" * 300 + "%s" + "z" * 300
+DIFFERENCES = {  # what is expected, the fields of the body, and what the refusal says
+    "a dict in a list": ({"messages": [{"content": "Hi"}]}, {},
+                         "messages[0].content is 'Hello, world!', expected 'Hi'"),
+    "a list that is longer": ({"stop": ["a"]}, {"stop": ["a", "b"]}, "stop has 2 items, expected 1"),
+    "the type": ({"temperature": "1"}, {"temperature": 1}, "temperature is 1, expected '1'"),
+    "a field in what is no object": ({"stop": {"a": 1}}, {"stop": "x"}, "stop is 'x', expected {'a': 1}"),
+    "a function in a list": ({"stop": ["a", str.isupper]}, {"stop": ["a", "b"]},
+                             "stop[1] is 'b', to which isupper says no"),
+    "an AssertionError": ({"model": asserts}, {}, "model is 'm', and asserts says: the model must be x"),
+    "a function that returns None": ({"model": never_true}, {}, "(it returned None; it must return True)"),
+    "a function of what is absent": ({"seed": bool}, {}, "seed is absent, to which bool says no"),
+    "the middle of a long text": ({"user": LONG_TEXT % "expected"}, {"user": LONG_TEXT % "sent"},
+                                  "aaasentzzz"),
+    "the middle that was expected": ({"user": LONG_TEXT % "expected"}, {"user": LONG_TEXT % "sent"},
+                                     "aaaexpectedzzz"),
+}
+
+
+@pytest.mark.parametrize("expect, body, words", rows(DIFFERENCES))
+def test_the_refusal_shows_the_difference(expect, body, words):
+    got, fault = not_followed(Script(Reply("a", expect=expect)), body)
+    assert words in got.error["message"] and words in fault and len(fault) < 500
+
+
+def test_an_expectation_that_itself_fails_is_not_a_request_that_differs():
+    script = Script(Reply("a", expect={"model": lambda value: value.nonsense}), "b")
+    with failing_at_its_end(script, AttributeError, "nonsense") as server:
+        assert chat(server).status == 500       # and "b" remains, which is no news
 
 
 @pytest.mark.parametrize("expect", [
