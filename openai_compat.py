@@ -2785,11 +2785,12 @@ class Relay(PassingOn):
         _, mark, query = incoming.target.partition("?")
         return f"{self.upstream.path}{path}{mark}{query}"
 
-    def ask(self, connection, incoming):
+    def ask(self, target, incoming):
         """Send the request -> the head of the upstream's response."""
+        connection = self.connect(incoming)
         try:
-            connection.request(incoming.method, self.target(incoming),
-                               incoming.content or None, self.headers(incoming))
+            connection.request(incoming.method, target, incoming.content or None,
+                               self.headers(incoming))
             connection.sock = upstream = Upstream(connection.sock)
             response = connection.getresponse()
             if upstream.ended:          # http.client takes half a head for a whole one
@@ -2799,7 +2800,7 @@ class Relay(PassingOn):
             raise self.unreachable(error) from None
 
     def respond(self, incoming):
-        response = self.ask(self.connect(incoming), incoming)
+        response = self.ask(self.target(incoming), incoming)
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
