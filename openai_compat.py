@@ -2709,7 +2709,8 @@ def until_done(blocks):
             start = len(held)
         yield held[:start]
         held = held[start:]
-    yield held
+    if held:
+        yield held
 
 
 def as_text(write):
