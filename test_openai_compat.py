@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -38,6 +39,7 @@ import warnings
 import weakref
 from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -6209,6 +6211,181 @@ def test_a_path_is_put_after_the_upstreams_own(upstream, base, path):
     assert line.split(" ")[1] == BASES[base]
 
 
+# A relay reaches only its routes, however they are spelled.
+CLIMBING = [b"/v1" + path for path in (
+    b"/models/..%2f..%2fadmin/keys", b"/models/../files", b"/models/%2e%2e/files", b"/models/%2e%2e%2ffiles",
+    b"/models/..%2Ffiles", b"/models/.%2e/files", b"/models/..%5cfiles", b"/models/..\\files",
+    b"/models/%252e%252e%252ffiles", b"/models/..%252ffiles", b"/models/..;/files", b"/models/;/../files",
+    b"/models/a/../../files", b"/models/a%2f..%2f..%2ffiles", b"/models//../files", b"/models/./../files",
+    b"/models/..%00/files", b"/models/..%0d%0aX:%20y", b"/models/%c0%ae%c0%ae/files", b"/models/..%3ffiles",
+    b"/models/a%3f/../files", b"/models/..%23", b"/models/..#", b"/models/..", b"/models/.", b"/models/%2e%2e",
+    b"/models/%2f%2fevil.example", b"/models/http://evil.example/", b"/models/@evil.example/..",
+    b"/models?x=/../../admin", b"/files", b"/admin/keys", b"/embeddings", b"/embeddings/../files",
+    b"/chat/completions/../../files", b"/chat/completions/..%2f..%2ffiles", b"/chat/../files",
+    b"/completions/..%2ffiles", b"/completions;/files", b"/./files", b"/../admin", b"%2fmodels%2f..%2ffiles",
+    b"/engines/../completions", b"/engines/..%2f..%2fadmin%3f/completions", b"/engines/a/../../completions",
+    b"/engines/x%2f..%2ffiles%23/chat/completions")] + [
+    b"/../admin", b"//admin", b"/%2e%2e/admin", b"/health/../admin", b"/sse/../files", b"/sse%2f..%2ffiles",
+    b"http://evil.example/v1/files", b"http://127.0.0.1/../admin", b"http://127.0.0.1/v1/models/..%2ffiles"]
+REACHED = {"POST": r"/v1/(chat/)?completions", "GET": r"/v1/models(/[^/\\;#]+)?",
+           "HEAD": r"/v1/models(/[^/\\;#]+)?", "DELETE": "none"}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "DELETE"])
+def test_a_relay_reaches_only_its_routes(method):
+    with playing(reply({"a": 1}, **JSON_TYPE)) as (url, requests):
+        with Server(Relay(url, "sk-up")) as server:
+            body = b"{}" if method == "POST" else b""
+            headers = b"Host: x\r\nConnection: close\r\nContent-Length: %d\r\n" % len(body)
+            for target in CLIMBING:
+                talk(server, get(target, headers, method.encode()) + body, method == "HEAD")
+            [got] = talk(server, get(b"/v1/models/org%2Fm?x=1", LAST[LAST.index(b"Host"):-2]))
+            assert got.status == 200
+    assert requests.pop()[0].split()[1] == "/v1/models/org%2Fm?x=1"
+    for line, sent, _ in requests:
+        asked, target, _ = line.split(" ")
+        assert asked == method and sent["host"] in url
+        path = target.partition("?")[0]
+        assert re.fullmatch(REACHED[method], path), target
+        for decoded in (unquote(path), unquote(unquote(path))):
+            assert not re.search(r"[/\\;]\.\.?([/\\;]|$)", decoded), target
+
+
+THROUGH = {  # the request line; what the upstream is asked for; what it says; status, body
+    "HEAD": (b"HEAD /v1/models", "HEAD /v1/models", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", 200, b""),
+    "HEAD of a stream": (b"HEAD /v1/models", "HEAD /v1/models", STREAM_HEAD, 200, b""),
+    "204": (b"GET /v1/models", "GET /v1/models", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+    "a query": (b"GET /v1/models?limit=1&after=a%20b", "GET /v1/models?limit=1&after=a%20b",
+                reply({}), 200, b"{}"),
+    "an empty query": (b"GET /v1/models?", "GET /v1/models?", reply({}), 200, b"{}"),
+    **{f"the id {id}": (b"GET /v1/models/" + id.encode(), f"GET /v1/models/{sent}", reply({}), 200, b"{}")
+       for id, sent in (("a%2Fb", "a%2Fb"), ("a/b", "a%2Fb"), ("%C3%A9", "%C3%A9"), ("a%20b", "a%20b"),
+                        ("a%3Fb", "a%3Fb"), ("a:b@c", "a%3Ab%40c"), ("a..b", "a..b"))},
+}
+
+
+@pytest.mark.parametrize("line, asked, sent, status, body", rows(THROUGH))
+def test_what_http_has_passes_through_a_relay(upstream, tmp_path, line, asked, sent, status, body):
+    tape = str(tmp_path / "tape")
+    raw = line + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    with Server(Relay(upstream.url, record=tape)) as server, dial(server) as client:
+        client.sendall(raw + LAST)          # a body where none may be would spoil the next reply
+        connection, (found, _, _) = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        got, last = replies(read_to_end(client), line.startswith(b"HEAD"))
+    assert found == asked + " HTTP/1.1" and (got.status, got.body, last.status) == (status, body, 200)
+    with Server(Replay(tape)) as server:
+        assert talk(server, raw + LAST, line.startswith(b"HEAD"))[0].body == body
+
+
+def test_a_coding_is_told_and_what_is_asked_for_has_none(upstream):
+    packed = gzip.compress(b"{}")
+    with Server(Relay(upstream.url)) as server:
+        with asking(server, headers={"Accept-Encoding": "gzip"}) as client:
+            connection, (_, headers, _) = upstream.accept()
+            connection.sendall(reply(packed, Content_Encoding="gzip"))
+            got = got_on(client)
+    assert headers["accept-encoding"] == "identity"
+    assert (got.headers["content-encoding"], got.body) == ("gzip", packed)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("program", ["curl", "node"])
+def test_other_http_clients_agree_with_a_relay(program):
+    if not shutil.which(program):
+        pytest.fail(f"{program} is missing")
+    code = """const http = require("http"), agent = new http.Agent({keepAlive: true, maxSockets: 1});
+const ask = (method, path) => new Promise((done, fail) => http.request(process.argv[1] + path,
+  {method, agent}, reply => { let size = 0; reply.on("data", block => size += block.length);
+  reply.on("end", () => done(`${reply.statusCode} ${size}`)); }).on("error", fail).end());
+(async () => { for (const [method, path] of [["HEAD", "/models"], ["GET", "/models/none"], ["GET", "/models"]])
+  console.log(await ask(method, path)); })();"""
+    upstreams = [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n", reply({})]
+    with playing(*upstreams) as (url, _), Server(Relay(url)) as server:
+        words = ["node", "-e", code, server.base_url] if program == "node" else [
+            "curl", "-s", "-w", "%{http_code} %{size_download}\\n", "-o", os.devnull, "-I",
+            server.base_url + "/models", "--next", "-s", "-w", "%{http_code} %{size_download}\\n",
+            "-o", os.devnull, "-o", os.devnull, server.base_url + "/models/none", server.base_url + "/models"]
+        assert finished(*words, timeout=60).stdout.split() == "200 0 204 0 200 2".split()
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"], ids=repr)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_events_of_an_upstream_are_counted_however_they_come(upstream, end, size):
+    body = "".join(f"data: {word}{end}" for word in ('{"a":1}', '{"b":"\u4e16"}', "[DONE]")).encode()
+    with Server(Relay(upstream.url)) as server, asking(server, stream=True) as client:
+        connection, _ = upstream.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection.sendall(STREAM_HEAD)
+        for start in range(0, len(body), size):
+            connection.sendall(transfer_chunk(body[start:start + size]))
+        got = got_on(client)                # it ends at [DONE], while the upstream lingers
+        assert got.body == body and server.journal[0].events == 3
+        assert server.journal[0].outcome == "complete" and connection.fileno() > 0
+
+
+def test_what_a_relay_passes_in_addition_has_any_body():
+    with playing(reply(b"\xff", **JSON_TYPE)) as (url, requests):
+        with Server(Relay(url, paths="/embeddings")) as server:
+            sent = [("POST", "/v1/embeddings", b"\xfe"), ("GET", "/embeddings?x=1", None),
+                    ("DELETE", "//v1/embeddings/", None)]
+            assert [call(server, *each).body for each in sent] == [b"\xff"] * 3
+            assert call(server, "PUT", "/embeddings").status == 405
+            assert call(server, "POST", "/embeddings/x").status == 404
+    assert [line.rpartition(" ")[0] for line, _, _ in requests] == [
+        "POST /v1/embeddings", "GET /v1/embeddings?x=1", "DELETE /v1/embeddings"]
+    assert requests[0][2] == b"\xfe"
+
+
+@pytest.mark.parametrize("passing", [Relay("http://127.0.0.1:9/v1"), None], ids=["relay", "replay"])
+def test_beside_a_relay_models_are_obeyed_and_a_quirk_is_refused(passing, tape):
+    tape.write_bytes(b"")
+    for settings in ({"quirk": "comment"}, {"quirk_header": True}):
+        with pytest.raises(ValueError, match="quirk"):
+            Server(passing or Replay(str(tape)), **settings)
+    with Server(passing or Replay(str(tape)), models=["a"]) as server:
+        assert listed(server) == ["a"]
+        for got in (chat(server), call(server, "GET", "/v1/models/m")):
+            assert got.status == 404 and got.error["code"] == "model_not_found"
+
+
+def test_the_headers_that_an_upstream_needs_go_up(upstream):
+    sent = {"Idempotency-Key": "k-1", "OpenAI-Organization": "org-1", "X-Stainless-Lang": "go",
+            "User-Agent": "mine/1", "Cookie": "secret", "X-Other": "x"}
+    with Server(Relay(upstream.url)) as server, asking(server, headers=sent):
+        _, (_, there, _) = upstream.accept()
+    went = {name: there.get(name.lower()) for name in sent}
+    assert went == {**sent, "Cookie": None, "X-Other": None}
+
+
+def test_a_relay_does_not_wait_for_ever_for_a_connection(monkeypatch):
+    limits = []
+
+    def connect(connection):
+        limits.append(connection.timeout)
+        raise OSError("no answer")
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    with Server(Relay("http://127.0.0.1:9/v1")) as server, asking(server) as client:
+        got = got_on(client)
+    assert got.status == 502 and got.error["code"] == "upstream_unreachable" and 0 < limits[0] <= 60
+
+
+@pytest.mark.parametrize("sent", [reply({}), STREAM_HEAD + transfer_chunk(b"data: 1\n\n")],
+                         ids=["whole", "cut"])
+def test_the_upstream_is_closed_by_the_server_itself(upstream, monkeypatch, sent):
+    kept, create = [], socket.create_connection
+    with Server(Relay(upstream.url)) as server, dial(server) as client:
+        monkeypatch.setattr(socket, "create_connection",
+                            lambda *them, **more: kept.append(create(*them, **more)) or kept[-1])
+        client.sendall(request_bytes())
+        with upstream.accept()[0] as connection:
+            connection.sendall(sent)
+        read_to_end(client)
+        until(lambda: kept and kept[0].fileno() == -1)      # with a reference to it held here
+        monkeypatch.undo()
+
+
 def test_the_models_are_the_upstreams():
     with Server(models=["their-model"]) as first, Server(Relay(first.base_url)) as server:
         assert listed(server) == ["their-model"]
@@ -6393,6 +6570,115 @@ def test_repeated_requests_take_their_recordings_in_order_and_the_last_stays(tap
     with Server(Replay(str(tape))) as server:
         said = [chat(server, "x", stream=True).text for _ in range(5)]
     assert said == ["one", "two", "three", "three", "three"]
+
+
+@pytest.mark.parametrize("body, again", [
+    ({"temperature": 0}, {"temperature": 0.0}), ({"temperature": 1.0}, {"temperature": 1}),
+    ({"logit_bias": {"5": 2.0}}, {"logit_bias": {"5": 2}})])
+def test_equal_numbers_are_the_same_request(tape, body, again):
+    recorded(tape, "x", backend=say("a"), **body)
+    with Server(Replay(str(tape))) as server:
+        assert chat(server, "x", stream=True, **again).text == "a"
+
+
+def test_a_recording_of_another_engine_or_path_is_none(tape):
+    with Server(say("a")) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+        post(server, "/v1/engines/gpt-a/completions", {"prompt": "x"})
+        call(server, "GET", "/v1/models/say")
+    with failing_at_its_end(Replay(str(tape)), AssertionError, "body.model is 'gpt-b'") as server:
+        assert [post(server, f"/engines/{name}/completions", {"prompt": "x"}).status
+                for name in ("gpt-a", "gpt-b")] == [200, 404]
+        assert post(server, "/completions", {"model": "gpt-a", "prompt": "x"}).text == "a"
+        assert [call(server, "GET", f"/models/{id}").status for id in ("say", "x")] == [200, 404]
+
+
+def test_a_null_that_is_absent_on_the_tape_is_a_difference_that_is_told(tape):
+    recorded(tape, "x", seed=None)
+    with failing_at_its_end(Replay(str(tape)), AssertionError, "a null or a boolean") as server:
+        assert "line 1" in chat(server, "x", stream=True).error["message"]
+
+
+def test_what_is_missing_on_a_tape_is_asked_for_and_recorded(tape):
+    with Server(Script("one", "two")) as first:
+        for _ in range(2):                          # first the tape is not there, then it is
+            with Server(Replay(str(tape), relay=Relay(first.base_url))) as server:
+                said = [chat(server, text, stream=True).text for text in ("x", "y", "x")]
+    with Server(Replay(str(tape))) as server:
+        said += [chat(server, text, stream=True).text for text in ("y", "x")]
+    assert said == ["one", "two", "one", "two", "one"] and tape.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("wrong", [{"speed": -1}, {"speed": math.nan}, {"speed": "1"},
+                                   {"relay": "http://h/v1"}, {"relay": echo}], ids=repr)
+def test_what_no_replay_can_do_is_a_type_error(tape, wrong):
+    with pytest.raises(TypeError):
+        Replay(str(tape), **wrong)
+
+
+def test_the_slowness_of_a_client_is_no_pause_on_the_tape(tape):
+    sent = []
+    with playing(streamed(b"data: %b\n\n" % (b"x" * 2**23), b"data: [DONE]\n\n")) as (url, _):
+        with Server(Relay(url, record=str(tape))) as server, asking(server, stream=True) as client:
+            while not (sent and time.monotonic() - sent[-1] > 0.5):     # nothing moves any more
+                select.select([client], [], [], 0.05)
+                sent = sent or [time.monotonic()]
+            read_to_end(client)
+    writes = json.loads(tape.read_text())["writes"]
+    assert sum(pause for pause, _ in writes) < 0.5
+
+
+@both
+@parts
+def test_what_is_not_recorded_is_logged_with_its_reason(upstream, tape, caplog, sent, stream):
+    with Server(Relay(upstream.url, record=str(tape))) as server, asking(server, stream=stream) as client:
+        connection, _ = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        read_to_end(client)
+    reason = "upstream was cut" if STREAM_HEAD in sent or sent.endswith(b"}") else ""
+    assert tape.read_bytes() == b"" and reason in caplog.text
+
+
+# Clients that close at [DONE], or at the last byte of a whole reply, at once.
+
+def pieces_in_turn(request):
+    yield from ("one ", "two ", "three")
+
+
+def seen_after_the_end(server, number, stream):
+    """The outcome that a client finds in the journal as soon as it has the whole reply."""
+    with dial(server) as client:
+        client.sendall(request_bytes({**HI, "stream": stream, "seed": number},
+                                     f"{CHAT_PATH}?{number}"))
+        read_past(client, b"[DONE]") if stream else got_on(client)
+    return [each.outcome for each in server.journal if each.path.endswith(f"?{number}")]
+
+
+def busy(seconds=600):
+    """A process that works all the time, beside the server."""
+    return subprocess.Popen(program(f"import time\nend = time.time() + {seconds}\n"
+                                    "while time.time() < end: pass"))
+
+
+@both
+@pytest.mark.parametrize("count, others", [(100, 0), pytest.param(1000, 3, marks=pytest.mark.stress)])
+def test_nothing_is_late_in_the_journal_nor_missing_on_the_tape(tape, count, others, stream):
+    working = [busy() for _ in range(others)]
+    try:
+        with Server(pieces_in_turn) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+            for each in (first, server):
+                numbers = itertools.count()
+                found = together(4, lambda: [seen_after_the_end(each, next(numbers), stream)
+                                             for _ in range(count // 4)])
+                assert list(itertools.chain(*found)) == [["complete"]] * count
+    finally:
+        for process in working:
+            process.kill()
+            process.wait()
+    recordings = [json.loads(line) for line in tape.read_bytes().splitlines()]
+    assert sorted(each["request"]["body"]["seed"] for each in recordings) == list(range(count))
+    ends = [each["writes"][-1][1] for each in recordings]
+    assert all(("[DONE]" in end) == stream for end in ends)
 
 
 @pytest.mark.parametrize("text, seed, words", [("two", 5, ("line 2", "seed", "4", "5")),
