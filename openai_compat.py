@@ -2801,7 +2801,12 @@ class Relay(PassingOn):
             raise self.unreachable(error) from None
 
     def respond(self, incoming):
-        response = self.ask(self.target(incoming), incoming)
+        target = self.target(incoming)
+        try:
+            response = self.ask(target, incoming)
+        except (ClientLeft, APIError) as error:
+            self.miss(error)
+            raise
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
@@ -2827,12 +2832,18 @@ class Relay(PassingOn):
                 yield write
                 last = time.monotonic()
         except (Cut, ClientLeft, GeneratorExit) as error:
-            who = "the upstream was cut" if isinstance(error, Cut) else "the client left"
-            log.warning("An exchange was not recorded on %s: %s", self.tape, who)
+            self.miss(error)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
         yield end
+
+    def miss(self, error):
+        """Say why an exchange is not on the tape."""
+        why = ("the upstream was cut" if isinstance(error, Cut) else error
+               if isinstance(error, Exception) else "the client left")
+        if self.tape:
+            log.warning("An exchange was not recorded on %s: %s", self.tape, why)
 
     def append(self, recording):
         line = to_json(recording) + b"\n"
@@ -2841,7 +2852,7 @@ class Relay(PassingOn):
                 if tape.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            log.error("An exchange was not recorded on %s: %s", self.tape, error)
+            self.miss(error)
         if self.on_record:
             self.on_record(recording)
 
