@@ -2348,7 +2348,8 @@ def brief(value, around=0):
         ('...xxxxxxxxxxxxxxxxx', 'absent')
     """
     text = "absent" if value is ABSENT else repr(value)
-    start, end = max(around - 40, 0), around + 250
+    start = max(around - 40, 0)
+    end = start + 180
     return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
@@ -2803,7 +2804,11 @@ class Relay(PassingOn):
                                 f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        response = self.ask(incoming)
+        try:
+            response = self.ask(incoming)
+        except (ClientLeft, APIError) as error:
+            self.miss(error)
+            raise
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
@@ -2829,19 +2834,25 @@ class Relay(PassingOn):
             else:                       # everything went out; the end is an empty write
                 write = b""
         except (Cut, ClientLeft, GeneratorExit) as error:
-            why = "upstream was cut" if isinstance(error, Cut) else "client left"
-            log.warning("An exchange was not recorded on %s: the %s", self.tape, why)
+            self.miss(error)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
         yield write
+
+    def miss(self, error):
+        """Say why an exchange is not on the tape."""
+        why = ("the upstream was cut" if isinstance(error, Cut) else error
+               if isinstance(error, Exception) else "the client left")
+        if self.tape:
+            log.warning("An exchange was not recorded on %s: %s", self.tape, why)
 
     def append(self, recording):
         try:
             with self.lock, open(self.tape, "ab") as tape:
                 tape.write(to_json(recording) + b"\n")
         except OSError as error:
-            log.error("An exchange was not recorded on %s: %s", self.tape, error)
+            self.miss(error)
         if self.on_record:
             self.on_record(recording)
 
@@ -4064,10 +4075,10 @@ class Server(ThreadingHTTPServer):
         own first exception.  error: what the `with` block ended with."""
         if error is not None and not isinstance(error, Exception):
             return
+        failure, traceback = self.failure or (None, None)
         if isinstance(self.backend, (Script, Replay)):
-            self.backend.check(error)
-        if self.failure is not None and error is None:
-            failure, traceback = self.failure
+            self.backend.check(error or failure)
+        if failure is not None and error is None:
             if hasattr(failure, "add_note"):
                 failure.add_note("It came from the server's backend.  Raise APIError "
                                  "there where the failure is meant for the client.")

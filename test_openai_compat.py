@@ -6,9 +6,11 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 import base64
 import configparser
 import contextlib
+import copy
 import doctest
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -17,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import select
@@ -35,8 +38,10 @@ import unicodedata
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -2493,6 +2498,102 @@ def test_what_no_backend_may_return_or_yield_is_a_500_that_says_so(stream, backe
     assert got.status == 500 and type(value).__name__ in got.error["message"]
 
 
+CONSTANTS = {"str": "a b", "Reply": Reply(["a ", "b"]), "tuple of pieces": Reply(("a ", "b")),
+             "say": say("a b")}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS.values(), ids=CONSTANTS)
+def test_a_constant_is_a_backend(constant):
+    with Server(constant) as server:
+        assert [chat(server, text).text for text in "xy"] == ["a b"] * 2
+        server.backend = ToolCall("f", {"n": 1})
+        assert chat(server, **TOOLS).json["choices"][0]["finish_reason"] == "tool_calls"
+        server.backend = TEAPOT
+        assert chat(server).error["code"] == "teapot"
+
+
+async def coroutine(request):
+    return "x"
+
+
+async def async_generator(request):
+    yield "x"
+
+
+@pytest.mark.parametrize("value", [None, b"x", 5, ["a", "b"], ("a",), {"text": "a"}, coroutine,
+                                   async_generator], ids=repr)
+def test_what_is_no_backend_is_a_type_error_where_it_is_given(value):
+    with pytest.raises(TypeError, match="say.*Script"):
+        Server(value)
+    with Server("still here") as server:
+        with pytest.raises(TypeError, match="must be a function of the request"):
+            server.backend = value
+        assert chat(server).text == "still here"
+
+
+@pytest.mark.parametrize("fields", [
+    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
+    {"refusal": 5}, {"finish_reason": 5}, {"usage": [1]}, {"delay": "1"}, {"delay": -1},
+    {"delay": math.nan}, {"delay": (1,)}, {"quirk": 5}, {"headers": "x"}, {"error": ValueError()}],
+    ids=repr)
+def test_a_value_of_the_wrong_type_is_refused_where_the_reply_is_made(fields):
+    with pytest.raises(TypeError, match=next(iter(fields))):
+        Reply(**fields)
+
+
+class Theirs:
+    """A user's object, with attributes and methods that mean something to the user."""
+
+    model, paths, delay, quirk, expect, steps = 5, ["/x"], "slow", "bogus", 1, None
+
+    def __call__(self, request):
+        return "theirs"
+
+    def nothing(self):
+        raise AssertionError("nobody may call this")
+    answer = respond = check = close = start = on_record = nothing
+
+
+def test_the_attributes_of_a_users_backend_have_any_name():
+    with Server(Theirs()) as server:
+        assert chat(server).text == "theirs" and listed(server) == ["Theirs"]
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_each_call_of_a_backend_gets_a_copy_of_its_own(path):
+    seen = []
+
+    def backend(request):
+        seen.append(json.dumps([request["stop"], request["x"], request["body"],
+                                request.get("messages"), request.get("prompts")]))
+        for name in ("stop", "x", "messages", "prompts"):
+            request.get(name, []).append({"changed": 1})
+            request["body"].get(name, []).append("changed")
+        return "a"
+    with Server(backend) as server:
+        body = {**HI, **PROMPT, "prompt": ["p"], "x": [1], "stop": ["z"], "n": 3}
+        post(server, path, body)
+        assert server.journal[0].body == body and seen == [seen[0]] * 3
+        server.journal[0].body["x"].append("changed")
+        assert server.journal[0].body == body
+
+
+def test_a_seed_freezes_the_ids_and_the_programs_own_random_is_left_alone():
+    def ids():
+        with Server(ToolCall("f")) as server:
+            server.random.seed(7)
+            random.seed(7)
+            made = [chat(server, **TOOLS).json for _ in range(2)]
+        assert random.random() == random.Random(7).random()
+        return [(each["id"], each["choices"][0]["message"]["tool_calls"][0]["id"]) for each in made]
+    assert ids() == ids() and len(set(ids())) == 2
+    with Server() as one, Server() as other:
+        random.seed(7)
+        first = chat(one).json["id"]
+        random.seed(7)
+        assert chat(other).json["id"] != first
+
+
 def failing(error, *pieces):
     def backend(request):
         yield from pieces
@@ -2548,6 +2649,82 @@ def test_a_connection_outlives_an_error():
         assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
 
 
+def fail_in_pytest(request):
+    pytest.fail("told by a test")
+
+
+@both
+def test_pytests_own_failure_is_a_500_and_fails_the_block(stream):
+    failed = pytest.fail.Exception
+    with failing_at_its_end(fail_in_pytest, failed, "told by a test") as server:
+        got = chat(server, stream=stream)
+        assert (got.status, outcome(server)) == (500, "error") and b"told" not in got.body
+
+
+def test_the_first_failure_of_several_fails_the_block_with_an_advice():
+    errors = [KeyError("first"), ValueError("second")]
+    server = Server(lambda request: raising(errors.pop(0))(request)).start()
+    assert [chat(server).status for _ in range(2)] == [500, 500]
+    with pytest.raises(KeyError, match="first") as fault:
+        server.close()
+    server.close()                              # closing twice is closing once
+    advice = "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
+    assert "Raise APIError" in advice
+    assert fault.traceback[-1].name == "backend"    # where it came from, not where it was kept
+
+
+def test_an_error_in_the_block_comes_before_the_backends():
+    with pytest.raises(IndexError):
+        with Server(raising(ValueError("of the backend"))) as server:
+            chat(server)
+            raise IndexError("of the block")
+
+
+@contextlib.contextmanager
+def no_collector():
+    """What is freed in the block is freed without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@both
+@pytest.mark.parametrize("error, kept", [(APIError(418, "x"), 0), (RuntimeError("x"), 2)],
+                         ids=["meant", "not meant"])
+@pytest.mark.parametrize("late", [(), ("a",)], ids=["at once", "later"])
+def test_an_exception_that_is_raised_again_and_again_keeps_nothing_alive(error, kept, late, stream,
+                                                                          caplog):
+    caplog.set_level("CRITICAL", "openai_compat")       # pytest keeps what is logged
+    held = []
+
+    def backend(request):
+        big = Theirs()
+        held.append(weakref.ref(big))
+        try:
+            yield from late
+            raise KeyError(big)
+        except KeyError:
+            raise error
+    server = Server(backend).start()
+    with no_collector():
+        for _ in range(20):
+            chat(server, stream=stream)
+        assert until(lambda: len(server.journal) == 20 and server.journal[-1].outcome)
+        # What nobody meant keeps two: the first is raised again, the last is its context.
+        until(lambda: len([1 for ref in held if ref()]) <= kept)
+    with contextlib.suppress(RuntimeError):
+        server.close()
+
+
+def test_an_error_can_be_pickled_and_copied():
+    for again in (pickle.loads(pickle.dumps(TEAPOT)), copy.copy(TEAPOT), copy.deepcopy(TEAPOT)):
+        assert (again.status, again.body(), again.headers, str(again)) == (
+            418, TEAPOT.body(), TEAPOT.headers, "I'm a teapot.")
+
+
 @pytest.mark.parametrize("status, kind, code", [
     (400, "invalid_request_error", None), (401, "invalid_request_error", None),
     (404, "invalid_request_error", None), (429, "requests", "rate_limit_exceeded"),
@@ -2562,6 +2739,17 @@ def test_an_errors_type_and_code_follow_from_its_status(status, kind, code):
 def test_no_quota_is_not_to_be_tried_again():
     error = APIError(429, "x", code="insufficient_quota")
     assert error.type == "insufficient_quota" and error.headers["x-should-retry"] == "false"
+
+
+def test_an_author_may_have_no_quota_tried_again():
+    error = APIError(429, "x", code="insufficient_quota", headers={"x-should-retry": "true"})
+    assert error.headers["x-should-retry"] == "true"
+
+
+@pytest.mark.parametrize("status, is_one", [(399, False), (400, True), (599, True), (600, False)])
+def test_the_status_of_an_error_is_from_400_to_599(status, is_one):
+    with contextlib.nullcontext() if is_one else pytest.raises(ValueError, match=str(status)):
+        assert APIError(status, "x").status == status
 
 
 def test_a_generator_is_closed_when_the_limit_is_reached():
@@ -2738,6 +2926,67 @@ def test_all_choices_of_a_request_say_the_same_step():
             assert [choice["message"]["content"] for choice in got["choices"]] == [text] * 3
 
 
+def test_a_step_may_be_a_dict_as_in_a_file():
+    script = Script({"text": "a", "expect": {"n": 1}}, {"error": {"status": 429, "message": "no"},
+                                                        "delay": 0, "expect": {"n": 2}},
+                    {"tool_calls": [{"name": "f", "arguments": {}}]}, {"text": ["b", "c"]})
+    with Server(script) as server:
+        assert [chat(server, n=n, **TOOLS).status for n in (1, 2, 1)] == [200, 429, 200]
+        assert contents(server, 1) == ["bc"]
+
+
+def test_in_any_order_a_request_takes_the_first_step_that_expects_it():
+    def expecting(word):
+        return {"messages": lambda messages: word in messages[-1]["content"]}
+    script = Script("free", Reply("1", expect=expecting("x")), Reply("2", expect=expecting("x")),
+                    Reply("3", expect=expecting("y")), any_order=True)
+    with Server(script) as server:
+        assert [chat(server, text).text for text in ("y", "x", "z", "x")] == ["3", "1", "free", "2"]
+
+
+def test_in_any_order_a_request_that_no_step_expects_is_told_why_by_each():
+    script = Script(Reply("1", expect={"n": 1}), Reply("2", expect={"seed": 5}), any_order=True)
+    got, fault = not_followed(script, {"n": 2})
+    assert got.status == NOT_FOLLOWED
+    assert "n is 2, expected 1; step 2 is not for this request: seed is absent, expected 5" in got.error["message"]
+    assert got.error["message"] in fault
+
+
+def test_parallel_requests_in_any_order_each_take_a_step_of_their_own():
+    steps = [Reply(str(i), expect={"seed": i % 3}) for i in range(30)]
+    with Server(Script(*steps, any_order=True)) as server:
+        seeds = iter([i % 3 for i in range(30)])
+        said = together(10, lambda: [(seed, chat(server, seed=seed).text)
+                                     for seed in itertools.islice(seeds, 3)])
+    said = [int(text) for each in said for seed, text in each if int(text) % 3 == seed]
+    assert sorted(said) == list(range(30))
+
+
+def test_what_no_step_is_for_is_answered_otherwise():
+    script = Script(Reply("main", expect={"n": 1}), otherwise=lambda request: "a title")
+    with Server(script) as server:
+        assert [chat(server, **fields).text for fields in ({}, {"n": 1}, {})] == [
+            "a title", "main", "a title"]
+
+
+def test_a_step_that_remains_beside_otherwise_says_why_the_last_one_did_not_match():
+    got, fault = not_followed(Script(Reply("main", expect={"n": 1}), otherwise=echo), {"n": 3})
+    assert got.status == 200 and "1 of 1 steps remain" in fault and "n is 3, expected 1" in fault
+
+
+@pytest.mark.parametrize("wrong", [5, ["x"], coroutine, Relay("http://h/v1")], ids=repr)
+def test_otherwise_is_a_backend_but_no_relay(wrong):
+    with pytest.raises(TypeError):
+        Script("a", otherwise=wrong)
+
+
+def test_a_script_that_is_given_later_is_the_one_that_is_checked():
+    with pytest.raises(AssertionError, match="'second'"):
+        server = Server(Script("first")).start()
+        server.backend = Script("second")
+        server.close()
+
+
 def not_followed(script, *bodies):
     """(the last reply, the AssertionError's text) of a script that fails."""
     server, got = Server(script).start(), None
@@ -2780,6 +3029,46 @@ def test_an_unexpected_request_is_told_its_first_difference(expect, body, words)
     got, fault = not_followed(Script(Reply("a", expect=expect)), body)
     assert got.status == NOT_FOLLOWED and got.headers["x-should-retry"] == "false"
     assert all(word in got.error["message"] and word in fault for word in ("step 1", *words))
+
+
+def asserts(value):
+    assert value == "x", "the model must be x"
+    return True
+
+
+def never_true(value):
+    assert value
+
+
+LONG_TEXT = "a" * 300 + "%s" + "z" * 300
+DIFFERENCES = {  # what is expected, the fields of the body, and what the refusal says
+    "a dict in a list": ({"messages": [{"content": "Hi"}]}, {},
+                         "messages[0].content is 'Hello, world!', expected 'Hi'"),
+    "a list that is longer": ({"stop": ["a"]}, {"stop": ["a", "b"]}, "stop has 2 items, expected 1"),
+    "the type": ({"temperature": "1"}, {"temperature": 1}, "temperature is 1, expected '1'"),
+    "a field in what is no object": ({"stop": {"a": 1}}, {"stop": "x"}, "stop is 'x', expected {'a': 1}"),
+    "a function in a list": ({"stop": ["a", str.isupper]}, {"stop": ["a", "b"]},
+                             "stop[1] is 'b', to which isupper says: no"),
+    "an AssertionError": ({"model": asserts}, {}, "model is 'm', to which asserts says: the model must be x"),
+    "a function that returns None": ({"model": never_true}, {}, "None (to say yes, it must return True)"),
+    "a function of what is absent": ({"seed": bool}, {}, "seed is absent, to which bool says: no"),
+    "the middle of a long text": ({"user": LONG_TEXT % "expected"}, {"user": LONG_TEXT % "sent"},
+                                  "aaasentzzz"),
+    "the middle that was expected": ({"user": LONG_TEXT % "expected"}, {"user": LONG_TEXT % "sent"},
+                                     "aaaexpectedzzz"),
+}
+
+
+@pytest.mark.parametrize("expect, body, words", rows(DIFFERENCES))
+def test_the_refusal_shows_the_difference(expect, body, words):
+    got, fault = not_followed(Script(Reply("a", expect=expect)), body)
+    assert words in got.error["message"] and words in fault and len(fault) < 500
+
+
+def test_an_expectation_that_itself_fails_is_not_a_request_that_differs():
+    script = Script(Reply("a", expect={"model": lambda value: value.nonsense}), "b")
+    with failing_at_its_end(script, AttributeError, "nonsense") as server:
+        assert chat(server).status == 500       # and "b" remains, which is no news
 
 
 @pytest.mark.parametrize("expect", [
@@ -6485,6 +6774,181 @@ def test_a_path_is_put_after_the_upstreams_own(upstream, base, path):
     assert line.split(" ")[1] == BASES[base]
 
 
+# A relay reaches only its routes, however they are spelled.
+CLIMBING = [b"/v1" + path for path in (
+    b"/models/..%2f..%2fadmin/keys", b"/models/../files", b"/models/%2e%2e/files", b"/models/%2e%2e%2ffiles",
+    b"/models/..%2Ffiles", b"/models/.%2e/files", b"/models/..%5cfiles", b"/models/..\\files",
+    b"/models/%252e%252e%252ffiles", b"/models/..%252ffiles", b"/models/..;/files", b"/models/;/../files",
+    b"/models/a/../../files", b"/models/a%2f..%2f..%2ffiles", b"/models//../files", b"/models/./../files",
+    b"/models/..%00/files", b"/models/..%0d%0aX:%20y", b"/models/%c0%ae%c0%ae/files", b"/models/..%3ffiles",
+    b"/models/a%3f/../files", b"/models/..%23", b"/models/..#", b"/models/..", b"/models/.", b"/models/%2e%2e",
+    b"/models/%2f%2fevil.example", b"/models/http://evil.example/", b"/models/@evil.example/..",
+    b"/models?x=/../../admin", b"/files", b"/admin/keys", b"/embeddings", b"/embeddings/../files",
+    b"/chat/completions/../../files", b"/chat/completions/..%2f..%2ffiles", b"/chat/../files",
+    b"/completions/..%2ffiles", b"/completions;/files", b"/./files", b"/../admin", b"%2fmodels%2f..%2ffiles",
+    b"/engines/../completions", b"/engines/..%2f..%2fadmin%3f/completions", b"/engines/a/../../completions",
+    b"/engines/x%2f..%2ffiles%23/chat/completions")] + [
+    b"/../admin", b"//admin", b"/%2e%2e/admin", b"/health/../admin", b"/sse/../files", b"/sse%2f..%2ffiles",
+    b"http://evil.example/v1/files", b"http://127.0.0.1/../admin", b"http://127.0.0.1/v1/models/..%2ffiles"]
+REACHED = {"POST": r"/v1/(chat/)?completions", "GET": r"/v1/models(/[^/\\;#]+)?",
+           "HEAD": r"/v1/models(/[^/\\;#]+)?", "DELETE": "none"}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "DELETE"])
+def test_a_relay_reaches_only_its_routes(method):
+    with playing(reply({"a": 1}, **JSON_TYPE)) as (url, requests):
+        with Server(Relay(url, "sk-up")) as server:
+            body = b"{}" if method == "POST" else b""
+            headers = b"Host: x\r\nConnection: close\r\nContent-Length: %d\r\n" % len(body)
+            for target in CLIMBING:
+                talk(server, get(target, headers, method.encode()) + body, method == "HEAD")
+            [got] = talk(server, get(b"/v1/models/org%2Fm?x=1", LAST[LAST.index(b"Host"):-2]))
+            assert got.status == 200
+    assert requests.pop()[0].split()[1] == "/v1/models/org%2Fm?x=1"
+    for line, sent, _ in requests:
+        asked, target, _ = line.split(" ")
+        assert asked == method and sent["host"] in url
+        path = target.partition("?")[0]
+        assert re.fullmatch(REACHED[method], path), target
+        for decoded in (unquote(path), unquote(unquote(path))):
+            assert not re.search(r"[/\\;]\.\.?([/\\;]|$)", decoded), target
+
+
+THROUGH = {  # the request line; what the upstream is asked for; what it says; status, body
+    "HEAD": (b"HEAD /v1/models", "HEAD /v1/models", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", 200, b""),
+    "HEAD of a stream": (b"HEAD /v1/models", "HEAD /v1/models", STREAM_HEAD, 200, b""),
+    "204": (b"GET /v1/models", "GET /v1/models", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+    "a query": (b"GET /v1/models?limit=1&after=a%20b", "GET /v1/models?limit=1&after=a%20b",
+                reply({}), 200, b"{}"),
+    "an empty query": (b"GET /v1/models?", "GET /v1/models?", reply({}), 200, b"{}"),
+    **{f"the id {id}": (b"GET /v1/models/" + id.encode(), f"GET /v1/models/{sent}", reply({}), 200, b"{}")
+       for id, sent in (("a%2Fb", "a%2Fb"), ("a/b", "a%2Fb"), ("%C3%A9", "%C3%A9"), ("a%20b", "a%20b"),
+                        ("a%3Fb", "a%3Fb"), ("a:b@c", "a%3Ab%40c"), ("a..b", "a..b"))},
+}
+
+
+@pytest.mark.parametrize("line, asked, sent, status, body", rows(THROUGH))
+def test_what_http_has_passes_through_a_relay(upstream, tmp_path, line, asked, sent, status, body):
+    tape = str(tmp_path / "tape")
+    raw = line + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    with Server(Relay(upstream.url, record=tape)) as server, dial(server) as client:
+        client.sendall(raw + LAST)          # a body where none may be would spoil the next reply
+        connection, (found, _, _) = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        got, last = replies(read_to_end(client), line.startswith(b"HEAD"))
+    assert found == asked + " HTTP/1.1" and (got.status, got.body, last.status) == (status, body, 200)
+    with Server(Replay(tape)) as server:
+        assert talk(server, raw + LAST, line.startswith(b"HEAD"))[0].body == body
+
+
+def test_a_coding_is_told_and_what_is_asked_for_has_none(upstream):
+    packed = gzip.compress(b"{}")
+    with Server(Relay(upstream.url)) as server:
+        with asking(server, headers={"Accept-Encoding": "gzip"}) as client:
+            connection, (_, headers, _) = upstream.accept()
+            connection.sendall(reply(packed, Content_Encoding="gzip"))
+            got = got_on(client)
+    assert headers["accept-encoding"] == "identity"
+    assert (got.headers["content-encoding"], got.body) == ("gzip", packed)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("program", ["curl", "node"])
+def test_other_http_clients_agree_with_a_relay(program):
+    if not shutil.which(program):
+        pytest.fail(f"{program} is missing")
+    code = """const http = require("http"), agent = new http.Agent({keepAlive: true, maxSockets: 1});
+const ask = (method, path) => new Promise((done, fail) => http.request(process.argv[1] + path,
+  {method, agent}, reply => { let size = 0; reply.on("data", block => size += block.length);
+  reply.on("end", () => done(`${reply.statusCode} ${size}`)); }).on("error", fail).end());
+(async () => { for (const [method, path] of [["HEAD", "/models"], ["GET", "/models/none"], ["GET", "/models"]])
+  console.log(await ask(method, path)); })();"""
+    upstreams = [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n", reply({})]
+    with playing(*upstreams) as (url, _), Server(Relay(url)) as server:
+        words = ["node", "-e", code, server.base_url] if program == "node" else [
+            "curl", "-s", "-w", "%{http_code} %{size_download}\\n", "-o", os.devnull, "-I",
+            server.base_url + "/models", "--next", "-s", "-w", "%{http_code} %{size_download}\\n",
+            "-o", os.devnull, "-o", os.devnull, server.base_url + "/models/none", server.base_url + "/models"]
+        assert finished(*words, timeout=60).stdout.split() == "200 0 204 0 200 2".split()
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"], ids=repr)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_events_of_an_upstream_are_counted_however_they_come(upstream, end, size):
+    body = "".join(f"data: {word}{end}" for word in ('{"a":1}', '{"b":"\u4e16"}', "[DONE]")).encode()
+    with Server(Relay(upstream.url)) as server, asking(server, stream=True) as client:
+        connection, _ = upstream.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection.sendall(STREAM_HEAD)
+        for start in range(0, len(body), size):
+            connection.sendall(transfer_chunk(body[start:start + size]))
+        got = got_on(client)                # it ends at [DONE], while the upstream lingers
+        assert got.body == body and server.journal[0].events == 3
+        assert server.journal[0].outcome == "complete" and connection.fileno() > 0
+
+
+def test_what_a_relay_passes_in_addition_has_any_body():
+    with playing(reply(b"\xff", **JSON_TYPE)) as (url, requests):
+        with Server(Relay(url, paths="/embeddings")) as server:
+            sent = [("POST", "/v1/embeddings", b"\xfe"), ("GET", "/embeddings?x=1", None),
+                    ("DELETE", "//v1/embeddings/", None)]
+            assert [call(server, *each).body for each in sent] == [b"\xff"] * 3
+            assert call(server, "PUT", "/embeddings").status == 405
+            assert call(server, "POST", "/embeddings/x").status == 404
+    assert [line.rpartition(" ")[0] for line, _, _ in requests] == [
+        "POST /v1/embeddings", "GET /v1/embeddings?x=1", "DELETE /v1/embeddings"]
+    assert requests[0][2] == b"\xfe"
+
+
+@pytest.mark.parametrize("passing", [Relay("http://127.0.0.1:9/v1"), None], ids=["relay", "replay"])
+def test_beside_a_relay_models_are_obeyed_and_a_quirk_is_refused(passing, tape):
+    tape.write_bytes(b"")
+    for settings in ({"quirk": "comment"}, {"quirk_header": True}):
+        with pytest.raises(ValueError, match="quirk"):
+            Server(passing or Replay(str(tape)), **settings)
+    with Server(passing or Replay(str(tape)), models=["a"]) as server:
+        assert listed(server) == ["a"]
+        for got in (chat(server), call(server, "GET", "/v1/models/m")):
+            assert got.status == 404 and got.error["code"] == "model_not_found"
+
+
+def test_the_headers_that_an_upstream_needs_go_up(upstream):
+    sent = {"Idempotency-Key": "k-1", "OpenAI-Organization": "org-1", "X-Stainless-Lang": "go",
+            "User-Agent": "mine/1", "Cookie": "secret", "X-Other": "x"}
+    with Server(Relay(upstream.url)) as server, asking(server, headers=sent):
+        _, (_, there, _) = upstream.accept()
+    went = {name: there.get(name.lower()) for name in sent}
+    assert went == {**sent, "Cookie": None, "X-Other": None}
+
+
+def test_a_relay_does_not_wait_for_ever_for_a_connection(monkeypatch):
+    limits = []
+
+    def connect(connection):
+        limits.append(connection.timeout)
+        raise OSError("no answer")
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    with Server(Relay("http://127.0.0.1:9/v1")) as server, asking(server) as client:
+        got = got_on(client)
+    assert got.status == 502 and got.error["code"] == "upstream_unreachable" and 0 < limits[0] <= 60
+
+
+@pytest.mark.parametrize("sent", [reply({}), STREAM_HEAD + transfer_chunk(b"data: 1\n\n")],
+                         ids=["whole", "cut"])
+def test_the_upstream_is_closed_by_the_server_itself(upstream, monkeypatch, sent):
+    kept, create = [], socket.create_connection
+    with Server(Relay(upstream.url)) as server, dial(server) as client:
+        monkeypatch.setattr(socket, "create_connection",
+                            lambda *them, **more: kept.append(create(*them, **more)) or kept[-1])
+        client.sendall(request_bytes())
+        with upstream.accept()[0] as connection:
+            connection.sendall(sent)
+        read_to_end(client)
+        until(lambda: kept and kept[0].fileno() == -1)      # with a reference to it held here
+        monkeypatch.undo()
+
+
 def test_the_models_are_the_upstreams():
     with Server(models=["their-model"]) as first, Server(Relay(first.base_url)) as server:
         assert listed(server) == ["their-model"]
@@ -6517,7 +6981,8 @@ parts = pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
 
 @both
 @parts
-def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tmp_path, sent, stream):
+def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tmp_path, sent, stream,
+                                                                    caplog):
     tape = tmp_path / "tape"
     with Server(Relay(upstream.url, record=str(tape))) as server:
         with asking(server, stream=stream) as client:
@@ -6526,7 +6991,7 @@ def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tm
             if ABOVE[0] in sent:
                 read_past(client, ABOVE[0])
         assert ended(connection) and outcome(server) == "client left"
-    assert tape.read_bytes() == b""
+    assert tape.read_bytes() == b"" and "not recorded on" in caplog.text and "client left" in caplog.text
 
 
 def complete(raw):
@@ -6669,6 +7134,116 @@ def test_repeated_requests_take_their_recordings_in_order_and_the_last_stays(tap
     with Server(Replay(str(tape))) as server:
         said = [chat(server, "x", stream=True).text for _ in range(5)]
     assert said == ["one", "two", "three", "three", "three"]
+
+
+@pytest.mark.parametrize("body, again", [
+    ({"temperature": 0}, {"temperature": 0.0}), ({"temperature": 1.0}, {"temperature": 1}),
+    ({"logit_bias": {"5": 2.0}}, {"logit_bias": {"5": 2}})])
+def test_equal_numbers_are_the_same_request(tape, body, again):
+    recorded(tape, "x", backend=say("a"), **body)
+    with Server(Replay(str(tape))) as server:
+        assert chat(server, "x", stream=True, **again).text == "a"
+
+
+def test_a_recording_of_another_engine_or_path_is_none(tape):
+    with Server(say("a")) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+        post(server, "/v1/engines/gpt-a/completions", {"prompt": "x"})
+        call(server, "GET", "/v1/models/say")
+    with failing_at_its_end(Replay(str(tape)), AssertionError, "body.model is 'gpt-b'") as server:
+        assert [post(server, f"/engines/{name}/completions", {"prompt": "x"}).status
+                for name in ("gpt-a", "gpt-b")] == [200, 404]
+        assert post(server, "/completions", {"model": "gpt-a", "prompt": "x"}).text == "a"
+        assert [call(server, "GET", f"/models/{id}").status for id in ("say", "x")] == [200, 404]
+
+
+def test_a_null_that_is_absent_on_the_tape_is_a_difference_that_is_told(tape):
+    recorded(tape, "x", seed=None)
+    with failing_at_its_end(Replay(str(tape)), AssertionError, "a null or a boolean") as server:
+        assert "line 1" in chat(server, "x", stream=True).error["message"]
+
+
+def test_what_is_missing_on_a_tape_is_asked_for_and_recorded(tape):
+    with Server(Script("one", "two")) as first:
+        for _ in range(2):                          # first the tape is not there, then it is
+            with Server(Replay(str(tape), relay=Relay(first.base_url))) as server:
+                said = [chat(server, text, stream=True).text for text in ("x", "y", "x")]
+    with Server(Replay(str(tape))) as server:
+        said += [chat(server, text, stream=True).text for text in ("y", "x")]
+    assert said == ["one", "two", "one", "two", "one"] and tape.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("wrong", [{"speed": -1}, {"speed": math.nan}, {"speed": "1"},
+                                   {"relay": "http://h/v1"}, {"relay": echo}], ids=repr)
+def test_what_no_replay_can_do_is_a_type_error(tape, wrong):
+    with pytest.raises(TypeError):
+        Replay(str(tape), **wrong)
+
+
+def test_the_slowness_of_a_client_is_no_pause_on_the_tape(tape):
+    sent = []
+    with playing(streamed(b"data: %b\n\n" % (b"x" * 2**23), b"data: [DONE]\n\n")) as (url, _):
+        with Server(Relay(url, record=str(tape))) as server, asking(server, stream=True) as client:
+            while not (sent and time.monotonic() - sent[-1] > 0.5):     # nothing moves any more
+                select.select([client], [], [], 0.05)
+                sent = sent or [time.monotonic()]
+            read_to_end(client)
+    writes = json.loads(tape.read_text())["writes"]
+    assert sum(pause for pause, _ in writes) < 0.5
+
+
+@both
+@parts
+def test_what_is_not_recorded_is_logged_with_its_reason(upstream, tape, caplog, sent, stream):
+    with Server(Relay(upstream.url, record=str(tape))) as server, asking(server, stream=stream) as client:
+        connection, _ = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        read_to_end(client)
+    reason = "upstream was cut" if b"\r\n\r\n" in sent else "upstream at .* cannot be reached"
+    assert re.search(f"not recorded on .*tape: the {reason}", caplog.text, re.I)
+    assert tape.read_bytes() == b""
+
+
+# Clients that close at [DONE], or at the last byte of a whole reply, at once.
+
+def pieces_in_turn(request):
+    yield from ("one ", "two ", "three")
+
+
+def seen_after_the_end(server, number, stream):
+    """The outcome that a client finds in the journal as soon as it has the whole reply."""
+    with dial(server) as client:
+        client.sendall(request_bytes({**HI, "stream": stream, "seed": number},
+                                     f"{CHAT_PATH}?{number}"))
+        read_past(client, b"[DONE]") if stream else got_on(client)
+    return [each.outcome for each in server.journal if each.path.endswith(f"?{number}")]
+
+
+def busy(seconds=600):
+    """A process that works all the time, beside the server."""
+    return subprocess.Popen(program(f"import time\nend = time.time() + {seconds}\n"
+                                    "while time.time() < end: pass"))
+
+
+@both
+@pytest.mark.parametrize("count, others", [(100, 0), pytest.param(1000, 3, marks=pytest.mark.stress)])
+def test_nothing_is_late_in_the_journal_nor_missing_on_the_tape(tape, count, others, stream):
+    working = [busy() for _ in range(others)]
+    try:
+        with Server(pieces_in_turn) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+            for each in (first, server):
+                numbers = itertools.count()
+                found = together(4, lambda: [seen_after_the_end(each, next(numbers), stream)
+                                             for _ in range(count // 4)])
+                assert list(itertools.chain(*found)) == [["complete"]] * count
+    finally:
+        for process in working:
+            process.kill()
+            process.wait()
+    recordings = [json.loads(line) for line in tape.read_bytes().splitlines()]
+    assert sorted(each["request"]["body"]["seed"] for each in recordings) == list(range(count))
+    ends = [each["writes"][-1][1] for each in recordings]
+    assert all(("[DONE]" in end) == stream for end in ends)
 
 
 @pytest.mark.parametrize("text, seed, words", [("two", 5, ("line 2", "seed", "4", "5")),
