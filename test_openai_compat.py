@@ -7980,6 +7980,16 @@ def test_after_a_process_was_killed_nginx_asks_the_other(processes):
 
 
 @pytest.mark.system
+def test_behind_nginx_one_process_after_the_other_can_be_restarted(processes, workplace):
+    nginx, one, two = processes
+    one.end()
+    assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
+    with Running(*HELD, cwd=workplace, port=one.server_address[1]):
+        two.end()
+        assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
+
+
+@pytest.mark.system
 def test_a_refusal_passes_nginx_unchanged(tmp_path):
     refusal = APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
     with Server(Script(refusal)) as server, Nginx(tmp_path, server, server) as nginx:
@@ -9182,6 +9192,15 @@ def test_of_each_quirk_a_client_makes_what_the_table_says(quirk, column, reader,
     assert tortured(reader)[quirk] == TORTURE[quirk][column]
 
 
+def test_the_readme_says_what_the_official_sdk_makes_of_broken_events():
+    said = re.search(r"The newest official SDK raises(.*?)\n\n", README, re.DOTALL)[1]
+    errors, silent = said.split("It is silent about")
+    named = set(re.findall(r"`(\w+)`", errors))
+    assert named == {quirk for quirk in QUIRKS if TORTURE[quirk][0] == "JSONDecodeError"}
+    assert re.findall(r"`(\w+)`", silent) == [
+        quirk for quirk in QUIRKS if TORTURE[quirk][0] == CUT_SHORT]
+
+
 def test_this_client_is_right_about_every_quirk_or_names_the_error():
     for quirk, (_, _, ours) in TORTURE.items():
         assert ours == RIGHT or issubclass(getattr(client, ours), client.ClientError), quirk
@@ -9265,6 +9284,9 @@ def block(language, containing):
     return found[0]
 
 
+AN_APPLICATION = block("python", "subprocess.Popen")
+
+
 def transcript(text):
     """[command, what it prints] of a console block; four spaces continue a command."""
     commands = []
@@ -9309,6 +9331,21 @@ class Encoding:
 ''',
     "ranks.tiktoken": "".join("%s %d\n" % (base64.b64encode(bytes([i])).decode(), i)
                               for i in range(256)),
+    # An agent, which the README leaves to its reader.
+    "agent.py": '''
+import json
+
+def agent(client, question, tools):
+    messages = [{"role": "user", "content": question}]
+    while True:
+        reply = client.chat_completions(messages)["choices"][0]["message"]
+        messages.append(reply)
+        if not reply.get("tool_calls"):
+            return reply["content"]
+        for call in reply["tool_calls"]:
+            result = tools[call["function"]["name"]](**json.loads(call["function"]["arguments"]))
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+''',
     # An application that runs as a process of its own, and answers over HTTP.
     "app.py": '''
 import os
@@ -9429,7 +9466,7 @@ TESTS = [text for _, language, text, _ in BLOCKS if language == "python" and "de
 
 
 def needs_openai(text):
-    return "import openai" in text or "from asking" in text
+    return re.search(r"^import .*\bopenai\b", text, re.MULTILINE)
 
 
 def run_pytest(python, folder, *arguments, options=(), **more):
@@ -9466,8 +9503,8 @@ def test_the_recipes_of_the_readme_with_the_official_sdk_pass(desk, tmp_path):
 
 
 def test_a_recipe_of_the_readme_has_at_most_12_lines():
-    recipes = [*TESTS, *CONFTESTS, FILES["wrapper.py"], FILES["responding.py"],
-               FILES["embedding.py"], FILES["asking.py"]]
+    recipes = [*TESTS, *CONFTESTS, AN_APPLICATION, *map(FILES.get, (
+        "wrapper.py", "responding.py", "embedding.py"))]
     for text in recipes:
         lines = [line for line in text.splitlines()
                  if line.strip() and not line.startswith(("import ", "from "))]
@@ -9518,15 +9555,20 @@ def test_the_conftest_of_the_readme_gives_each_test_a_server(desk, tmp_path):
 
 
 def test_the_conftest_for_an_application_that_is_a_process(desk, tmp_path):
-    text = conftest("8765").replace("8765", str(free_port()))
-    folder = put(tmp_path / "process", desk, conftest=text, test_it=AN_APPLICATION_THAT_STAYS)
+    port = str(free_port())
+    changed, = re.findall(r"`(.*?)` in the fixture above", README)
+    text = conftest("Server() as server").replace("Server()", changed) + AN_APPLICATION
+    folder = put(tmp_path / "process", desk, conftest=text.replace("8765", port),
+                 test_it=AN_APPLICATION_THAT_STAYS)
     assert run_pytest(sys.executable, folder, APP_PORT=str(free_port())) == 3
 
 
 CASSETTE = '''
+import os
 from client import Client
 
 def test_it_answers(server):
+    assert os.environ["OPENAI_API_KEY"]         # the official SDK does not start without one
     reply = Client().chat_completions("Hi", model="m")
     assert reply["choices"][0]["message"]["content"] == "Hello!"
 '''
@@ -9544,6 +9586,14 @@ def test_the_cassette_of_the_readme_is_recorded_once_and_replayed(desk, tmp_path
     (folder / "test_it.py").write_text(CASSETTE.replace('"Hi"', '"Ho"'))
     with pytest.raises(AssertionError, match="Replay: POST /chat/completions"):
         run_pytest(sys.executable, folder)
+
+
+def test_the_mismatch_of_the_readme_is_what_is_said():
+    script = Script(Reply("Hi!", expect={"messages": [{"content": "Hello"}], "temperature": 0}))
+    with pytest.raises(AssertionError) as error, Server(script) as server:
+        with contextlib.suppress(client.APIError):
+            client.Client(server.base_url).chat_completions("Help!", model="m", temperature=0)
+    assert "`%s`" % error.value in SECTIONS["Expectations"]
 
 
 def test_the_program_with_the_client_does_what_it_says(monkeypatch, desk, serving, capsys):
@@ -9616,6 +9666,11 @@ def test_the_solution_of_the_lesson_is_right_or_says_why(desk):
                       "html_502"}
     assert not any("WRONG" in verdict for verdict in said.values())
     assert "%d are right, %d say" % (len(said) - len(errors), len(errors)) in README
+
+
+def test_the_solution_of_the_lesson_has_as_many_lines_as_it_says():
+    lines = FILES["careful.py"].partition("def read")[2].count("\n")
+    assert lines == 15 and "Fifteen lines are enough" in README
 
 
 def test_the_sections_that_the_lesson_sends_to_are_there():
@@ -9807,7 +9862,7 @@ def test_the_make_targets_of_the_readme_are_there():
 
 
 def test_each_block_of_the_readme_is_of_a_kind_that_is_run():
-    known = [*FILES.values(), *TESTS, *CONFTESTS,
+    known = [*FILES.values(), *TESTS, *CONFTESTS, AN_APPLICATION,
              block("python", "from client import Client, fold, pieces")]
     for _, language, text, _ in BLOCKS:
         assert language in ("console", "sh") or text in known, text
