@@ -4316,6 +4316,87 @@ def test_a_client_that_leaves_ends_its_backend(calm, leave, path, stream):
         assert endless.closed.wait(30) and outcome(server) == "client left"
 
 
+def unwrap_and_close(client):
+    """Under TLS: close_notify, then the close, without waiting for the server's."""
+    client.setblocking(False)
+    with contextlib.suppress(OSError):
+        client.unwrap()
+    client.close()
+
+
+WAYS = {  # how a client leaves: is it over TLS, what it sends after its request, how it closes
+    "plain": (False, b"", socket.socket.close), "half-closed": (False, b"", half_close),
+    "a request unread": (False, get() * 3, socket.socket.close),
+    "stray bytes": (False, b"\r\n", socket.socket.close),
+    "TLS": (True, b"", socket.socket.close), "TLS, close_notify": (True, b"", unwrap_and_close),
+    "TLS, a request unread": (True, get(), unwrap_and_close),
+}
+PAUSED = Reply("a b", delay=(0, 3600))
+
+
+def waiting_backend(name, stack):
+    """A backend after whose first word (where it has one) nothing more comes."""
+    if name == "a program":
+        return command(program("sys.stdout.write('a '); sys.stdout.flush(); sys.stdin.read(); "
+                               "signal.pause() if hasattr(signal, 'pause') else input()"))
+    if name == "an upstream":
+        url, _ = stack.enter_context(playing(lambda connection: (connection.sendall(
+            STREAM_HEAD + transfer_chunk(b"data: a\n\n")), ended(connection))))
+        return Relay(url)
+    return {"a pause": PAUSED, "a first pause": Reply("a", delay=3600),
+            "a quirk": Reply("a b c", quirk="stall")}[name]
+
+
+@posix
+@pytest.mark.parametrize("over_tls, more, close", rows(WAYS))
+@pytest.mark.parametrize("what", ["a pause", "a first pause", "a program", "an upstream", "a quirk"])
+def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(tls_files, monkeypatch, over_tls, more,
+                                                                close, what):
+    waits, select_of = [], openai_compat.Connection.select
+    monkeypatch.setattr(openai_compat.Connection, "select",
+                        lambda self, seconds: waits.append(seconds) or select_of(self, seconds))
+    threads = set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(waiting_backend(what, stack),
+                                            tls=tls_files if over_tls else None))
+        client = stack.enter_context(secured(server, tls_files) if over_tls else dial(server))
+        client.sendall(posted(json.dumps({**HI, "stream": True}).encode(), target=CHAT_PATH.encode()))
+        if what != "a first pause":
+            read_past(client, b"data: ")
+        client.sendall(more)
+        until(lambda: server.journal)
+        close(client)
+        assert outcome(server) == "client left"
+    until(lambda: set(threading.enumerate()) <= threads)
+    assert all(seconds == 0 or seconds > 20 for seconds in waits), "somebody polls"
+
+
+def test_twenty_stalled_clients_over_tls_are_gone_when_they_leave(tls_files):
+    threads = threading.active_count()
+    with Server(quirk="stall@0", tls=tls_files) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                client = stack.enter_context(secured(server, tls_files))
+                client.sendall(request_bytes(HI))
+            until(lambda: len(server.journal) == 20)
+        until(lambda: {each.outcome for each in server.journal} == {"client left"})
+        until(lambda: not server.connections)
+    assert threading.active_count() <= threads
+
+
+def test_a_client_that_left_before_the_close_is_not_an_error():
+    for _ in range(50):
+        with Server(PAUSED) as server:
+            leave(server, CHAT_PATH, {**HI, "stream": True}, after=2)
+        assert server.journal[0].outcome == "client left"
+
+
+def test_more_than_is_read_ahead_is_read_when_its_turn_comes():
+    with Server(always(Reply("x", delay=0.1)), max_body=2**23) as server:
+        large = posted(b'{"model":"m","prompt":"%b"}' % (b"y" * 2**22))
+        assert statuses(server, posted(TEXT_JSON) + large + get() + LAST) == [200, 200, 200, 200]
+
+
 def test_a_client_that_half_closes_when_idle_is_hung_up_on(server):
     with served(server) as client:
         half_close(client)
@@ -4341,6 +4422,59 @@ class Blocked:
             self.begun.set()
             self.release.wait(300)
         return "done"
+
+
+def test_a_server_may_be_closed_by_its_own_backend():
+    went_on = threading.Event()
+
+    def backend(request):
+        server.close()
+        went_on.set()
+        return "bye"
+    server = Server(backend).start()
+    with asking(server) as client:
+        assert ended(client) and went_on.wait(30) and is_closed(server)
+    until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("request_timeout", value) for value in (0, -1, math.nan, 1e19, math.inf, "5", True)),
+    ("max_body", -1), ("max_body", "1"), ("max_connections", 0), ("journal", -1), ("journal", None),
+    ("quirk", "bogus"), ("max_body", math.nan)], ids=repr)
+def test_a_setting_that_cannot_be_obeyed_is_refused_at_the_start(name, value):
+    with pytest.raises(ValueError, match=name if name != "quirk" else "bogus"):
+        Server(**{name: value})
+
+
+@pytest.mark.parametrize("seconds", [None, 1e9, 0.5])
+def test_any_positive_time_limit_or_none_will_do(seconds):
+    with Server(request_timeout=seconds) as server:
+        assert chat(server).text == "Hi"
+
+
+def test_a_slow_request_leaves_the_reply_its_own_time():
+    with Server(say("x" * 2**24), request_timeout=0.5) as server, dial(server) as client:
+        raw = request_bytes()
+        client.sendall(raw[:-1])
+        select.select([client], [], [], 0.4)            # most of the time of the request
+        client.sendall(raw[-1:])
+        select.select([client], [], [], 0.3)            # the reply has a time of its own
+        assert len(got_on(client).text) == 2**24
+
+
+def test_no_thread_for_a_connection_costs_only_that_connection(monkeypatch):
+    with Server() as server, served(server) as kept:
+        start, left = threading.Thread.start, [1]
+
+        def refusing(thread):
+            if left and thread.name.endswith("(process_request_thread)"):
+                raise RuntimeError(f"can't start new thread {left.pop()}")
+            start(thread)
+        monkeypatch.setattr(threading.Thread, "start", refusing)
+        with dial(server) as lost:
+            assert ended(lost)
+        kept.sendall(get())
+        assert read_past(kept, b"ok") and statuses(server, LAST) == [200] and not left
 
 
 def test_a_backend_that_blocks_holds_up_neither_others_nor_the_end(caplog):
@@ -4392,6 +4526,47 @@ def test_a_port_is_free_again_after_close():
     with Server(port=port) as second:
         assert statuses(second, LAST) == [200]
     second.close()                              # once more does no harm
+
+
+def test_a_closed_server_cannot_be_started_again():
+    server = Server()
+    server.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        server.start()
+
+
+@posix
+def test_a_child_of_the_program_does_not_keep_the_port():
+    code = """
+import os, socket, sys
+sys.path.insert(0, %r)
+from openai_compat import Server
+server = Server().start()
+child = os.fork() or os.read(0, 1) or os._exit(0)
+server.close()
+try:
+    socket.create_connection(server.server_address[:2], 5)
+    print("still accepting")
+except OSError:
+    print("refused")
+os.kill(child, 9)
+"""
+    ours, theirs = os.pipe()
+    with open(theirs, "wb"):
+        assert finished(sys.executable, "-c", code % str(HERE), stdin=ours).stdout == "refused\n"
+    os.close(ours)
+
+
+@pytest.mark.parametrize("host, url", [
+    ("127.0.0.1", "http://127.0.0.1:{}/v1"), ("0.0.0.0", "http://127.0.0.1:{}/v1"),
+    ("localhost", "http://127.0.0.1:{}/v1"), ("::1", "http://[::1]:{}/v1"), ("::", "http://[::1]:{}/v1")])
+def test_the_base_url_works_for_a_client(host, url):
+    try:
+        server = Server(host=host)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    with server, urllib.request.urlopen(server.base_url + "/models") as got:
+        assert server.base_url == url.format(server.server_port) and got.status == 200
 
 
 # ----------------------------------------------------------------------------------
