@@ -32,6 +32,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 import urllib.error
 import urllib.request
@@ -3500,6 +3501,62 @@ def test_the_journal_masks_keys():
     assert key not in repr(vars(entry)) + repr(entry) + there.body.decode()
 
 
+SECRETS = {"Authorization": "Bearer SECRET", "Proxy-Authorization": "Basic SECRET", "Api-Key": "SECRET",
+           "X-Api-Key": "SECRET", "X-Goog-Api-Key": "SECRET", "Cookie": "session=SECRET"}
+
+
+@pytest.mark.parametrize("query", ["api-key", "api_key", "key", "token", "access_token", "API-KEY"])
+def test_no_secret_stands_in_the_journal_the_log_or_a_cache(query, caplog):
+    caplog.set_level("INFO", "openai_compat")
+    with Server() as server:
+        chat(server, path=f"{CHAT_PATH}?a=1&{query}=SECRET&b=2", headers=SECRETS)
+        call(server, "GET", f"/nowhere?{query}=SECRET", headers=SECRETS)
+        until(lambda: len(caplog.records) == 2)
+        told = call(server, "GET", "/journal").body.decode() + caplog.text
+        assert "SECRET" not in told + repr([vars(each) for each in server.journal])
+        assert "a=1" in told and "b=2" in told and all(name.lower() in told for name in SECRETS)
+    cached = [gc.get_referents(each) for each in vars(openai_compat).values()
+              if hasattr(each, "cache_info")]
+    assert cached and "SECRET" not in repr(cached)
+
+
+def test_the_journal_holds_each_body_once():
+    size, count = 2**20, 8
+    with Server("x") as server:
+        chat(server)
+        tracemalloc.start()
+        with no_collector():
+            for _ in range(count):
+                assert chat(server, "y" * size).status == 200
+            held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert [len(each.body["messages"][0]["content"]) for each in server.journal[1:]] == [size] * count
+    assert count * size <= held < 1.5 * count * size
+
+
+def test_the_journal_keeps_the_body_that_came_to_an_unknown_endpoint():
+    with Server() as server:
+        got = post(server, "/v1/responses", {"model": "m", "input": "Hi"})
+        assert got.error["code"] == "unknown_url" and server.journal[0].status == 404
+        assert server.journal[0].body == {"model": "m", "input": "Hi"}
+
+
+def test_the_journal_is_a_list_that_can_be_emptied():
+    with Server() as server:
+        chat(server)
+        server.journal.clear()
+        assert server.journal == [] and chat(server).status == 200 and len(server.journal) == 1
+
+
+def test_a_body_that_is_nested_too_deeply_harms_nothing():
+    with Server() as server:
+        for levels, status in ((150, 200), (201, 400), (980, 400), (100000, 400)):
+            deep = b'{"model":"m","prompt":"x","y":%b}' % (b"[" * levels + b"]" * levels)
+            assert post(server, TEXT_PATH, deep).status == status
+        entries = loads(call(server, "GET", "/journal").body)
+    assert [each["body"] is None for each in entries] == [False, True, True, True, True]
+
+
 def test_the_journal_keeps_the_last():
     with Server(journal=2) as server:
         for i in range(4):
@@ -3623,6 +3680,27 @@ def test_a_wrong_key_is_a_401_that_does_not_repeat_it(key, header):
     assert key not in got.error["message"]
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "latin-1"])
+def test_a_key_may_have_any_letters_in_either_coding(coding):
+    with Server(api_keys="schl\xfcssel-sch\xf6n") as server:
+        headers = {"Authorization": "Bearer schl\xfcssel-sch\xf6n".encode(coding)}
+        assert chat(server, headers=headers).status == 200
+
+
+def test_two_keys_in_one_request_are_refused():
+    raw = posted(TEXT_JSON, f"Authorization: Bearer {KEY}\r\nAuthorization: Bearer x\r\n".encode())
+    with Server(api_keys=KEY) as server:
+        assert statuses(server, raw + LAST) == [400]
+
+
+@pytest.mark.parametrize("length", range(1, 20))
+def test_no_part_of_a_short_key_is_told(length):
+    with Server(api_keys=KEY) as server:
+        told = chat(server, headers={"api-key": "abcdefghijklmnopqrstuvw"[:length]}).error["message"]
+    shown = told.partition("provided: ")[2].rstrip(".")
+    assert shown == ("***" if length < 16 else f"abc***{'abcdefghijklmnopqrstuvw'[length - 2:length]}")
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/health", 200), ("OPTIONS", CHAT_PATH, 204), ("GET", "/v1/models", 401),
     ("GET", "/v1/models/x", 401), ("POST", TEXT_PATH, 401), ("GET", "/nowhere", 401),
@@ -3674,6 +3752,33 @@ def test_every_origin_may_be_allowed():
         got = chat(server, headers={"Origin": "http://any.example"})
     assert got.status == 200
     assert got.headers["access-control-allow-origin"] == "http://any.example"
+
+
+@pytest.mark.parametrize("named", ["https://page.example/", "HTTPS://Page.Example", "https://PAGE.example/"])
+def test_an_origin_is_named_in_any_case_and_with_a_slash(named):
+    with Server(cors=named) as server:
+        assert chat(server, headers={"Origin": "https://page.example"}).status == 200
+        assert chat(server, headers={"Origin": "http://page.example"}).status == 403
+
+
+def test_with_keys_any_origin_may_ask_and_a_stranger_is_told_to_vary():
+    headers = {"Origin": "https://any.example", "Authorization": f"Bearer {KEY}"}
+    with Server(api_keys=KEY) as server:
+        got = chat(server, headers=headers)
+        assert got.status == 200 and got.headers["access-control-allow-origin"] == "https://any.example"
+    with Server() as server:
+        got = chat(server, headers=headers)
+        assert got.status == 403 and got.headers["vary"] == "origin"
+
+
+def test_on_the_other_loopback_a_browser_is_a_stranger_too():
+    try:
+        server = Server(host="::1")
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with server:
+        assert [chat(server, headers={"Host": host}).status
+                for host in ("[::1]", "evil.example")] == [200, 403]
 
 
 def test_without_an_origin_nothing_is_allowed_to_any():
@@ -3780,6 +3885,99 @@ def test_a_method_that_is_not_there_is_a_405_that_says_which_are(method, path, a
     assert got.status == 405 and got.headers["allow"] == allowed
     if method != "HEAD":
         assert got.error["message"].startswith(f"Not allowed to {method} on ")
+
+
+# ------ routes: endpoints of the user's
+
+def embeddings(body):
+    if "input" not in body:
+        raise APIError(400, "Missing 'input'.", "input")
+    return {"object": "list", "data": [{"index": 0, "embedding": [0.5]}]}
+
+
+def responses(body):
+    yield {"type": "response.created", "n": 1}
+    yield {"no type": body["input"]}
+    yield {"type": "two\nlines"}
+
+
+def files(body):
+    return {"body": body}
+
+
+ROUTES = {"/embeddings": embeddings, "POST /v1/responses": responses, "GET /files": files,
+          "put /files/": files, "/files/a%20b": files}
+ROUTED = {  # method, path, body: status, what the body says
+    "POST": ("POST", "/v1/embeddings", {"input": "x"}, 200, b'"embedding":[0.5]'),
+    "without /v1": ("POST", "//embeddings/?x=1", {"input": "x"}, 200, b'"embedding":[0.5]'),
+    "APIError": ("POST", "/embeddings", {}, 400, b"Missing 'input'."),
+    "no JSON": ("POST", "/embeddings", b"{", 400, b"could not parse"),
+    "GET": ("GET", "/v1/files", None, 200, b'{"body":null}'),
+    "HEAD": ("HEAD", "/files", None, 200, b""),
+    "PUT": ("PUT", "/v1/files", {"a": 1}, 200, b'{"body":{"a":1}}'),
+    "an encoded path": ("POST", "/files/a%20b", {}, 200, b'{"body":{}}'),
+    "another method": ("DELETE", "/files", None, 405, b"use GET or PUT"),
+    "a longer path": ("POST", "/embeddings/x", {}, 404, b"unknown_url"),
+    "events": ("POST", "/responses", {"input": "Hi"}, 200,
+               b'event: response.created\ndata: {"type":"response.created","n":1}\n\n'
+               b'data: {"no type":"Hi"}\n\ndata: {"type":"two\\nlines"}\n\n'),
+}
+
+
+@pytest.mark.parametrize("method, path, body, status, said", rows(ROUTED))
+def test_a_route_is_an_endpoint_like_the_others(method, path, body, status, said):
+    with Server(routes=ROUTES) as server:
+        got = call(server, method, path, body)
+        assert got.status == status and said in got.body and (said or not got.body)
+        entry = server.journal[0]
+        assert (entry.status, entry.outcome) == (status, "complete" if status == 200 else "error")
+        assert entry.body == (body if isinstance(body, dict) else None)
+        assert entry.events == got.body.count(b"data: ") and b"[DONE]" not in got.body
+        assert chat(server).status == 200           # the built-in ones are still there
+
+
+@pytest.mark.parametrize("settings, headers, status", [
+    ({"api_keys": KEY}, {}, 401), ({"api_keys": KEY}, {"api-key": KEY}, 200),
+    ({}, {"Host": "evil.example"}, 403), ({}, {"Origin": "https://evil.example"}, 403)])
+def test_who_may_use_a_route_is_checked_as_elsewhere(settings, headers, status):
+    with Server(routes=ROUTES, **settings) as server:
+        got = call(server, "POST", "/v1/embeddings", {"input": "x"}, headers)
+        assert got.status == status
+        assert call(server, "OPTIONS", "/files").headers["allow"] == "GET, PUT, HEAD, OPTIONS"
+
+
+def fails_later(body):
+    yield {"type": "a"}
+    raise KeyError("of a route")
+
+
+@pytest.mark.parametrize("function, status", [(raising(KeyError("of a route")), 500), (fails_later, 200)])
+def test_the_failure_of_a_route_fails_the_block(function, status):
+    with failing_at_its_end("x", KeyError, "of a route", routes={"/x": function}) as server:
+        got = call(server, "POST", "/x", {})
+        assert got.status == status and got.error["type"] == "server_error"
+        assert outcome(server) == "error"
+
+
+def test_what_no_json_can_hold_is_a_failure_of_its_route():
+    with failing_at_its_end("x", (TypeError, ValueError), routes={"/x": always({"a": math.nan})}) as server:
+        assert call(server, "POST", "/x", {}).status == 500
+
+
+def test_the_generator_of_a_route_is_closed_when_the_client_leaves():
+    endless = Endless({"type": "a"}, more={"type": "b"})
+    with Server(routes={"/x": endless}) as server:
+        leave(server, "/x", {}, after=1)
+        assert endless.closed.wait(30) and outcome(server) == "client left"
+
+
+@pytest.mark.parametrize("route", ["/chat/completions", "/v1/models", "GET /models/x", "/", "GET /health",
+                                   "/engines/x/completions", "embeddings", "POST /sse"])
+def test_the_path_of_a_built_in_endpoint_is_refused(route):
+    with pytest.raises(ValueError, match="built-in endpoint, or no path"):
+        Server(routes={route: embeddings})
+    with pytest.raises(TypeError, match="function"):
+        Server(routes={"/x": "embeddings"})
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "x"])
