@@ -4576,25 +4576,17 @@ def close_server(server, grace=0):
 def serve(server):
     """Serve until SIGTERM or Ctrl-C; running replies get 10 s then, or until a second
     one comes."""
-    def interrupt(number, _):
-        raise KeyboardInterrupt
-
-    for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
+    signals = []                # those that have come
+    for name in {"SIGTERM", "SIGHUP", "SIGINT"}.intersection(dir(signal)):
         if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:   # nohup
-            signal.signal(getattr(signal, name), interrupt)
-    try:
-        print(f"Serving {server.base_url} with {model_name(server.backend)}; "
-              "Ctrl-C ends it.", file=sys.stderr, flush=True)
-        wait_until(lambda: False)
-    except KeyboardInterrupt:
-        pass
+            signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
+    print(f"Serving {server.base_url} with {model_name(server.backend)}; "
+          "Ctrl-C ends it.", file=sys.stderr, flush=True)
+    wait_until(lambda: signals)
     closing = threading.Thread(target=close_server, args=(server, 10), daemon=True)
     closing.start()
-    try:
-        wait_until(lambda: not closing.is_alive(), 0.05)
-    except KeyboardInterrupt:
-        for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    wait_until(lambda: len(signals) > 1 or not closing.is_alive(), 0.05)
+    if closing.is_alive():
         server.cut_connections()
     return 0
 
