@@ -4510,7 +4510,7 @@ def server_of(args, port):
         request_timeout=args.request_timeout, journal=1000 if args.journal else 0,
         routes={path: named(place) for path, _, place in routes})
     check_number("--delay", args.delay, 0)
-    server.delay, server.trace = args.delay, printer() if args.trace else None
+    server.delay = args.delay
     return server
 
 
@@ -4527,13 +4527,14 @@ def printer():
     """
     import atexit
     import queue
-    lines = queue.Queue(10000)
+    lines, file = queue.Queue(10000), sys.stderr.fileno()
 
     def work():
         while True:
-            with suppress(OSError, ValueError):
-                sys.stderr.write(f"{lines.get()}\n")
-                sys.stderr.flush()
+            block = f"{lines.get()}\n".encode("utf-8", "backslashreplace")
+            with suppress(OSError):
+                while block:            # sys.stderr would hold a lock while it waits
+                    block = block[os.write(file, block):]
             lines.task_done()
 
     def print_line(line):
@@ -4547,6 +4548,17 @@ def printer():
     threading.Thread(target=work, daemon=True).start()
     atexit.register(print_rest)
     return print_line
+
+
+class LogLines(logging.Handler):
+    """A log that goes through a printer, so that it waits for no reader either."""
+
+    def __init__(self, print_line):
+        super().__init__()
+        self.print_line = print_line
+
+    def emit(self, record):
+        self.print_line(self.format(record))
 
 
 def on_one_core(number):
@@ -4656,10 +4668,12 @@ def main(argv=None):
     is_beside = program is not None
     port = args.port if args.port is not None else 0 if is_beside else 8000
     level = logging.WARNING if args.quiet or is_beside else logging.INFO
+    trace = printer() if args.trace else None
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
-                        level=level)
+                        level=level, handlers=[LogLines(trace)] if trace else None)
     try:
         server = server_of(args, port)
+        server.trace = trace
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
     if not (server.api_keys or server.on_loopback()):
