@@ -4487,7 +4487,7 @@ def server_of(args, port):
         request_timeout=args.request_timeout, journal=1000 if args.journal else 0,
         routes={path: named(place) for path, _, place in routes})
     check_number("--delay", args.delay, 0)
-    server.delay, server.trace = args.delay, printer() if args.trace else None
+    server.delay = args.delay
     return server
 
 
@@ -4504,13 +4504,14 @@ def printer():
     """
     import atexit
     import queue
-    lines = queue.Queue(10000)
+    lines, file = queue.Queue(10000), sys.stderr.fileno()
 
     def work():
         while True:
-            with suppress(OSError, ValueError):
-                sys.stderr.write(f"{lines.get()}\n")
-                sys.stderr.flush()
+            block = f"{lines.get()}\n".encode("utf-8", "backslashreplace")
+            with suppress(OSError):
+                while block:            # sys.stderr would hold a lock while it waits
+                    block = block[os.write(file, block):]
             lines.task_done()
 
     def print_line(line):
@@ -4524,6 +4525,17 @@ def printer():
     threading.Thread(target=work, daemon=True).start()
     atexit.register(print_rest)
     return print_line
+
+
+class LogLines(logging.Handler):
+    """A log that goes through a printer, so that it waits for no reader either."""
+
+    def __init__(self, print_line):
+        super().__init__()
+        self.print_line = print_line
+
+    def emit(self, record):
+        self.print_line(self.format(record))
 
 
 def on_one_core(number):
@@ -4553,25 +4565,17 @@ def close_server(server, grace=0):
 def serve(server):
     """Serve until SIGTERM or Ctrl-C; running replies get 10 s then, or until a second
     one comes."""
-    def interrupt(number, _):
-        raise KeyboardInterrupt
-
-    for name in {"SIGTERM", "SIGHUP"}.intersection(dir(signal)):
+    signals = []                # those that have come
+    for name in {"SIGTERM", "SIGHUP", "SIGINT"}.intersection(dir(signal)):
         if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:   # nohup
-            signal.signal(getattr(signal, name), interrupt)
-    try:
-        print(f"Serving {server.base_url} with {model_name(server.backend)}; "
-              "Ctrl-C ends it.", file=sys.stderr, flush=True)
-        wait_until(lambda: False)
-    except KeyboardInterrupt:
-        pass
+            signal.signal(getattr(signal, name), lambda number, _: signals.append(number))
+    print(f"Serving {server.base_url} with {model_name(server.backend)}; "
+          "Ctrl-C ends it.", file=sys.stderr, flush=True)
+    wait_until(lambda: signals)
     closing = threading.Thread(target=close_server, args=(server, 10), daemon=True)
     closing.start()
-    try:
-        wait_until(lambda: not closing.is_alive(), 0.05)
-    except KeyboardInterrupt:
-        for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    wait_until(lambda: len(signals) > 1 or not closing.is_alive(), 0.05)
+    if closing.is_alive():
         server.cut_connections()
     return 0
 
@@ -4641,10 +4645,12 @@ def main(argv=None):
     is_beside = program is not None
     port = args.port if args.port is not None else 0 if is_beside else 8000
     level = logging.WARNING if args.quiet or is_beside else logging.INFO
+    trace = printer() if args.trace else None
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
-                        level=level)
+                        level=level, handlers=[LogLines(trace)] if trace else None)
     try:
         server = server_of(args, port)
+        server.trace = trace
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
     if not (server.api_keys or server.on_loopback()):

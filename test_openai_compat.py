@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 import urllib.error
 import urllib.request
@@ -3504,6 +3505,62 @@ def test_the_journal_masks_keys():
     assert key not in repr(vars(entry)) + repr(entry) + there.body.decode()
 
 
+SECRETS = {"Authorization": "Bearer SECRET", "Proxy-Authorization": "Basic SECRET", "Api-Key": "SECRET",
+           "X-Api-Key": "SECRET", "X-Goog-Api-Key": "SECRET", "Cookie": "session=SECRET"}
+
+
+@pytest.mark.parametrize("query", ["api-key", "api_key", "key", "token", "access_token", "API-KEY"])
+def test_no_secret_stands_in_the_journal_the_log_or_a_cache(query, caplog):
+    caplog.set_level("INFO", "openai_compat")
+    with Server() as server:
+        chat(server, path=f"{CHAT_PATH}?a=1&{query}=SECRET&b=2", headers=SECRETS)
+        call(server, "GET", f"/nowhere?{query}=SECRET", headers=SECRETS)
+        until(lambda: len(caplog.records) == 2)
+        told = call(server, "GET", "/journal").body.decode() + caplog.text
+        assert "SECRET" not in told + repr([vars(each) for each in server.journal])
+        assert "a=1" in told and "b=2" in told and all(name.lower() in told for name in SECRETS)
+    cached = [gc.get_referents(each) for each in vars(openai_compat).values()
+              if hasattr(each, "cache_info")]
+    assert cached and "SECRET" not in repr(cached)
+
+
+def test_the_journal_holds_each_body_once():
+    size, count = 2**20, 8
+    with Server("x") as server:
+        chat(server)
+        tracemalloc.start()
+        with no_collector():
+            for _ in range(count):
+                assert chat(server, "y" * size).status == 200
+            held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert [len(each.body["messages"][0]["content"]) for each in server.journal[1:]] == [size] * count
+    assert count * size <= held < 1.5 * count * size
+
+
+def test_the_journal_keeps_the_body_that_came_to_an_unknown_endpoint():
+    with Server() as server:
+        got = post(server, "/v1/responses", {"model": "m", "input": "Hi"})
+        assert got.error["code"] == "unknown_url" and server.journal[0].status == 404
+        assert server.journal[0].body == {"model": "m", "input": "Hi"}
+
+
+def test_the_journal_is_a_list_that_can_be_emptied():
+    with Server() as server:
+        chat(server)
+        server.journal.clear()
+        assert server.journal == [] and chat(server).status == 200 and len(server.journal) == 1
+
+
+def test_a_body_that_is_nested_too_deeply_harms_nothing():
+    with Server() as server:
+        for levels, status in ((150, 200), (201, 400), (980, 400), (100000, 400)):
+            deep = b'{"model":"m","prompt":"x","y":%b}' % (b"[" * levels + b"]" * levels)
+            assert post(server, TEXT_PATH, deep).status == status
+        entries = loads(call(server, "GET", "/journal").body)
+    assert [each["body"] is None for each in entries] == [False, True, True, True, True]
+
+
 def test_the_journal_keeps_the_last():
     with Server(journal=2) as server:
         for i in range(4):
@@ -3627,6 +3684,27 @@ def test_a_wrong_key_is_a_401_that_does_not_repeat_it(key, header):
     assert key not in got.error["message"]
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "latin-1"])
+def test_a_key_may_have_any_letters_in_either_coding(coding):
+    with Server(api_keys="schl\xfcssel-sch\xf6n") as server:
+        headers = {"Authorization": "Bearer schl\xfcssel-sch\xf6n".encode(coding)}
+        assert chat(server, headers=headers).status == 200
+
+
+def test_two_keys_in_one_request_are_refused():
+    raw = posted(TEXT_JSON, f"Authorization: Bearer {KEY}\r\nAuthorization: Bearer x\r\n".encode())
+    with Server(api_keys=KEY) as server:
+        assert statuses(server, raw + LAST) == [400]
+
+
+@pytest.mark.parametrize("length", range(1, 20))
+def test_no_part_of_a_short_key_is_told(length):
+    with Server(api_keys=KEY) as server:
+        told = chat(server, headers={"api-key": "abcdefghijklmnopqrstuvw"[:length]}).error["message"]
+    shown = told.partition("provided: ")[2].rstrip(".")
+    assert shown == ("***" if length < 16 else f"abc***{'abcdefghijklmnopqrstuvw'[length - 2:length]}")
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/health", 200), ("OPTIONS", CHAT_PATH, 204), ("GET", "/v1/models", 401),
     ("GET", "/v1/models/x", 401), ("POST", TEXT_PATH, 401), ("GET", "/nowhere", 401),
@@ -3678,6 +3756,33 @@ def test_every_origin_may_be_allowed():
         got = chat(server, headers={"Origin": "http://any.example"})
     assert got.status == 200
     assert got.headers["access-control-allow-origin"] == "http://any.example"
+
+
+@pytest.mark.parametrize("named", ["https://page.example/", "HTTPS://Page.Example", "https://PAGE.example/"])
+def test_an_origin_is_named_in_any_case_and_with_a_slash(named):
+    with Server(cors=named) as server:
+        assert chat(server, headers={"Origin": "https://page.example"}).status == 200
+        assert chat(server, headers={"Origin": "http://page.example"}).status == 403
+
+
+def test_with_keys_any_origin_may_ask_and_a_stranger_is_told_to_vary():
+    headers = {"Origin": "https://any.example", "Authorization": f"Bearer {KEY}"}
+    with Server(api_keys=KEY) as server:
+        got = chat(server, headers=headers)
+        assert got.status == 200 and got.headers["access-control-allow-origin"] == "https://any.example"
+    with Server() as server:
+        got = chat(server, headers=headers)
+        assert got.status == 403 and got.headers["vary"] == "origin"
+
+
+def test_on_the_other_loopback_a_browser_is_a_stranger_too():
+    try:
+        server = Server(host="::1")
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with server:
+        assert [chat(server, headers={"Host": host}).status
+                for host in ("[::1]", "evil.example")] == [200, 403]
 
 
 def test_without_an_origin_nothing_is_allowed_to_any():
@@ -3784,6 +3889,99 @@ def test_a_method_that_is_not_there_is_a_405_that_says_which_are(method, path, a
     assert got.status == 405 and got.headers["allow"] == allowed
     if method != "HEAD":
         assert got.error["message"].startswith(f"Not allowed to {method} on ")
+
+
+# ------ routes: endpoints of the user's
+
+def embeddings(body):
+    if "input" not in body:
+        raise APIError(400, "Missing 'input'.", "input")
+    return {"object": "list", "data": [{"index": 0, "embedding": [0.5]}]}
+
+
+def responses(body):
+    yield {"type": "response.created", "n": 1}
+    yield {"no type": body["input"]}
+    yield {"type": "two\nlines"}
+
+
+def files(body):
+    return {"body": body}
+
+
+ROUTES = {"/embeddings": embeddings, "POST /v1/responses": responses, "GET /files": files,
+          "put /files/": files, "/files/a%20b": files}
+ROUTED = {  # method, path, body: status, what the body says
+    "POST": ("POST", "/v1/embeddings", {"input": "x"}, 200, b'"embedding":[0.5]'),
+    "without /v1": ("POST", "//embeddings/?x=1", {"input": "x"}, 200, b'"embedding":[0.5]'),
+    "APIError": ("POST", "/embeddings", {}, 400, b"Missing 'input'."),
+    "no JSON": ("POST", "/embeddings", b"{", 400, b"could not parse"),
+    "GET": ("GET", "/v1/files", None, 200, b'{"body":null}'),
+    "HEAD": ("HEAD", "/files", None, 200, b""),
+    "PUT": ("PUT", "/v1/files", {"a": 1}, 200, b'{"body":{"a":1}}'),
+    "an encoded path": ("POST", "/files/a%20b", {}, 200, b'{"body":{}}'),
+    "another method": ("DELETE", "/files", None, 405, b"use GET or PUT"),
+    "a longer path": ("POST", "/embeddings/x", {}, 404, b"unknown_url"),
+    "events": ("POST", "/responses", {"input": "Hi"}, 200,
+               b'event: response.created\ndata: {"type":"response.created","n":1}\n\n'
+               b'data: {"no type":"Hi"}\n\ndata: {"type":"two\\nlines"}\n\n'),
+}
+
+
+@pytest.mark.parametrize("method, path, body, status, said", rows(ROUTED))
+def test_a_route_is_an_endpoint_like_the_others(method, path, body, status, said):
+    with Server(routes=ROUTES) as server:
+        got = call(server, method, path, body)
+        assert got.status == status and said in got.body and (said or not got.body)
+        entry = server.journal[0]
+        assert (entry.status, entry.outcome) == (status, "complete" if status == 200 else "error")
+        assert entry.body == (body if isinstance(body, dict) else None)
+        assert entry.events == got.body.count(b"data: ") and b"[DONE]" not in got.body
+        assert chat(server).status == 200           # the built-in ones are still there
+
+
+@pytest.mark.parametrize("settings, headers, status", [
+    ({"api_keys": KEY}, {}, 401), ({"api_keys": KEY}, {"api-key": KEY}, 200),
+    ({}, {"Host": "evil.example"}, 403), ({}, {"Origin": "https://evil.example"}, 403)])
+def test_who_may_use_a_route_is_checked_as_elsewhere(settings, headers, status):
+    with Server(routes=ROUTES, **settings) as server:
+        got = call(server, "POST", "/v1/embeddings", {"input": "x"}, headers)
+        assert got.status == status
+        assert call(server, "OPTIONS", "/files").headers["allow"] == "GET, PUT, HEAD, OPTIONS"
+
+
+def fails_later(body):
+    yield {"type": "a"}
+    raise KeyError("of a route")
+
+
+@pytest.mark.parametrize("function, status", [(raising(KeyError("of a route")), 500), (fails_later, 200)])
+def test_the_failure_of_a_route_fails_the_block(function, status):
+    with failing_at_its_end("x", KeyError, "of a route", routes={"/x": function}) as server:
+        got = call(server, "POST", "/x", {})
+        assert got.status == status and got.error["type"] == "server_error"
+        assert outcome(server) == "error"
+
+
+def test_what_no_json_can_hold_is_a_failure_of_its_route():
+    with failing_at_its_end("x", (TypeError, ValueError), routes={"/x": always({"a": math.nan})}) as server:
+        assert call(server, "POST", "/x", {}).status == 500
+
+
+def test_the_generator_of_a_route_is_closed_when_the_client_leaves():
+    endless = Endless({"type": "a"}, more={"type": "b"})
+    with Server(routes={"/x": endless}) as server:
+        leave(server, "/x", {}, after=1)
+        assert endless.closed.wait(30) and outcome(server) == "client left"
+
+
+@pytest.mark.parametrize("route", ["/chat/completions", "/v1/models", "GET /models/x", "/", "GET /health",
+                                   "/engines/x/completions", "embeddings", "POST /sse"])
+def test_the_path_of_a_built_in_endpoint_is_refused(route):
+    with pytest.raises(ValueError, match="built-in endpoint, or no path"):
+        Server(routes={route: embeddings})
+    with pytest.raises(TypeError, match="function"):
+        Server(routes={"/x": "embeddings"})
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "x"])
@@ -4320,6 +4518,87 @@ def test_a_client_that_leaves_ends_its_backend(calm, leave, path, stream):
         assert endless.closed.wait(PATIENCE) and outcome(server) == "client left"
 
 
+def unwrap_and_close(client):
+    """Under TLS: close_notify, then the close, without waiting for the server's."""
+    client.setblocking(False)
+    with contextlib.suppress(OSError):
+        client.unwrap()
+    client.close()
+
+
+WAYS = {  # how a client leaves: is it over TLS, what it sends after its request, how it closes
+    "plain": (False, b"", socket.socket.close), "half-closed": (False, b"", half_close),
+    "a request unread": (False, get() * 3, socket.socket.close),
+    "stray bytes": (False, b"\r\n", socket.socket.close),
+    "TLS": (True, b"", socket.socket.close), "TLS, close_notify": (True, b"", unwrap_and_close),
+    "TLS, a request unread": (True, get(), unwrap_and_close),
+}
+PAUSED = Reply("a b", delay=(0, 3600))
+
+
+def waiting_backend(name, stack):
+    """A backend after whose first word (where it has one) nothing more comes."""
+    if name == "a program":
+        return command(program("sys.stdout.write('a '); sys.stdout.flush(); sys.stdin.read(); "
+                               "signal.pause() if hasattr(signal, 'pause') else input()"))
+    if name == "an upstream":
+        url, _ = stack.enter_context(playing(lambda connection: (connection.sendall(
+            STREAM_HEAD + transfer_chunk(b"data: a\n\n")), ended(connection))))
+        return Relay(url)
+    return {"a pause": PAUSED, "a first pause": Reply("a", delay=3600),
+            "a quirk": Reply("a b c", quirk="stall")}[name]
+
+
+@posix
+@pytest.mark.parametrize("over_tls, more, close", rows(WAYS))
+@pytest.mark.parametrize("what", ["a pause", "a first pause", "a program", "an upstream", "a quirk"])
+def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(tls_files, monkeypatch, over_tls, more,
+                                                                close, what):
+    waits, select_of = [], openai_compat.Connection.select
+    monkeypatch.setattr(openai_compat.Connection, "select",
+                        lambda self, seconds: waits.append(seconds) or select_of(self, seconds))
+    threads = set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(waiting_backend(what, stack),
+                                            tls=tls_files if over_tls else None))
+        client = stack.enter_context(secured(server, tls_files) if over_tls else dial(server))
+        client.sendall(posted(json.dumps({**HI, "stream": True}).encode(), target=CHAT_PATH.encode()))
+        if what != "a first pause":
+            read_past(client, b"data: ")
+        client.sendall(more)
+        until(lambda: server.journal)
+        close(client)
+        assert outcome(server) == "client left"
+    until(lambda: set(threading.enumerate()) <= threads)
+    assert all(seconds == 0 or seconds > 20 for seconds in waits), "somebody polls"
+
+
+def test_twenty_stalled_clients_over_tls_are_gone_when_they_leave(tls_files):
+    threads = threading.active_count()
+    with Server(quirk="stall@0", tls=tls_files) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                client = stack.enter_context(secured(server, tls_files))
+                client.sendall(request_bytes(HI))
+            until(lambda: len(server.journal) == 20)
+        until(lambda: {each.outcome for each in server.journal} == {"client left"})
+        until(lambda: not server.connections)
+    assert threading.active_count() <= threads
+
+
+def test_a_client_that_left_before_the_close_is_not_an_error():
+    for _ in range(50):
+        with Server(PAUSED) as server:
+            leave(server, CHAT_PATH, {**HI, "stream": True}, after=2)
+        assert server.journal[0].outcome == "client left"
+
+
+def test_more_than_is_read_ahead_is_read_when_its_turn_comes():
+    with Server(always(Reply("x", delay=0.1)), max_body=2**23) as server:
+        large = posted(b'{"model":"m","prompt":"%b"}' % (b"y" * 2**22))
+        assert statuses(server, posted(TEXT_JSON) + large + get() + LAST) == [200, 200, 200, 200]
+
+
 def test_a_client_that_half_closes_when_idle_is_hung_up_on(server):
     with served(server) as client:
         half_close(client)
@@ -4345,6 +4624,59 @@ class Blocked:
             self.begun.set()
             self.release.wait(300)
         return "done"
+
+
+def test_a_server_may_be_closed_by_its_own_backend():
+    went_on = threading.Event()
+
+    def backend(request):
+        server.close()
+        went_on.set()
+        return "bye"
+    server = Server(backend).start()
+    with asking(server) as client:
+        assert ended(client) and went_on.wait(30) and is_closed(server)
+    until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("request_timeout", value) for value in (0, -1, math.nan, 1e19, math.inf, "5", True)),
+    ("max_body", -1), ("max_body", "1"), ("max_connections", 0), ("journal", -1), ("journal", None),
+    ("quirk", "bogus"), ("max_body", math.nan)], ids=repr)
+def test_a_setting_that_cannot_be_obeyed_is_refused_at_the_start(name, value):
+    with pytest.raises(ValueError, match=name if name != "quirk" else "bogus"):
+        Server(**{name: value})
+
+
+@pytest.mark.parametrize("seconds", [None, 1e9, 0.5])
+def test_any_positive_time_limit_or_none_will_do(seconds):
+    with Server(request_timeout=seconds) as server:
+        assert chat(server).text == "Hi"
+
+
+def test_a_slow_request_leaves_the_reply_its_own_time():
+    with Server(say("x" * 2**24), request_timeout=0.5) as server, dial(server) as client:
+        raw = request_bytes()
+        client.sendall(raw[:-1])
+        select.select([client], [], [], 0.4)            # most of the time of the request
+        client.sendall(raw[-1:])
+        select.select([client], [], [], 0.3)            # the reply has a time of its own
+        assert len(got_on(client).text) == 2**24
+
+
+def test_no_thread_for_a_connection_costs_only_that_connection(monkeypatch):
+    with Server() as server, served(server) as kept:
+        start, left = threading.Thread.start, [1]
+
+        def refusing(thread):
+            if left and thread.name.endswith("(process_request_thread)"):
+                raise RuntimeError(f"can't start new thread {left.pop()}")
+            start(thread)
+        monkeypatch.setattr(threading.Thread, "start", refusing)
+        with dial(server) as lost:
+            assert ended(lost)
+        kept.sendall(get())
+        assert read_past(kept, b"ok") and statuses(server, LAST) == [200] and not left
 
 
 def test_a_backend_that_blocks_holds_up_neither_others_nor_the_end(caplog):
@@ -4396,6 +4728,47 @@ def test_a_port_is_free_again_after_close():
     with Server(port=port) as second:
         assert statuses(second, LAST) == [200]
     second.close()                              # once more does no harm
+
+
+def test_a_closed_server_cannot_be_started_again():
+    server = Server()
+    server.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        server.start()
+
+
+@posix
+def test_a_child_of_the_program_does_not_keep_the_port():
+    code = """
+import os, socket, sys
+sys.path.insert(0, %r)
+from openai_compat import Server
+server = Server().start()
+child = os.fork() or os.read(0, 1) or os._exit(0)
+server.close()
+try:
+    socket.create_connection(server.server_address[:2], 5)
+    print("still accepting")
+except OSError:
+    print("refused")
+os.kill(child, 9)
+"""
+    ours, theirs = os.pipe()
+    with open(theirs, "wb"):
+        assert finished(sys.executable, "-c", code % str(HERE), stdin=ours).stdout == "refused\n"
+    os.close(ours)
+
+
+@pytest.mark.parametrize("host, url", [
+    ("127.0.0.1", "http://127.0.0.1:{}/v1"), ("0.0.0.0", "http://127.0.0.1:{}/v1"),
+    ("localhost", "http://127.0.0.1:{}/v1"), ("::1", "http://[::1]:{}/v1"), ("::", "http://[::1]:{}/v1")])
+def test_the_base_url_works_for_a_client(host, url):
+    try:
+        server = Server(host=host)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    with server, urllib.request.urlopen(server.base_url + "/models") as got:
+        assert server.base_url == url.format(server.server_port) and got.status == 200
 
 
 # ----------------------------------------------------------------------------------
