@@ -4554,9 +4554,9 @@ def waiting_backend(name, stack):
 @pytest.mark.parametrize("what", ["a pause", "a first pause", "a program", "an upstream", "a quirk"])
 def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(tls_files, monkeypatch, over_tls, more,
                                                                 close, what):
-    waits, select_of = [], openai_compat.Connection.select
-    monkeypatch.setattr(openai_compat.Connection, "select",
-                        lambda self, seconds: waits.append(seconds) or select_of(self, seconds))
+    waits, receive = [], openai_compat.Connection.receive
+    monkeypatch.setattr(openai_compat.Connection, "receive",
+                        lambda self, seconds: waits.append(seconds) or receive(self, seconds))
     threads = set(threading.enumerate())
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(waiting_backend(what, stack),
@@ -4570,7 +4570,7 @@ def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(tls_files, monke
         close(client)
         assert outcome(server) == "client left"
     until(lambda: set(threading.enumerate()) <= threads)
-    assert all(seconds == 0 or seconds > 20 for seconds in waits), "somebody polls"
+    assert all(seconds <= 0 or seconds > 20 for seconds in waits), "somebody polls"
 
 
 def test_twenty_stalled_clients_over_tls_are_gone_when_they_leave(tls_files):
@@ -7556,12 +7556,12 @@ def test_the_slowness_of_a_client_is_no_pause_on_the_tape(tape):
     sent = []
     with playing(streamed(b"data: %b\n\n" % (b"x" * 2**23), b"data: [DONE]\n\n")) as (url, _):
         with Server(Relay(url, record=str(tape))) as server, asking(server, stream=True) as client:
-            while not (sent and time.monotonic() - sent[-1] > 0.5):     # nothing moves any more
+            while not (sent and time.monotonic() - sent[-1] > 1.5):     # nothing moves any more
                 select.select([client], [], [], 0.05)
                 sent = sent or [time.monotonic()]
             read_to_end(client)
     writes = json.loads(tape.read_text())["writes"]
-    assert sum(pause for pause, _ in writes) < 0.5
+    assert sum(pause for pause, _ in writes) < 1.5
 
 
 @both
