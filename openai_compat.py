@@ -3462,7 +3462,7 @@ class Handler(BaseHTTPRequestHandler):
         if how == "stall":
             self.flush(incoming)
             with suppress(APIError):                # the server is shutting down
-                self.reader.wait(math.inf)
+                pause(math.inf)
         incoming.failed = True
         incoming.end()
         self.flush(incoming)
