@@ -42,6 +42,9 @@ system: pytest ## the tests with nginx, Chromium and openssl, which must be ther
 stress: pytest ## the tests that take long: many clients, many fixtures, much load
 	$(pytest) -m stress
 
+mutants: pytest ## plant faults into copies of the modules; list what no test sees
+	PATH="$$PWD/.venv/bin:$$PATH" python3 .ci/mutants.py
+
 bench: ## how many requests and events a second, as client.py sees it
 	python3 openai_compat.py --quiet -- python3 client.py bench --requests 2000
 
@@ -70,4 +73,4 @@ $(sdks:%=.venvs/%/ready): # on the newest Python on which it installs and import
 	npm install --loglevel=error --no-audit --no-fund --no-save --prefix $(@D) openai
 	touch $@
 
-.PHONY: help run test test-all interop system stress bench clean pytest
+.PHONY: help run test test-all interop system stress mutants bench clean pytest

@@ -18,31 +18,62 @@ One exchange.  The body of a request to POST /v1/chat/completions:
 The body of the response: five server-sent events.  (An event is one line and a blank
 line; here the lines are broken to fit the page.)
 
-@@EVENTS@@
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},
+    "logprobs":null,"finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,
+    "finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"content":" world"},"logprobs":null,
+    "finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}
+
+    data: [DONE]
 
 Without "stream" the same chunks are folded into one chat.completion:
 
-@@COMPLETION@@
+    {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973","object":"chat.completion",
+    "created":1767225600,"model":"echo","system_fingerprint":"fp_openai_compat",
+    "service_tier":"default","choices":[{"index":0,"message":{"role":"assistant",
+    "content":"Hello world","refusal":null},"logprobs":null,
+    "finish_reason":"stop"}],"usage":{"prompt_tokens":2,"completion_tokens":2,
+    "total_tokens":4,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},
+    "completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,
+    "accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}
 
 The stages, in the order of this file.  Each is a small function over the one above:
 
     request bytes
-        | parse_chat, parse_completion        a dict, every known field checked
+        | parse_json                          a dict
+        | parse_chat, parse_completion        every known field checked
     request
         | backend                             pieces: str, ToolCall
     pieces
-        | up_to, until_stop                   cut short; the last says why it ended
+        | up_to, until_stop                   cut to the limits; the last says why
     sequences
-        | chat_chunks, completion_chunks      one dict per piece
+        | chat_chunks, completion_chunks      the chunks of each piece
     chunks ------ fold ------> completion     when "stream" is false
         | events                              server-sent events, then [DONE]
     writes
-        | quirk                               only where a test asks for a fault
-    transfer chunks
+        | quirk                               a deliberate fault, if a test wants one
+    transfer chunks                           HTTP's unit
 
 All stages meet in `Server.complete`.  The file has three parts:
 
-    PART 1  THE PROTOCOL: from a parsed body to the bytes of its events
+    PART 1  THE PROTOCOL: from the bytes of a body to the bytes of its events
     PART 2  BACKENDS: what answers, and deliberate faults
     PART 3  OVER HTTP: sockets, routes, keys, the page, the command line
 
@@ -52,9 +83,8 @@ A backend is any function of the request that returns text or yields it in piece
         for word in request["text"].split():
             yield word[::-1] + " "
 
-Not done here: running a model, embeddings (but see `routes`), images, audio, files,
-/v1/responses, HTTP/2.  Nothing is kept between two requests but the journal and a
-script's position.
+Not done here: running a model, images, audio, files, HTTP/2; embeddings and
+/v1/responses only where `Server(routes=...)` has a function for them.
 """
 import base64
 import codecs
@@ -91,8 +121,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote, urlsplit
 
 __version__ = "2.0.0"
-__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command", "Script",
-           "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
+__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command",
+           "Script", "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
 
 log = logging.getLogger("openai_compat")
 
@@ -100,8 +130,8 @@ log = logging.getLogger("openai_compat")
 # ==================================================================================
 # PART 1  THE PROTOCOL
 #
-# From a parsed body to the bytes of its events.  Everything here takes and returns
-# dicts, generators and bytes: there is no socket, no thread and no file.
+# From the bytes of a body to the bytes of its events.  Everything here takes and
+# returns dicts, generators and bytes: there is no socket, no thread and no file.
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
@@ -114,7 +144,8 @@ ERROR_KINDS = {  # status: (type, code); a hundred stands for its whole class
     500: ("server_error", None),
     503: ("service_unavailable_error", None),
 }
-FRAMING_HEADERS = {"connection", "content-length", "transfer-encoding"}
+HEADER_NAME = re.compile("(?!connection$|content-length$|transfer-encoding$)"
+                         r"[!#$%&'*+.^_`|~0-9a-z-]+")
 
 
 def header_fields(headers):
@@ -125,15 +156,15 @@ def header_fields(headers):
         {'retry-after': '3'}
 
     Raises ValueError for a malformed name, for a line end in a value (it would start
-    another header), and for the headers that say how long the body is.
+    another header), and for the headers that the server itself sets to frame the body.
     """
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9a-z-]+", name) or name in FRAMING_HEADERS:
+        if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a response header")
         if re.search("[\r\n\0]", value):
-            raise ValueError(f"the header {name!r} has a line end or a NUL in its value")
+            raise ValueError(f"the header {name!r} has a line end or a NUL in it")
     return fields
 
 
@@ -145,19 +176,20 @@ class APIError(Exception):
     response.
 
     Example:
-        >>> APIError(429, "Slow down.", headers={"retry-after": "1"}).body()["error"]
-        {'message': 'Slow down.', 'type': 'requests', 'param': None, 'code': 'rate_limit_exceeded'}
+        >>> error = APIError(404, "No such model.", code="model_not_found")
+        >>> print(to_json(error.body()).decode())
+        {"error":{"message":"No such model.","type":"invalid_request_error",...}}
     """
 
     def __init__(self, status, message, param=None, code=None, type=None, headers=None):
         super().__init__(status, message, param, code, type, headers)   # for pickle
         if not 400 <= int(status) <= 599:
             raise ValueError(f"the status of an error must be 400 to 599, not {status}")
-        usual = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
         self.status, self.message, self.param = int(status), message, param
+        usual = ERROR_KINDS.get(self.status, ERROR_KINDS[self.status // 100 * 100])
         self.code, self.type = code or usual[1], type or usual[0]
         self.headers = header_fields(headers)
-        if code == "insufficient_quota":        # SDKs would retry this 429 in vain
+        if code == "insufficient_quota":        # a retry would be in vain: tell SDKs so
             self.type = type or code
             self.headers.setdefault("x-should-retry", "false")
 
@@ -165,7 +197,7 @@ class APIError(Exception):
         return str(self.message)
 
     def body(self):
-        """The error envelope.  All four keys are always there: clients rely on it."""
+        """The error object as it is sent.  Clients rely on all four keys."""
         return {"error": {"message": self.message, "type": self.type,
                           "param": self.param, "code": self.code}}
 
@@ -190,20 +222,24 @@ class BackendFault(APIError):
 
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
-MOST_NESTED = 200               # levels; more could exhaust the stack when it is encoded
+MOST_NESTED = 200               # levels; more could exhaust the stack later
 
 
-def reject_constant(text):
-    raise ValueError(f"{text[:20]} is not a number in JSON")
+def reject_number(text):
+    raise ValueError(f"{text[:20]} is not a number in JSON, or too large")
 
 
 def finite(text):
     number = float(text)
-    return number if math.isfinite(number) else reject_constant(text)
+    if math.isinf(number):
+        reject_number(text)
+    return number
 
 
-# The standard parser also takes NaN, Infinity and 1e999, which JSON does not have.
-decode_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
+# The standard parser takes NaN and Infinity, which JSON does not have, and turns 1e999
+# into infinity, which could not be sent back.
+decode_json = json.JSONDecoder(parse_constant=reject_number,
+                               parse_float=finite).decode
 
 
 def nesting(value):
@@ -223,8 +259,8 @@ def nesting(value):
 
 
 def body_error(reason):
-    return APIError(400, "We could not parse the JSON body of your request. "
-                         f"(HINT: the body must be one JSON object in UTF-8; {reason}.)")
+    return APIError(400, "We could not parse the JSON body of your request. (HINT: the "
+                         f"body must be one JSON object in UTF-8; {reason}.)")
 
 
 def parse_json(body):
@@ -236,7 +272,7 @@ def parse_json(body):
     """
     try:
         text = body.decode()
-        value = decode_json(text[text.startswith("\ufeff"):])    # a byte order mark
+        value = decode_json(text[1:] if text.startswith("\ufeff") else text)
     except RecursionError:
         raise body_error("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -245,13 +281,15 @@ def parse_json(body):
         raise body_error(str(error)[:200]) from None
     if type(value) is not dict:
         raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
-    if text.count("[") + text.count("{") > MOST_NESTED and nesting(value) > MOST_NESTED:
+    brackets = text.count("[") + text.count("{")    # few ones cannot be nested deeply
+    if brackets > MOST_NESTED and nesting(value) > MOST_NESTED:
         raise body_error(f"it is nested more than {MOST_NESTED} levels deep")
     return value
 
 
 def copied(value):
-    """A copy of a JSON value; it shares nothing that can be changed.
+    """A copy of a JSON value that shares nothing with it that can be changed: a backend
+    may change its request.
 
     Example:
         >>> given = {"a": [1]}
@@ -269,7 +307,7 @@ def encode_json(value, ascii=False):
 
 
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
-NOT_FOR_UTF8 = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+MUST_BE_ESCAPED = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
 
 def to_json(value):
@@ -283,10 +321,10 @@ def to_json(value):
     """
     try:
         text = encode_json(value)
-        if not text.isascii() and NOT_FOR_UTF8.search(text):
+        if not text.isascii() and MUST_BE_ESCAPED.search(text):
             text = encode_json(value, ascii=True)
     except RecursionError:
-        raise ValueError("this value is nested too deeply, or contains itself") from None
+        raise ValueError("the value is nested too deeply, or holds itself") from None
     return text.encode()
 
 
@@ -299,11 +337,15 @@ def to_json(value):
 #     "string"                    a type of JSON
 #     ("low", "high")             one of these words
 #     [spec]                      an array of values that fit the spec
-#     Object({"a": spec, ...})    an object; "a!" must be there, "a?" too but may be null
-#     Tagged, Either, Map, Bounded, and a function of where and value: see below
+#     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
+#                                 required but may be null
+#     Tagged, Either, Map, Bounded: see below
+#     a function                  of the path of the value in the body, and the value
+# The messages are the API's own, word for word.
 
-TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: bool is not int
-         "decimal": (int, float), "array": (list,), "object": (dict,)}
+TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
+    "string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
+    "array": (list,), "object": (dict,)}
 
 
 class Object:
@@ -311,8 +353,8 @@ class Object:
 
     def __init__(self, fields):
         self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
-        self.required = [name[:-1] for name in fields if name.endswith("!")]
-        self.present = [name[:-1] for name in fields if name.endswith("?")]
+        self.required = [name[:-1] for name in fields if name[-1] in "!?"]
+        self.nullable = [name[:-1] for name in fields if name[-1] == "?"]
 
 
 # An object of several shapes: the value of the field `tag` says which one it has.
@@ -322,7 +364,7 @@ Either = collections.namedtuple("Either", "text other")
 # An object with any keys: at most `pairs` of them, each at most `key` characters long.
 Map = collections.namedtuple("Map", "value key pairs")
 # A number within bounds, or something whose length is.
-Bounded = collections.namedtuple("Bounded", "spec least most")
+Bounded = collections.namedtuple("Bounded", "inner least most")
 
 
 def invalid(message, param, code=None):
@@ -339,21 +381,38 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def out_of_bounds(where, value, kind, limit, bound):
-    """The 400 for a number or a length beyond its limit, "minimum" or "maximum"."""
-    side = "below" if limit == "minimum" else "above"
-    code, name = f"{kind}_{side}_{limit[:3]}", JSON_NAMES[type(value)]
-    if kind in ("integer", "decimal"):
-        sign = ">=" if limit == "minimum" else "<="
-        fault, got, code = f"{kind} {side} {limit} value", value, f"{code}_value"
-        wanted = f"a value {sign} {bound}"
-    else:
-        wanted, code = f"{name} with {limit} length {bound}", f"{code}_length"
+def bad_number(where, value, kind, limit, bound):
+    """A number beyond its limit: the code is "integer_below_min_value" and the like."""
+    side, sign = ("below", ">=") if limit == "minimum" else ("above", "<=")
+    return invalid(f"Invalid '{where}': {kind} {side} {limit} value. Expected a value "
+                   f"{sign} {bound}, but got {value} instead.", where,
+                   f"{kind}_{side}_{limit[:3]}_value")
+
+
+def bad_length(where, value, kind, limit, bound):
+    """A length beyond its limit: the code is "empty_array", "string_above_max_length"
+    and the like."""
+    name = JSON_NAMES[type(value)]
+    if value:
         fault, got = f"{kind} too long", f"{name} with length {len(value)}"
-        if not value:
-            fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {wanted}, but got {got} "
-                   "instead.", where, code)
+        code = f"{kind}_above_max_length"
+    else:
+        fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
+    return invalid(f"Invalid '{where}': {fault}. Expected {name} with {limit} length "
+                   f"{bound}, but got {got} instead.", where, code)
+
+
+def check(where, value, spec):
+    """Raise a 400 unless the value fits the spec; `where` is its path in the body.
+
+    Example:
+        >>> check("messages[0].name", "Ann", "string")
+        >>> check("n", 0, Bounded("integer", 1, 128))
+        Traceback (most recent call last):
+        ...
+        openai_compat.APIError: Invalid 'n': integer below minimum value. ...
+    """
+    CHECKS[type(spec)](where, value, spec)
 
 
 def check_type(where, value, kind):
@@ -364,8 +423,8 @@ def check_type(where, value, kind):
 def check_word(where, value, words):
     check_type(where, value, "string")
     if value not in words:
-        *others, last = map(repr, words)
-        supported = f"{', '.join(others)}, and {last}" if others else last
+        *most, last = map(repr, words)
+        supported = f"{', '.join(most)}, and {last}" if most else last
         raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
                       f"{supported}.", where, "invalid_value")
 
@@ -379,10 +438,8 @@ def check_items(where, value, spec):
 def check_members(where, value, spec):
     check_type(where, value, "object")
     for name in spec.required:
-        if value.get(name) is None:
-            raise missing(f"{where}.{name}")
-    for name in spec.present:
-        if name not in value:
+        is_null = name in value and name in spec.nullable
+        if value.get(name) is None and not is_null:
             raise missing(f"{where}.{name}")
     for name, inner in spec.fields.items():
         if value.get(name) is not None:
@@ -413,13 +470,14 @@ def check_map(where, value, spec):
 
 
 def check_bounded(where, value, spec):
-    check(where, value, spec.spec)
-    size = value if type(value) in (int, float) else len(value)
-    kind = "array" if isinstance(spec.spec, list) else spec.spec
+    check(where, value, spec.inner)
+    kind = "array" if isinstance(spec.inner, list) else spec.inner
+    is_number = kind in ("integer", "decimal")
+    size, error = (value, bad_number) if is_number else (len(value), bad_length)
     if spec.least is not None and size < spec.least:
-        raise out_of_bounds(where, value, kind, "minimum", spec.least)
+        raise error(where, value, kind, "minimum", spec.least)
     if spec.most is not None and size > spec.most:
-        raise out_of_bounds(where, value, kind, "maximum", spec.most)
+        raise error(where, value, kind, "maximum", spec.most)
 
 
 def check_name(where, value):
@@ -437,48 +495,43 @@ CHECKS = {str: check_type, tuple: check_word, list: check_items, Object: check_m
           type(check_name): lambda where, value, function: function(where, value)}
 
 
-def check(where, value, spec):
-    """Raise a 400 unless the value at `where` in the body fits the spec.
-
-    Example:
-        >>> check("stop", ["a", 5], ["string"])
-        Traceback (most recent call last):
-        ...
-        openai_compat.APIError: Invalid type for 'stop[1]': expected a string, but got an integer instead.
-    """
-    CHECKS[type(spec)](where, value, spec)
-
-
-NAMED = Object({"name!": check_name})
-FUNCTION = Object({"name!": check_name, "description": "string", "parameters": "object",
-                   "strict": "boolean"})
+# {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+FUNCTION = Object({"name!": check_name, "description": "string",
+                   "parameters": "object", "strict": "boolean"})
 CUSTOM = Object({"name!": check_name, "description": "string", "format": "object"})
 TOOL = Tagged("type", {"function": Object({"function!": FUNCTION}),
                        "custom": Object({"custom!": CUSTOM})})
-CHOSEN = {"function": Object({"function!": NAMED}), "custom": Object({"custom!": NAMED})}
-ALLOWED = Object({"mode!": ("auto", "required"), "tools!": [Tagged("type", CHOSEN)]})
+# "required", or {"type": "function", "function": {"name": "now"}}, or
+# {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}
+NAME = Object({"name!": check_name})
+NAMED_TOOL = {"function": Object({"function!": NAME}),
+              "custom": Object({"custom!": NAME})}
+ALLOWED = Object({"mode!": ("auto", "required"),
+                  "tools!": [Tagged("type", NAMED_TOOL)]})
 TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
-    "type", {**CHOSEN, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
-CALLED = Object({"name!": "string"})
-CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
-                       "custom": Object({"id!": "string", "custom!": CALLED})})
-PART = Tagged("type", {
-    "text": Object({"text!": "string"}),
-    "refusal": Object({"refusal!": "string"}),
+    "type", {**NAMED_TOOL, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
+# {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+CALLED = Object({"name!": "string"})    # its input is checked with the conversation
+TOOL_CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
+                            "custom": Object({"id!": "string", "custom!": CALLED})})
+# "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
+AUDIO = Object({"data!": "string", "format!": ("wav", "mp3")})
+CONTENT = Either("string", [Tagged("type", {
+    "text": Object({"text!": "string"}), "refusal": Object({"refusal!": "string"}),
     "image_url": Object({"image_url!": Object({"url!": "string"})}),
-    "file": Object({"file!": "object"}),
-    "input_audio": Object({"input_audio!": Object({"data!": "string",
-                                                   "format!": ("wav", "mp3")})})})
-CONTENT = Either("string", [PART])
-SPOKEN = Object({"content?": CONTENT, "name": "string"})
+    "file": Object({"file!": "object"}), "input_audio": Object({"input_audio!": AUDIO}),
+})])
+# {"role": "user", "content": "Hello"}
+PLAIN_MESSAGE = Object({"content?": CONTENT, "name": "string"})
 MESSAGE = Tagged("role", {
-    "system": SPOKEN, "developer": SPOKEN, "user": SPOKEN,
+    "system": PLAIN_MESSAGE, "developer": PLAIN_MESSAGE, "user": PLAIN_MESSAGE,
     "assistant": Object({"content": CONTENT, "name": "string", "refusal": "string",
-                         "tool_calls": [CALL], "function_call": CALLED}),
+                         "tool_calls": [TOOL_CALL], "function_call": CALLED}),
     "tool": Object({"content?": CONTENT, "tool_call_id!": "string"}),
     "function": Object({"content?": "string", "name!": "string"})})
-JSON_SCHEMA = Object({"name!": check_name, "description": "string", "schema": "object",
-                      "strict": "boolean"})
+# {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
+JSON_SCHEMA = Object({"name!": check_name, "description": "string",
+                      "schema": "object", "strict": "boolean"})
 RESPONSE_FORMAT = Tagged("type", {
     "text": Object({}), "json_object": Object({}),
     "json_schema": Object({"json_schema!": JSON_SCHEMA})})
@@ -525,7 +578,7 @@ CHAT_FIELDS = Fields(
     ("functions",              [FUNCTION],                    (),       1,      128),
     ("tools",                  [TOOL],                        (),       None,   128),
     ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          Either(("none", "auto"), NAMED), None,   None,   None),
+    ("function_call",          Either(("none", "auto"), NAME), None,    None,   None),
     ("parallel_tool_calls",    "boolean",                     True,     None,   None),
     ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
     ("max_completion_tokens",  "integer",                     None,     1,      None),
@@ -554,23 +607,19 @@ COMPLETION_FIELDS = Fields(
     ("echo",                   "boolean",                     False,    None,   None),
     ("logprobs",               "integer",                     None,     0,      5),
     ("suffix",                 "string",                      None,     None,   None),
-)
-NEEDS = (  # a field, another that must be there and true, and what the API says otherwise
-    ("stream_options", "stream",
-     "The 'stream_options' parameter is only allowed when 'stream' is enabled."),
-    ("top_logprobs", "logprobs",
-     "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."),
-    ("tool_choice", "tools", "Invalid value for 'tool_choice': 'tool_choice' is only "
-     "allowed when 'tools' are specified."),
-    ("function_call", "functions", "Invalid value for 'function_call': 'function_call' "
-     "is only allowed when 'functions' are specified."),
+)                               # "prompt" has four forms: parse_prompts checks it
+ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
+SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
+NEEDS = (  # a field, another that must be there and true, and what the API says if not
+    ("stream_options", "stream", ENABLED), ("top_logprobs", "logprobs", ENABLED),
+    ("tool_choice", "tools", SPECIFIED), ("function_call", "functions", SPECIFIED),
 )
 
 
 def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
     given = {name: value for name, value in body.items() if value is not None}
-    if not given.get("model"):
+    if given.get("model", "") == "":    # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
     for name in fields.required:
         if name not in given:
@@ -580,53 +629,57 @@ def checked(body, fields):
             check(name, value, fields[name])
     for name, other, message in NEEDS:
         if name in fields and name in given and not given.get(other):
-            raise invalid(message, name)
-    stop = given.get("stop") or ()
-    given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
+            raise invalid(message.format(name, other), name)
+    stop = given.get("stop", [])        # a string or a list: always a list from here on
+    given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
     return {**body, **fields.defaults, **given}
 
 
 CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
 
 
-def called_ids(i, calls):
-    """The ids of the tool calls in message i; the input of each must be a string."""
+def check_inputs(i, calls):
+    """The input of each tool call in message i must be a string."""
     for j, call in enumerate(calls):
         kind = call["type"]
         check(f"messages[{i}].tool_calls[{j}].{kind}", call[kind],
               Object({f"{CALL_INPUT[kind]}!": "string"}))
-    return [call["id"] for call in calls]
 
 
-def check_answer(i, id, called):
-    """Refuse a tool message unless the turn before it made the call that it answers."""
+def check_answer(i, call_id, called):
+    """The tool message i must answer one of the calls of the turn before it."""
     if not called:
         raise invalid("Invalid parameter: messages with role 'tool' must be a response "
                       "to a preceeding message with 'tool_calls'.",
                       f"messages.[{i}].role")
-    if id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id[:200]}' not found in "
-                      "'tool_calls' of previous message.",
+    if call_id not in called:
+        raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
+                      "found in 'tool_calls' of previous message.",
                       f"messages.[{i}].tool_call_id")
 
 
+def check_answered(i, unanswered):
+    """Where message i stands, or the conversation ends, all calls must be answered."""
+    if unanswered:
+        raise invalid("An assistant message with 'tool_calls' must be followed by tool "
+                      "messages responding to each 'tool_call_id'. The following "
+                      "tool_call_ids did not have response messages: "
+                      f"{', '.join(unanswered)[:1000]}", f"messages.[{i}].role")
+
+
 def check_conversation(messages):
-    """Each tool call must be answered in the messages that follow it, and each answer
-    must belong to such a call."""
-    called, unanswered = [], []         # ids of the last turn's calls
-    for i, message in enumerate([*messages, {"role": "end"}]):
+    """Refuse a tool call without its answer, and an answer without its call."""
+    called, unanswered = [], []         # the ids of the last turn's calls
+    for i, message in enumerate(messages):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered = [id for id in unanswered if id != message["tool_call_id"]]
             continue
-        if unanswered:
-            raise invalid("An assistant message with 'tool_calls' must be followed by "
-                          "tool messages responding to each 'tool_call_id'. The "
-                          "following tool_call_ids did not have response messages: "
-                          f"{', '.join(unanswered)[:1000]}",
-                          f"messages.[{min(i, len(messages) - 1)}].role")
-        is_turn = message["role"] == "assistant"
-        called = unanswered = called_ids(i, is_turn and message.get("tool_calls") or ())
+        check_answered(i, unanswered)
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        check_inputs(i, calls or ())
+        called = unanswered = [call["id"] for call in calls or ()]
+    check_answered(len(messages) - 1, unanswered)
 
 
 def tool_names(tools):
@@ -667,7 +720,7 @@ def text_of(content):
     """The text of a message's content: a string, a list of parts, or null.
 
     Example:
-        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "image_url", ...: ...}])
+        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "file", "file": {}}])
         'Look: '
     """
     if type(content) is list:
@@ -683,11 +736,12 @@ def last_question(messages):
 
 
 def parse_chat(body, strict=True):
-    """Check the body of POST /v1/chat/completions -> the request that a backend gets.
+    """Check the body of POST /v1/chat/completions -> the request.
 
     Besides the fields of the body, each with its default, the request has `text` (what
-    is being asked), `prompt` (the same) and `endpoint`.
-    `strict` also checks that tool calls and their answers belong together.
+    is being asked), `prompt` (the same) and `endpoint`.  For each call of the backend
+    the server adds `id` and `index`.  `strict` also checks that tool calls and their
+    answers belong together.
 
     Example:
         >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -717,12 +771,15 @@ def parse_prompts(prompt):
     """The four forms of "prompt" as one: a list with a str or a list of token ids each.
 
     Example:
-        >>> parse_prompts("a"), parse_prompts(["a", "b"]), parse_prompts([17, 18])
-        (['a'], ['a', 'b'], [[17, 18]])
+        >>> parse_prompts("a"), parse_prompts(["a", "b"])
+        (['a'], ['a', 'b'])
+        >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
+        ([[17, 18]], [[17], [18]])
     """
-    prompt = "<|endoftext|>" if prompt is None else prompt
+    if prompt is None:
+        prompt = "<|endoftext|>"        # the API's default: begin a new document
     if prompt == []:
-        raise out_of_bounds("prompt", prompt, "array", "minimum", 1)
+        raise bad_length("prompt", prompt, "array", "minimum", 1)
     is_one = type(prompt) is str or is_token_ids(prompt)
     prompts = [prompt] if is_one else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
@@ -733,10 +790,11 @@ def parse_prompts(prompt):
 
 
 def parse_completion(body, strict=True):
-    """Check the body of POST /v1/completions -> the request that a backend gets.
+    """Check the body of POST /v1/completions -> the request.
 
-    As `parse_chat`; besides, `prompts` is a list, whichever form "prompt" has, and
-    `best_of` is a number.
+    `prompts` is a list, whichever form "prompt" has, and `best_of` is a number.  For
+    each call of the backend the server adds `id`, `index`, and as `prompt` and `text`
+    the text of one prompt.  There is no conversation for `strict` to check.
 
     Example:
         >>> request = parse_completion({"model": "m", "prompt": "Once", "n": 2})
@@ -771,16 +829,17 @@ def count_choices(request):
 
 
 # ----------------------------------------------------------------------------------
-# Pieces.  A backend yields pieces: texts and tool calls.  From here on each piece is a
-# pair of its kind and what it says, in tokens, so that it can be counted and cut:
+# Pieces.  A model reads and writes tokens: words, or parts of words.  Limits and bills
+# count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
+# one token.  `Server(tokenize=...)` takes a real tokenizer.
+#
+# A backend yields pieces: str and ToolCall.  `pieces_of` (in part 2) makes pairs of
+# them, a kind and what is said in tokens, so that a piece can be counted and cut:
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
 #     ("call", Call(name, id, ["{", "}"]))    a tool call; the tokens are its input
 #     ("end", "stop")                 always the last one: the finish_reason
-#
-# There is no vocabulary, so a token is about what a reader calls a word or a sign: a
-# stable estimate.  `Server(tokenize=...)` takes a real tokenizer.
 
 Call = collections.namedtuple("Call", "name id tokens")
 
@@ -828,8 +887,8 @@ def tokenize(text):
 def slices(text, size=65536):
     """Cut a long text into slices, before a space where there is one.
 
-    The tokens of a text take forty times its memory, so those of a long text are never
-    made all at once.
+    A list of tokens takes about forty times the memory of its text, so the tokens of a
+    long text are counted slice by slice.
     """
     start = 0
     while len(text) - start > size:
@@ -840,7 +899,8 @@ def slices(text, size=65536):
             end += 1
         yield text[start:end]
         start = end
-    yield text[start:]
+    if text:
+        yield text[start:]
 
 
 def split(text, tokenize, one_by_one=True):
@@ -852,7 +912,7 @@ def split(text, tokenize, one_by_one=True):
     """
     for tokens in map(tokenize, slices(text)):
         if one_by_one:
-            yield from map(list, zip(tokens))
+            yield from ([token] for token in tokens)
         elif tokens:
             yield tokens
 
@@ -860,8 +920,7 @@ def split(text, tokenize, one_by_one=True):
 class Prompt:
     """A prompt, a str or a list of token ids, as its text and as its tokens.
 
-    A tokenizer may have a method `decode(id) -> str`; an id that nobody can decode
-    reads <|17|>.
+    A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
         >>> Prompt([17, 18], tokenize).text, Prompt("Once upon", tokenize).count()
@@ -901,11 +960,11 @@ def one_call(pieces):
     for kind, said in pieces:
         if not (called and kind == "call"):
             yield kind, said
-        called |= kind == "call"
+        called = called or kind == "call"
 
 
 def up_to(pieces, limit):
-    """At most `limit` tokens.  The tokens of a call's input count, but are never cut.
+    """At most `limit` tokens.  The input of a call counts, but is never cut.
 
     Example:
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
@@ -974,8 +1033,9 @@ def until_stop(pieces, stops):
     match) is held back until more is known.  Nothing of a stop ever goes out.
 
     Example:
-        >>> list(until_stop([("text", ["one E"]), ("text", ["ND two"])], ["END"]))
-        [('text', ['one ']), ('end', 'stop')]
+        >>> pieces = [("text", ["one"]), ("text", [" E"]), ("text", ["ND"])]
+        >>> list(until_stop(pieces, ["END"]))
+        [('text', ['one']), ('text', [' ']), ('end', 'stop')]
     """
     held = []                                   # tokens that may belong to a stop
     for kind, said in pieces:
@@ -1001,7 +1061,7 @@ def until_stop(pieces, stops):
 
 
 def is_legacy(request):
-    """Does the request have functions, as before there were tools?"""
+    """Does the request use `functions`, the older form of `tools`?"""
     return bool(request["functions"]) and not request["tools"]
 
 
@@ -1016,8 +1076,8 @@ def token_limit(request):
 def sequence(pieces, request):
     """The pieces of one choice -> the same, cut to the limits of the request.
 
-    These generators pass no close() on to the one that they read from.  The server
-    closes what a backend returned by itself, when the exchange ends.
+    To close the result does not close the backend's generator: the server does that
+    when the exchange ends.
     """
     if request["endpoint"] == "chat" and (
             not request["parallel_tool_calls"] or is_legacy(request)):
@@ -1031,9 +1091,9 @@ def sequence(pieces, request):
 
 
 # ----------------------------------------------------------------------------------
-# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common
-# (the envelope) and one choice object with what is new.  A completion that is not
-# streamed is `fold` of the very same chunks, so the two forms cannot disagree.
+# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common,
+# and one choice object with what is new.  A completion that is not streamed is `fold`
+# of the very same chunks, so the two forms cannot disagree.
 
 USAGE_DETAILS = {
     "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
@@ -1041,13 +1101,13 @@ USAGE_DETAILS = {
                                   "accepted_prediction_tokens": 0,
                                   "rejected_prediction_tokens": 0},
 }
-SERVED_TIERS = {"auto": "default", "fast": "priority"}   # the others are served as asked
+SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as asked
 
 
 class Usage:
     """Counts the tokens of a reply: each prompt once, and what all its choices say.
 
-    `corrections` replace counted fields.
+    `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
         >>> usage = Usage([Prompt("Once upon", tokenize)])
@@ -1060,17 +1120,13 @@ class Usage:
         self.prompts, self.corrections = prompts, dict(corrections or {})
         self.completion_tokens = 0
 
-    def counters(self):
-        prompt = self.corrections.get("prompt_tokens")
-        if prompt is None:
-            prompt = sum(prompt.count() for prompt in self.prompts)
-        completion = self.corrections.get("completion_tokens", self.completion_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": completion,
-                "total_tokens": prompt + completion, **self.corrections}
-
-    def details(self):
-        """The counters of a chat, with the details that clients look into."""
-        return {**self.counters(), **USAGE_DETAILS, **self.corrections}
+    def counters(self, details=()):
+        said = self.corrections.get("completion_tokens", self.completion_tokens)
+        read = self.corrections.get("prompt_tokens")
+        if read is None:
+            read = sum(prompt.count() for prompt in self.prompts)
+        return {"prompt_tokens": read, "completion_tokens": said,
+                "total_tokens": read + said, **dict(details), **self.corrections}
 
 
 def wants_usage(request):
@@ -1078,9 +1134,9 @@ def wants_usage(request):
     return not request["stream"] or bool(options.get("include_usage"))
 
 
-def envelope(request, object):
+def common_fields(request, object_name):
     """What all chunks of a reply have in common."""
-    common = {"id": request["id"], "object": object, "created": int(time.time()),
+    common = {"id": request["id"], "object": object_name, "created": int(time.time()),
               "model": request["model"], "system_fingerprint": "fp_openai_compat"}
     if request["endpoint"] == "chat":
         tier = request["service_tier"]
@@ -1099,8 +1155,9 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    if len(generators) == 1:
+    if len(generators) == 1:            # the usual case, faster
         yield from generators[0]
+        return
     running = list(generators)
     while running:
         for items in list(running):
@@ -1137,8 +1194,7 @@ def chat_logprob(token, top):
 
 
 def chat_logprobs(tokens, top, field="content"):
-    """An object for each token, under the field that the tokens belong to; None
-    unless they were asked for."""
+    """An object for each token, under its field; None if nobody asked for them."""
     if top is None:
         return None
     return {"content": [], "refusal": None,
@@ -1146,9 +1202,10 @@ def chat_logprobs(tokens, top, field="content"):
 
 
 def text_logprobs(tokens, top, offset, is_prompt=False):
-    """Four parallel arrays, or None unless they were asked for.
+    """Four parallel arrays; None if nobody asked for them.
 
-    The first token of a prompt has no probability.
+    The token itself is always among the candidates, even for `top` 0.  The first token
+    of a prompt has no probability.
 
     Example:
         >>> text_logprobs(["Hi", " you"], 0, 10)["text_offset"]
@@ -1157,12 +1214,12 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
     if top is None:
         return None
     likely = [dict(candidates(token, top)) for token in tokens]
-    said = [entry[token] for token, entry in zip(tokens, likely)]
+    taken = [entry[token] for token, entry in zip(tokens, likely)]
     if is_prompt and tokens:
-        said[0] = likely[0] = None
-    ends = list(itertools.accumulate(map(len, tokens), initial=offset))
-    return {"tokens": tokens, "token_logprobs": said, "top_logprobs": likely,
-            "text_offset": ends[:-1]}
+        taken[0] = likely[0] = None
+    starts = list(itertools.accumulate(map(len, tokens), initial=offset))[:-1]
+    return {"tokens": tokens, "token_logprobs": taken, "top_logprobs": likely,
+            "text_offset": starts}
 
 
 def opening_delta(kind):
@@ -1178,20 +1235,22 @@ def custom_tools(request):
 
 
 def call_deltas(request, call, index):
-    """A tool call opens with its id, its name and no input; its input follows in
+    """A tool call opens with its id, its name and an empty input; its input follows in
     fragments that repeat only the index.
 
     Example:
         >>> request = {"tools": [], "functions": []}
-        >>> for delta in call_deltas(request, Call("now", "call_1", ["{}"]), 0):
-        ...     print(delta["tool_calls"])
-        [{'index': 0, 'id': 'call_1', 'type': 'function', 'function': {'name': 'now', 'arguments': ''}}]
-        [{'index': 0, 'function': {'arguments': '{}'}}]
+        >>> for delta in call_deltas(request, Call("now", "call_1", ["{", "}"]), 0):
+        ...     [fragment] = delta["tool_calls"]
+        ...     print(fragment.get("id"), fragment["index"], fragment["function"])
+        call_1 0 {'name': 'now', 'arguments': ''}
+        None 0 {'arguments': '{'}
+        None 0 {'arguments': '}'}
     """
     kind = "custom" if call.name in custom_tools(request) else "function"
-    field = CALL_INPUT[kind]
-    # Clients parse the arguments of a function as JSON, which "" is not.
-    tokens = call.tokens or ["{}"] * (kind == "function")
+    field, tokens = CALL_INPUT[kind], call.tokens
+    if kind == "function" and not tokens:
+        tokens = ["{}"]                 # clients parse it as JSON, which "" is not
     if is_legacy(request):
         yield {"function_call": {"name": call.name, "arguments": ""}}
         for token in tokens:
@@ -1211,8 +1270,9 @@ def chat_choice(index, delta, logprobs=None, finish_reason=None):
 def chat_choices(request, index, pieces, usage):
     """The choice object of each chunk of one sequence; the first one says who speaks.
 
-    The first piece is taken before that, so that a backend that fails at once gets an
-    HTTP status.  The price: a slow model's client sees nothing before the first piece.
+    That first one waits for the first piece.  The status 200 goes out with the first
+    chunk, so a backend that fails before its first piece can still get a status of its
+    own.  The price: the client of a slow model sees nothing before the first piece.
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
     calls = 0
@@ -1230,8 +1290,8 @@ def chat_choices(request, index, pieces, usage):
         else:
             usage.completion_tokens += len(said)
             field = "content" if kind == "text" else kind
-            logprobs = None if top is None else chat_logprobs(said, top, field)
-            yield chat_choice(index, {field: "".join(said)}, logprobs)
+            yield chat_choice(index, {field: "".join(said)},
+                              chat_logprobs(said, top, field))
 
 
 def chat_chunks(request, sequences, usage):
@@ -1242,20 +1302,21 @@ def chat_chunks(request, sequences, usage):
         >>> request = {**parse_chat({**body, "stream": True}), "id": "chatcmpl-1"}
         >>> pieces = [("text", ["Hello"]), ("text", ["!"]), ("end", "stop")]
         >>> for chunk in chat_chunks(request, [pieces], Usage()):
-        ...     print(chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"])
-        {'role': 'assistant', 'content': '', 'refusal': None} None
-        {'content': 'Hello'} None
-        {'content': '!'} None
-        {} stop
+        ...     [choice] = chunk["choices"]
+        ...     print(choice["index"], choice["delta"], choice["finish_reason"])
+        0 {'role': 'assistant', 'content': '', 'refusal': None} None
+        0 {'content': 'Hello'} None
+        0 {'content': '!'} None
+        0 {} stop
 
     The last chunk, where the usage is wanted, has it and no choices.
     """
-    common = envelope(request, "chat.completion.chunk")
+    common = common_fields(request, "chat.completion.chunk")
     for choice in in_turn([chat_choices(request, index, pieces, usage)
                            for index, pieces in enumerate(sequences)]):
         yield {**common, "choices": [choice]}
     if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.details()}
+        yield {**common, "choices": [], "usage": usage.counters(USAGE_DETAILS)}
 
 
 def text_choice(index, text, logprobs, finish_reason=None):
@@ -1268,7 +1329,7 @@ def text_choices(request, index, prompt, pieces, usage):
     offset, top = len(prompt.text), request["logprobs"]
     for number, (kind, said) in enumerate(pieces):
         if number == 0 and request["echo"]:
-            tokens = prompt.tokens()
+            tokens = prompt.tokens() if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind == "end":
@@ -1285,23 +1346,25 @@ def text_choices(request, index, prompt, pieces, usage):
 def completion_chunks(request, sequences, usage):
     """The sequences of a completion's choices -> its text_completion objects.
 
-    Each prompt has `best_of` sequences, of which the first `n` are shown.
+    Each prompt has `best_of` sequences.  The API shows the `n` likeliest; here all are
+    equally likely, so the first `n` are shown.
 
     Example:
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
         >>> request = {**parse_completion(body), "id": "cmpl-1"}
+        >>> pieces = [("text", [" two"]), ("end", "stop")]
         >>> usage = Usage(prompts_of(request, tokenize))
-        >>> for chunk in completion_chunks(request, [[("text", [" two"]), ("end", "stop")]], usage):
+        >>> for chunk in completion_chunks(request, [pieces], usage):
         ...     print(chunk["choices"])
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
         [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
     """
-    common = envelope(request, "text_completion")
+    common = common_fields(request, "text_completion")
     best_of, n, running = request["best_of"], request["n"], []
     for i, pieces in enumerate(sequences):
         number, rank = divmod(i, best_of)
-        index = number * n + rank if rank < n else None
-        running.append(text_choices(request, index, usage.prompts[number], pieces, usage))
+        index, prompt = number * n + rank if rank < n else None, usage.prompts[number]
+        running.append(text_choices(request, index, prompt, pieces, usage))
     for choice in in_turn(running):
         if choice["index"] is not None:
             yield {**common, "choices": [choice]}
@@ -1333,18 +1396,23 @@ def joined_logprobs(logprobs):
 
 
 def joined_calls(fragments):
-    """An opening for each call and fragments after it -> the calls, without indices."""
-    calls = {}
-    for fragment in itertools.chain.from_iterable(fragments):
-        kind = "custom" if "custom" in fragment else "function"
-        field = CALL_INPUT[kind]
-        call = calls.setdefault(fragment["index"], {**fragment, kind: {
-            **fragment[kind], field: []}})
-        call[kind][field].append(fragment[kind][field])
+    """The fragments of tool calls -> the calls, in order of their index.
+
+    Example:
+        >>> request = {"tools": [], "functions": []}
+        >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
+        >>> [call] = joined_calls(delta["tool_calls"][0] for delta in deltas)
+        >>> call["id"], call["function"]
+        ('call_1', {'name': 'now', 'arguments': '{}'})
+    """
+    calls = collections.defaultdict(list)
+    for fragment in fragments:
+        calls[fragment["index"]].append(fragment)
     for index in sorted(calls):
-        call = {name: value for name, value in calls[index].items() if name != "index"}
-        kind, field = call["type"], CALL_INPUT[call["type"]]
-        yield {**call, kind: {**call[kind], field: "".join(call[kind][field])}}
+        opening, kind = calls[index][0], calls[index][0]["type"]
+        text = "".join(fragment[kind][CALL_INPUT[kind]] for fragment in calls[index])
+        yield {"id": opening["id"], "type": kind,
+               kind: {**opening[kind], CALL_INPUT[kind]: text}}
 
 
 def folded_choice(index, said):
@@ -1356,7 +1424,8 @@ def folded_choice(index, said):
     message = {"role": "assistant", "content": joined(said.get("content", ())),
                "refusal": joined(said.get("refusal", ()))}
     if "tool_calls" in said:
-        message["tool_calls"] = list(joined_calls(said["tool_calls"]))
+        fragments = itertools.chain.from_iterable(said["tool_calls"])
+        message["tool_calls"] = list(joined_calls(fragments))
     if "function_call" in said:
         arguments = joined(call["arguments"] for call in said["function_call"])
         message["function_call"] = {**said["function_call"][0], "arguments": arguments}
@@ -1367,12 +1436,13 @@ def fold(chunks):
     """The chunks of one stream -> the completion that they spell.
 
     Example:
-        >>> choice = {"index": 0, "logprobs": None, "finish_reason": None}
         >>> completion = fold([
-        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "Hel"}}]},
-        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "lo"}}]}])
-        >>> completion["object"], completion["choices"][0]["message"]["content"]
-        ('chat.completion', 'Hello')
+        ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
+        ...         chat_choice(0, {"role": "assistant", "content": "Hel"})]},
+        ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
+        ...         chat_choice(0, {"content": "lo"}, finish_reason="stop")]}])
+        >>> completion["object"], completion["choices"][0]["message"]
+        ('chat.completion', {'role': 'assistant', 'content': 'Hello', 'refusal': None})
 
     Raises ValueError without any chunk.
     """
@@ -1415,7 +1485,7 @@ def event(value):
 
 
 def events(chunks):
-    """Chunks -> their events, then [DONE]: the one proof that a stream is complete.
+    """Chunks -> their events, then [DONE].  A stream without [DONE] was cut off.
 
     Example:
         >>> list(events([{"n": 1}, {"n": 2}]))
@@ -1430,8 +1500,8 @@ class Response:
     """What goes out in reply to one request.
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
-    writes: bytes that go out at once, each in one send.  ready: no write has to be
-    waited for, so several may share a send.
+    writes, which are bytes that go out in one send each, as soon as they come.  ready:
+    nothing is still being made, so several writes may share a send.
     """
 
     def __init__(self, status, headers, body=b"", ready=False):
@@ -1480,17 +1550,18 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
 
     seconds: how long the client may take to read what was sent.  deadline: when the
-    request that is being read must be complete, on the clock time.monotonic.
+    request that is being read must be complete, on the clock time.monotonic.  alarm: a
+    socket that can be read as soon as the server is shutting down.
     """
 
-    def __init__(self, sock, seconds):
+    def __init__(self, sock, seconds, alarm):
         sock.setblocking(False)
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
-        self.stopping = False           # the server is about to close the connection
-        self.selector, self.watched = Selector(), True
-        self.selector.register(sock, selectors.EVENT_READ)
+        self.selector, self.watched, self.alarm = Selector(), True, alarm
+        for each in (sock, alarm):
+            self.selector.register(each, selectors.EVENT_READ)
 
     def receive(self):
         """Read once what has arrived, without waiting -> whether there was anything."""
@@ -1521,9 +1592,16 @@ class Connection:
             raise ClientLeft
 
     def select(self, seconds):
-        """The files that are ready, or [] when the time is over."""
+        """The files that are ready, or [] when the time is over.
+
+        What the client has sent, or that it has left, comes before the alarm.
+        """
         ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
-        return [key.fileobj for key, _ in ready]
+        files = [key.fileobj for key, _ in ready]
+        if self.alarm in files and self.sock not in files:
+            raise APIError(503, "The server is shutting down.",
+                           headers={"retry-after": "1"})
+        return files
 
     def read_ahead(self):
         """Read what the client sends early: the end of it may be that it left."""
@@ -1533,20 +1611,13 @@ class Connection:
                 self.watched = False
                 return
         if self.ended:
-            raise self.left()
-
-    def left(self):
-        """What ends a wait: the client has left, or the server is shutting down."""
-        if self.stopping:
-            return APIError(503, "The server is shutting down.",
-                            headers={"retry-after": "1"})
-        return ClientLeft()
+            raise ClientLeft
 
     def wait(self, seconds, source=None):
         """Wait so long, or until the file `source` can be read; ClientLeft if the client
         leaves first."""
         if self.ended:
-            raise self.left()
+            raise ClientLeft
         if source is not None:
             self.selector.register(source, selectors.EVENT_READ)
         try:
@@ -2430,7 +2501,10 @@ class Script:
     def from_file(cls, path):
         """A script from a JSON list of steps: a str, or an object with Reply's fields."""
         with open(path, encoding="utf-8") as file:
-            steps = json.load(file)
+            try:
+                steps = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
         for number, step in enumerate(steps, 1):
@@ -2465,7 +2539,7 @@ class Script:
                           f"{self.count}; the request: {brief(body)}")
         if not self.any_order:
             number, expect, *_ = self.steps[0]
-            fault = expect and difference(expect, body)
+            fault = None if expect is None else difference(expect, body)
             return 0, fault and f"step {number} was not as expected: {fault}"
         faults, free = [], None
         for place, (number, expect, *_) in enumerate(self.steps):
@@ -2890,7 +2964,7 @@ class Replay(PassingOn):
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
                     recording["status"] + sum(wait for wait, _ in recording["writes"])
-                    self.add(recording)
+                    self.add({**recording, "line": number})
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {self.tape} is not a whole "
                                      "recording") from None
@@ -2899,15 +2973,19 @@ class Replay(PassingOn):
         self.recordings[match_key(**recording["request"])].append(recording)
 
     def unknown(self, asked):
-        """A 404 that tells how the nearest recording differs."""
-        recorded = [recording["request"] for queue in self.recordings.values()
-                    for recording in queue]
+        """A 404 that names the nearest recording, and how the request differs from it."""
+        recorded = list(itertools.chain(*self.recordings.values()))
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
-        nearest = max(recorded, key=lambda request: likeness(request, asked))
-        fault = difference(nearest, asked) or f"on the tape {difference(asked, nearest)}"
-        return APIError(404, "There is no recording of this request.  The difference to "
-                             f"the nearest one: {fault}.", code="not_recorded")
+        nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
+        given = nearest["request"]
+        fault = difference(given, asked)
+        if fault is None:               # null is like absent there, and true like 1
+            other = difference(asked, given) or "a null or a boolean differs"
+            fault = f"on the tape {other}"
+        return APIError(404, "There is no recording of this request.  The nearest one is "
+                             f"line {nearest['line']} of {self.tape}: {fault}.",
+                        code="not_recorded")
 
     def writes(self, recording):
         for seconds, text in recording["writes"]:
@@ -3369,7 +3447,8 @@ class Handler(BaseHTTPRequestHandler):
         if server.tls:
             sock = server.tls.wrap_socket(sock, server_side=True,
                                           do_handshake_on_connect=False)
-        self.reader = this_thread.connection = RequestReader(sock, server.request_timeout)
+        self.reader = this_thread.connection = RequestReader(
+            sock, server.request_timeout, server.alarm[0])
         if server.trace:
             self.reader.trace = functools.partial(server.trace, next(server.numbers))
         self.open, self.pending = True, []      # may a request follow; what to send next
@@ -3421,12 +3500,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, incoming, response):
         """Send a response.  The journal knows its end before the last byte goes out."""
-        body, status, writes, as_sent = response.body, response.status, (), bytes
+        body, status, writes, encode = response.body, response.status, (), bytes
         if isinstance(body, bytes):
             framing, end = {"content-length": len(body)}, body
         elif incoming.version >= (1, 1):
             framing, end = {"transfer-encoding": "chunked"}, b"0\r\n\r\n"
-            writes, as_sent = body, transfer_chunk
+            writes, encode = body, transfer_chunk
         else:                           # the body ends where the connection ends
             framing, end, writes, self.open = {}, b"", body, False
         if incoming.method == "HEAD" or status in (204, 304):
@@ -3434,19 +3513,19 @@ class Handler(BaseHTTPRequestHandler):
         self.open = self.open and not self.reader.unread
         incoming.exchange.status = status
         self.pending = [self.head(incoming, response, {} if status == 204 else framing)]
-        self.send_writes(incoming, writes, as_sent, writes_per_send(response))
+        self.send_writes(incoming, writes, encode, writes_per_send(response))
         self.pending.append(end)
         incoming.end()
         self.flush(incoming)
 
-    def send_writes(self, incoming, writes, as_sent, most):
+    def send_writes(self, incoming, writes, encode, most):
         """A body that comes piece by piece; what fails in it becomes an error event.
 
         [DONE] waits for the last transfer chunk, which goes out in the same send.
         """
         try:
             for write in filter(None, writes):      # an empty one would spell the end
-                self.pending.append(as_sent(write))
+                self.pending.append(encode(write))
                 if len(self.pending) >= most and not write.endswith(DONE):
                     self.flush(incoming)
         except EndReply:
@@ -3454,7 +3533,7 @@ class Handler(BaseHTTPRequestHandler):
         except BaseException as error:
             incoming.failed = True
             refusal = self.server.refusal(error, incoming)
-            self.pending.append(as_sent(event(refusal.body())))
+            self.pending.append(encode(event(refusal.body())))
 
     def cut(self, incoming, how):
         """End a reply as a quirk wants it, or as an upstream that was cut."""
@@ -3783,7 +3862,11 @@ def tls_context(tls):
         return tls
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(*tls)
+    try:
+        context.load_cert_chain(*tls)
+    except OSError as error:        # it does not name the files
+        raise ValueError(f"the certificate {tls[0]} with the key {tls[1]} cannot be "
+                         f"used: {error}") from None
     return context
 
 
@@ -3881,6 +3964,7 @@ class Server(ThreadingHTTPServer):
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+        self.alarm = socket.socketpair()    # what is sent to [1] can be read from [0]
 
     @property
     def backend(self):
@@ -3908,7 +3992,12 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self):
         """As HTTPServer's, but without asking for our name: a resolver may be silent."""
-        socketserver.TCPServer.server_bind(self)
+        try:
+            socketserver.TCPServer.server_bind(self)
+        except OSError as error:
+            host, port = self.server_address[:2]
+            error.filename = f"{host}, port {port}"     # for its message
+            raise
         self.server_name, self.server_port = self.server_address[:2]
 
     @property
@@ -3968,14 +4057,15 @@ class Server(ThreadingHTTPServer):
         end = time.monotonic() + seconds
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
-                reader.stopping = True
                 reader.shut(how)
         for thread in set(self.connections) - {threading.current_thread()}:
             thread.join(max(end - time.monotonic(), 0))
 
     def cut_connections(self):
-        """End what waits: first nothing more can come, then nothing more can go."""
-        self.end_connections(socket.SHUT_RD, 0.25)
+        """End what waits, with a word to the client; then whatever else there is."""
+        with suppress(OSError):             # it is closed already
+            self.alarm[1].send(b"!")
+        self.end_connections(socket.SHUT_RD, 0.25, only_idle=True)
         self.end_connections(socket.SHUT_RDWR, 0.25)
 
     def close(self, grace=0, error=None):
@@ -3993,6 +4083,8 @@ class Server(ThreadingHTTPServer):
         if set(self.connections) - {threading.current_thread()}:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
+        for each in self.alarm:
+            each.close()
         self.check(error)
 
     def check(self, error=None):
@@ -4501,7 +4593,7 @@ def reaches_command(number):
     return number == signal.SIGINT and in_front
 
 
-def pass_signal(running, number, frame):
+def pass_signal(running, number, _):
     """Hand a signal to the command; without one, end."""
     if not running:
         sys.exit(128 + number)
@@ -4560,8 +4652,7 @@ def main(argv=None):
     try:
         server = server_of(args, port)
     except (OSError, OverflowError, ValueError, TypeError) as error:
-        is_taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        return complain(f"port {port}: {error}" if is_taken else error)
+        return complain(error)
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", args.host, server.server_port)
