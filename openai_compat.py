@@ -703,14 +703,13 @@ def chosen_tools(tool_choice):
 
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
-    known = tool_names(request["tools"])
     for name in tool_names(chosen_tools(request["tool_choice"])):
-        if name not in known:
+        if name not in tool_names(request["tools"]):
             raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
                           "tool_choice")
     call = request["function_call"]
-    known = [function["name"] for function in request["functions"]]
-    if type(call) is dict and call["name"] not in known:
+    if type(call) is dict and call["name"] not in [
+            function["name"] for function in request["functions"]]:
         raise invalid("Invalid value for 'function_call': no function named "
                       f"'{call['name']}' was specified in the 'functions' parameter.",
                       "function_call")
@@ -759,7 +758,8 @@ def parse_chat(body, strict=True):
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
     text = last_question(request["messages"])
-    return {**request, "endpoint": "chat", "prompt": text, "text": text}
+    request.update(endpoint="chat", prompt=text, text=text)
+    return request
 
 
 def is_token_ids(prompt):
@@ -818,7 +818,8 @@ def parse_completion(body, strict=True):
         raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
                       "each are more than 128 choices.", "prompt",
                       "array_above_max_length")
-    return {**request, "endpoint": "completion", "best_of": best_of, "prompts": prompts}
+    request.update(endpoint="completion", best_of=best_of, prompts=prompts)
+    return request
 
 
 def count_choices(request):
@@ -1526,9 +1527,8 @@ def error_response(error):
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
-# Waiting.  Each connection has a thread of its own.  `Connection` reads and writes its
-# socket, which never blocks; all waiting goes through a selector, together with the
-# client's socket, so that a client that leaves is noticed at once.
+# Waiting.  Each connection has a thread of its own.  Whatever waits in that thread also
+# watches the client's socket, so that a client that leaves is noticed at once.
 
 class EndReply(BaseException):
     """Ends a reply on purpose.  It is no Exception, so that no backend catches it."""
@@ -1538,10 +1538,9 @@ class ClientLeft(EndReply):
     """The client has closed its side of the connection."""
 
 
-LONGEST_SELECT = 3600.0         # seconds; the selectors take no arbitrarily long time
+LONGEST_WAIT = 10.0**6          # seconds; poll() counts milliseconds in 31 bits
 MOST_READ_AHEAD = 2**20         # bytes that are kept while nobody reads them
-NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError,
-           ssl.SSLWantWriteError)
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # A selector that takes descriptors above 1,023, where the platform has one.
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -1550,24 +1549,21 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
 
     seconds: how long the client may take to read what was sent.  deadline: when the
-    request that is being read must be complete, on the clock time.monotonic.  alarm: a
-    socket that can be read as soon as the server is shutting down.
+    request that is being read must be complete, on the clock time.monotonic.
     """
 
-    def __init__(self, sock, seconds, alarm):
-        sock.setblocking(False)
+    def __init__(self, sock, seconds):
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
-        self.selector, self.watched, self.alarm = Selector(), True, alarm
-        for each in (sock, alarm):
-            self.selector.register(each, selectors.EVENT_READ)
+        self.stopping = False           # the server is about to close the connection
 
-    def receive(self):
-        """Read once what has arrived, without waiting -> whether there was anything."""
+    def receive(self, seconds):
+        """Wait so long for bytes, and read once -> did any come, or the end of them?"""
+        self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
         try:
             block = self.sock.recv(65536)
-        except NOT_NOW:
+        except (socket.timeout, *NOT_NOW):
             return False
         except OSError:
             block = b""
@@ -1577,78 +1573,56 @@ class Connection:
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
-        if not self.watched:
-            self.selector.register(self.sock, selectors.EVENT_READ)
-            self.watched = True
-        while True:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise APIError(408, "The request took too long to arrive.")
-            # TLS may hold bytes that it has read already: no selector sees those.
-            held = getattr(self.sock, "pending", int)()
-            if (held or self.select(left)) and self.receive():
-                break
+        if not self.receive(self.deadline - time.monotonic()):
+            raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
 
-    def select(self, seconds):
-        """The files that are ready, or [] when the time is over.
+    def is_full(self):
+        return len(self.buffer) > MOST_READ_AHEAD
 
-        What the client has sent, or that it has left, comes before the alarm.
-        """
-        ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
-        files = [key.fileobj for key, _ in ready]
-        if self.alarm in files and self.sock not in files:
+    def pause(self, seconds):
+        """Wait so long, and read ahead what the client sends early: the end of it says
+        that the client has left, or that the server is shutting down."""
+        end = time.monotonic() + seconds
+        while not self.ended and not self.is_full():
+            if not self.receive(end - time.monotonic()):
+                return
+        if self.ended and self.stopping and not self.client_closed():
             raise APIError(503, "The server is shutting down.",
                            headers={"retry-after": "1"})
-        return files
-
-    def read_ahead(self):
-        """Read what the client sends early: the end of it may be that it left."""
-        while not self.ended and self.receive():
-            if len(self.buffer) > MOST_READ_AHEAD:      # its end is noticed later then
-                self.selector.unregister(self.sock)
-                self.watched = False
-                return
         if self.ended:
             raise ClientLeft
+        while time.monotonic() < end and not self.stopping:     # noticed later, then
+            time.sleep(max(min(end - time.monotonic(), 1), 0))
 
-    def wait(self, seconds, source=None):
-        """Wait so long, or until the file `source` can be read; ClientLeft if the client
-        leaves first."""
-        if self.ended:
-            raise ClientLeft
-        if source is not None:
-            self.selector.register(source, selectors.EVENT_READ)
-        try:
-            end = time.monotonic() + seconds
-            while True:
-                ready = self.select(seconds)
-                if self.sock in ready:
-                    self.read_ahead()
-                seconds = end - time.monotonic()
-                if source in ready or seconds <= 0:
-                    return
-        finally:
-            if source is not None:
-                self.selector.unregister(source)
+    def client_closed(self):
+        """Did the client close before the server did?  Only Linux can tell."""
+        with suppress(OSError, AttributeError):
+            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            return state == b"\x08"        # TCP_CLOSE_WAIT
+
+    def wait_for(self, source):
+        """Wait until the file `source` can be read, or as `pause` for the client."""
+        ready = ()
+        while source not in ready:
+            self.pause(0)
+            with Selector() as selector:
+                for file in (source,) if self.is_full() else (source, self.sock):
+                    selector.register(file, selectors.EVENT_READ)
+                ready = [key.fileobj for key, _ in selector.select()]
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
         view = memoryview(block)
+        self.sock.settimeout(0)         # most of the time there is nothing to wait for
         while view:
             try:
                 view = view[self.sock.send(view):]
             except NOT_NOW:
-                self.wait_to_send()
-            except OSError:
+                self.sock.settimeout(min(self.seconds, LONGEST_WAIT))
+            except OSError:             # also the timeout
                 raise ClientLeft from None
-
-    def wait_to_send(self):
-        with Selector() as selector:
-            selector.register(self.sock, selectors.EVENT_WRITE)
-            if not selector.select(min(self.seconds, LONGEST_SELECT)):
-                raise ClientLeft
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -1657,7 +1631,6 @@ class Connection:
             socket.socket.shutdown(self.sock, how)
 
     def close(self):
-        self.selector.close()
         self.sock.close()
 
 
@@ -1672,14 +1645,14 @@ def pause(seconds):
     if connection is None:              # a backend that is called without a server
         time.sleep(seconds)
     else:
-        connection.wait(seconds)
+        connection.pause(seconds)
 
 
 def wait_for(source):
-    """Wait until the file `source` can be read; ClientLeft if the client leaves first."""
+    """Wait until the file `source` can be read; ClientLeft if the client leaves."""
     connection = getattr(this_thread, "connection", None)
     if connection is not None:
-        connection.wait(math.inf, source)
+        connection.wait_for(source)
 
 
 # ----------------------------------------------------------------------------------
@@ -1729,7 +1702,7 @@ def calls_in(choice):
 
 
 def usage_always(chunks, k):
-    """A usage in every chunk and in a chunk of its own, although nobody asked for it."""
+    """A usage in every chunk and in a chunk of its own, though nobody asked for it."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for chunk in chunks:
         usage = chunk.get("usage") or usage
@@ -1808,7 +1781,6 @@ def html_502(writes, k):
     """An HTML page with status 502, as a proxy would send it."""
     raise Instead(Response(502, {"content-type": "text/html"},
                            b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
-    yield
 
 
 WRITE_QUIRKS = {
@@ -1876,9 +1848,8 @@ def parse_quirk(text):
 
 SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
-
-JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
-              "null": type(None), "integer": (int, float), "number": (int, float)}
+JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
+              type(None): ["null"], int: ["integer", "number"], float: ["number"]}
 CONSTANTS = {"boolean": [False, True], "null": [None]}
 FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
@@ -1890,35 +1861,36 @@ FORMATS = {  # None: any string
 }
 
 
+def canonical(value):
+    """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
+
+    Example:
+        >>> canonical({"b": 0.0, "a": True})
+        '{"a": true, "b": 0}'
+    """
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
+
+
 def _unsatisfiable(keyword, why="it cannot be satisfied"):
     return APIError(400, f"No instance of this schema can be made, for its keyword "
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def _is_a(value, kind):
-    """Is a value of this JSON type, or of one of these?  true is not an integer."""
-    if isinstance(kind, list):
-        return any(_is_a(value, each) for each in kind)
-    if type(value) is bool or kind == "any":
-        return kind in ("any", "boolean")
-    return isinstance(value, JSON_TYPES[kind]) and (kind != "integer" or value % 1 == 0)
+def _types(value):
+    """The JSON types of a value.  A number without a fraction is an integer.
 
-
-def _key(value):
-    """Text that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
-    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
+    Example:
+        >>> _types(1.0), _types(True)
+        (['number', 'integer'], ['boolean'])
+    """
+    is_whole = type(value) is float and value % 1 == 0
+    return JSON_TYPES[type(value)] + ["integer"] * is_whole
 
 
 def _is_one(value, values):
-    return any(value == each and _key(value) == _key(each) for each in values)
-
-
-def _at_least(value, length):
-    return len(value) >= length
-
-
-def _at_most(value, length):
-    return len(value) <= length
+    return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
 def _rows(kind, keywords, rule):
@@ -1926,26 +1898,24 @@ def _rows(kind, keywords, rule):
 
 
 RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobody knows)
-    **_rows("any", "not if $id $dynamicRef $recursiveRef", lambda *_: None),
-    "type": ("any", _is_a), "enum": ("any", _is_one),
-    "const": ("any", lambda value, constant: _is_one(value, [constant])),
-
+    **_rows("any", "not if $id $dynamicRef", lambda *_: None),
+    "type": ("any", lambda value, kinds: not set(_types(value)).isdisjoint(
+        [kinds] if isinstance(kinds, str) else kinds)),
+    "enum": ("any", _is_one), "const": ("any", lambda value, it: _is_one(value, [it])),
     "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
     "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
     "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
         value % step if isinstance(step, int) else value / step % 1) == 0),
-
-    "minLength": ("string", _at_least), "maxLength": ("string", _at_most),
+    **{f"{bound}{noun}": (kind, rule) for noun, kind in (
+        ("Length", "string"), ("Items", "array"), ("Properties", "object"))
+       for bound, rule in (("min", lambda value, least: len(value) >= least),
+                           ("max", lambda value, most: len(value) <= most))},
     "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    **_rows("string", "pattern contentEncoding contentMediaType", lambda *_: None),
-
-    "minItems": ("array", _at_least), "maxItems": ("array", _at_most),
+    **_rows("string", "pattern", lambda *_: None),
     "uniqueItems": ("array", lambda value, on: (
-        not on or len(set(map(_key, value))) == len(value))),
+        not on or len(set(map(canonical, value))) == len(value))),
     **_rows("array", "items prefixItems", lambda *_: True),     # see `_Sampler.parts`
     **_rows("array", "contains additionalItems unevaluatedItems", lambda *_: None),
-
-    "minProperties": ("object", _at_least), "maxProperties": ("object", _at_most),
     "required": ("object", lambda value, names: value.keys() >= set(names)),
     **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
     **_rows("object", "patternProperties dependencies dependentRequired "
@@ -1974,8 +1944,8 @@ class _Sampler:
     """One sample in the making: the root of its schema, and the work that is left."""
 
     def __init__(self, root):
-        self.root, self.left, self.fault = root, SAMPLE_WORK, None
-        self.trusting, self.trusted = False, set()
+        self.root, self.left = root, SAMPLE_WORK
+        self.trusting, self.trusted = False, set()  # an author's example; its strings
 
     def spend(self, work, keyword="$ref"):
         self.left -= work
@@ -2010,7 +1980,7 @@ class _Sampler:
         self.spend(len(schema) + sum(map(len, lists)))
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
-            verdict = not _is_a(value, kind) or rule(value, argument)
+            verdict = kind not in ["any", *_types(value)] or rule(value, argument)
             claim = verdict is None and kind == "string" and (value, keyword, argument)
             if claim and self.trusting:
                 self.trusted.add(claim)
@@ -2018,8 +1988,8 @@ class _Sampler:
                 raise _unsatisfiable(keyword, "it is not known here")
             if verdict is False:
                 return keyword
-        parts = itertools.starmap(self.broken, self.parts(value, schema))
-        return next(filter(None, parts), None)
+        return next(filter(None, itertools.starmap(
+            self.broken, self.parts(value, schema))), None)
 
     def parts(self, value, schema):
         """(a value, its schema, keyword) for the value itself and for what is in it."""
@@ -2038,20 +2008,22 @@ class _Sampler:
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
         schemas = [each for each in schemas if each is not False]  # seen further out
-        self.fault = _unsatisfiable("$ref", "it contains itself without an end")
-        for self.trusting, value in self.candidates(schemas, name, above):
+        fault = _unsatisfiable("$ref", "it contains itself without an end")
+        for trusting, values in self.candidates(schemas, name, above):
             try:
-                self.spend(len(to_json(value)))
-                keyword = self.broken(value, {"allOf": schemas})
-                if not keyword and not _is_one(value, others):
-                    return value
-                raise _unsatisfiable(keyword or "uniqueItems")
-            except APIError as fault:
-                self.fault = fault
-        raise self.fault
+                for value in values:
+                    self.trusting = trusting
+                    self.spend(len(to_json(value)))
+                    keyword = self.broken(value, {"allOf": schemas})
+                    if not keyword and not _is_one(value, others):
+                        return value
+                    fault = _unsatisfiable(keyword or "uniqueItems")
+            except APIError as error:
+                fault = error
+        raise fault
 
     def candidates(self, todo, name, above, here=()):
-        """Each (is it an author's example?, value), reading the schemas `todo` in turn.
+        """(is it an author's example?, values), reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -2069,20 +2041,17 @@ class _Sampler:
                 yield from self.candidates(both, name, above, (*here, schema))
 
     def values(self, here, name, inside):
-        """The candidates of one reading: what its schemas list or a type makes."""
+        """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in _said(here, "examples") if each]
-        yield from ((True, value) for value in _said(here, "default") + examples)
+        yield from ((True, [value]) for value in _said(here, "default") + examples)
         listed = _said(here, "const") + sum(_said(here, "enum"), [])
+        yield from ((False, [value]) for value in listed)
         types = (kind if type(kind) is list else [kind] for kind in _said(here, "type"))
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
-        for kind in dict.fromkeys(kinds) or ["object"]:
-            try:
-                make = getattr(self, f"make_{kind}", None)
-                made = listed or CONSTANTS.get(kind) or make(here, name, inside)
-                yield from ((False, value) for value in made)
-            except APIError as fault:
-                self.fault = fault
+        for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
+            yield False, CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
+                here, name, inside)
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
@@ -2107,9 +2076,8 @@ class _Sampler:
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        name, low = name or "text", max(_said(here, "minLength"), default=0)
-        high = min(_said(here, "maxLength"), default=SAMPLE_WORK)
-        self.spend(low, "minLength")
+        name, high = name or "text", min(_said(here, "maxLength"), default=SAMPLE_WORK)
+        low = min(max(_said(here, "minLength"), default=0), SAMPLE_WORK)
         yield from filter(None, map(FORMATS.get, _said(here, "format")))
         for mark in ("", *map(str, range(2, 100))):
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
@@ -2138,10 +2106,11 @@ def sample(schema):
         ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
         {'city': 'city', 'days': 3}
     """
-    if isinstance(schema, dict):        # an $id says nothing at the root
-        schema = {key: each for key, each in schema.items() if key != "$id"}
     try:
-        return json.loads(to_json(_Sampler(schema).make([{"allOf": [schema]}], "text")))
+        schema = json.loads(to_json(schema))        # a copy that has no other types
+        if isinstance(schema, dict):
+            schema.pop("$id", None)                 # it says nothing at the root
+        return _Sampler(schema).make([{"allOf": [schema]}], "text")
     except RecursionError:
         raise _unsatisfiable("$ref", "it is nested too deeply") from None
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
@@ -2171,48 +2140,55 @@ class ToolCall:
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def is_delay(value):
-    """A number of seconds, or two of them: before the first piece, and between pieces."""
-    if isinstance(value, (list, tuple)):
-        return len(value) == 2 and all(map(is_number, value))
-    return is_number(value)
+def delay_pair(delay):
+    """Seconds before the first piece, and between pieces.
+
+    Example:
+        >>> delay_pair(0.1), delay_pair((1, 0))
+        ((0.1, 0.1), (1, 0))
+    """
+    pair = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    if len(pair) != 2 or not all(map(is_number, pair)):
+        raise TypeError(f"a delay must be seconds, or (first, between), not {delay!r}")
+    return pair
 
 
 REPLY_TYPES = {
     "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
-    "finish_reason": str, "usage": dict, "delay": (int, float, list, tuple),
-    "quirk": str, "headers": dict, "error": APIError,
+    "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
+    "error": APIError,
 }
 
 
 class Reply:
     """What a backend says, with everything that can be said about it.
 
-    text: a str, or a list of the pieces to send.  usage: fields that replace the counted
-    ones.  delay: seconds between pieces, or (first, between).  quirk: a name of QUIRKS.
-    headers: go out with the response.  error: an APIError to answer with, after the
-    delay and the text.  expect: see Script.
+    text: a str, or a list of the pieces to send.  usage: fields that replace those
+    that were counted.  delay: seconds between pieces, or (first, between).  quirk: a
+    name of QUIRKS.  headers: go out with the response.  error: an APIError to answer
+    with, after the delay and the text.  expect: see Script.
 
     Raises TypeError or ValueError for a value that cannot be used.
     """
 
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
-                 usage=None, delay=0, quirk=None, headers=None, error=None, expect=None):
+                 usage=None, delay=0, quirk=None, headers=None, error=None,
+                 expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
         self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
-        for name, value in vars(self).items():
-            if value is not None and not isinstance(value, REPLY_TYPES[name]):
+        for name, types in REPLY_TYPES.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, types):
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
-        if not (all(isinstance(call, ToolCall) for call in self.tool_calls)
-                and is_delay(delay)):
-            raise TypeError("tool_calls must be ToolCalls, and a delay must be seconds "
-                            f"or (first, between), not {self.tool_calls!r} and {delay!r}")
+        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
+            raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
+        delay_pair(delay)
         parse_quirk(quirk)
         self.headers, self.expect = header_fields(headers), expect
 
@@ -2227,8 +2203,6 @@ class Reply:
 
 def as_reply(result):
     """What a backend returned, as a Reply; its `text` may be any iterable of pieces."""
-    if isinstance(result, (str, list, tuple)):
-        return Reply(result)
     if isinstance(result, Reply):
         return result
     if isinstance(result, ToolCall):
@@ -2255,38 +2229,34 @@ def each_piece(text):
 def pieces_of(reply, tokenize, make_id, one_by_one):
     """What a reply says, as pairs of kind and tokens; see the section on pieces."""
     reason, text = "stop", reply.text
-    for tokens in split(reply.refusal or "", tokenize, one_by_one):
-        yield "refusal", tokens
-    if isinstance(text, str):
-        for tokens in split(text, tokenize, one_by_one):
-            yield "text", tokens
-        text = ()
-    for piece in itertools.chain(each_piece(text), reply.tool_calls):
+    for kind, whole in (("refusal", reply.refusal), ("text", text)):
+        if isinstance(whole, str):
+            for tokens in split(whole, tokenize, one_by_one):
+                yield kind, tokens
+    pieces = each_piece(() if isinstance(text, str) else text)
+    for piece in itertools.chain(pieces, reply.tool_calls):
         if isinstance(piece, ToolCall):
             reason = "tool_calls"
-            yield "call", Call(piece.name, piece.id or make_id(), tokenize(piece.arguments))
+            id, arguments = piece.id or make_id(), tokenize(piece.arguments)
+            yield "call", Call(piece.name, id, arguments)
         elif piece:
             yield "text", tokenize(piece)
-    yield ("error", reply.error) if reply.error else ("end", reply.finish_reason or reason)
+    if reply.error:
+        yield "error", reply.error
+    yield "end", reply.finish_reason or reason
 
 
 def paced(pieces, delay):
-    """Each piece so many seconds after the one before; delay: a number, or (first,
-    between)."""
-    seconds, between = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    """Each piece so many seconds after the one before.  The error that a reply ends
+    with is raised here."""
+    seconds, between = delay_pair(delay)
     for kind, said in pieces:
         if kind != "end":
             pause(seconds)
-        yield kind, said
-        seconds = between
-
-
-def raising(pieces):
-    """Raise the error that a Reply ends with."""
-    for kind, said in pieces:
         if kind == "error":
             raise said
         yield kind, said
+        seconds = between
 
 
 def forced_tool(request):
@@ -2301,13 +2271,12 @@ def forced_tool(request):
 
 def sample_input(request, name):
     """Arguments that fit the schema of the tool of that name; text for a custom one."""
-    if name in custom_tools(request):
-        return request["text"]
-    functions = [tool["function"] for tool in request["tools"]
-                 if tool["type"] == "function"] + list(request["functions"])
-    schemas = (function.get("parameters") for function in functions
-               if function["name"] == name)
-    return sample(next(schemas) or {"type": "object"})
+    tools = [*request["tools"], *({"function": each} for each in request["functions"])]
+    for tool in tools:
+        function = tool.get("function", {})
+        if function.get("name") == name:
+            return sample(function.get("parameters") or {"type": "object"})
+    return request["text"]
 
 
 def echo(request):
@@ -2347,75 +2316,54 @@ COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE, inspect.CO_ASYNC_GENERAT
 def as_backend(value):
     """A backend from one, or from a constant; TypeError for anything else."""
     if isinstance(value, APIError):
-        return constant(Reply(error=value))
+        value = Reply(error=value)
     if isinstance(value, (str, Reply, ToolCall)):
         return constant(as_reply(value))
-    code = getattr(value, "__code__", None)
-    is_async = bool(getattr(code, "co_flags", 0) & COROUTINE)
+    is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
     if isinstance(value, PassingOn) or callable(value) and not is_async:
         return value
-    what = "a coroutine function" if is_async else repr(value)
+    what = "a coroutine function" if is_async else repr(value)[:200]
     raise TypeError("a backend must be a function of the request, a str, a Reply, a "
-                    f"ToolCall or an APIError, not {what[:200]}; say(...) says pieces, "
+                    f"ToolCall or an APIError, not {what}; say(...) says pieces, "
                     "Script(...) takes a step per request")
 
 
 def model_name(backend):
     """The name that /v1/models lists for a backend."""
-    names = (getattr(backend, "model", None), getattr(backend, "__name__", None))
-    return next((name for name in names if isinstance(name, str) and name),
-                type(backend).__name__)
+    names = (getattr(backend, "model", None), getattr(backend, "__name__", None),
+             type(backend).__name__)
+    return next(name for name in names if isinstance(name, str) and name)
 
 
 # ------ Script: a step per request, and what each request must be
 
-def brief(value, around=0):
-    """A value in few words; of a long text, what stands around a position.
-
-    Example:
-        >>> brief("x" * 200 + "here" + "y" * 200, around=200)
-        "...'xxx...xxxhereyyy...yyy'..."
-    """
-    if value is ABSENT:
-        return "absent"
-    if isinstance(value, str):
-        start, end = max(around - 40, 0), around + 80
-        before, after = "..." * (start > 0), "..." * (end < len(value))
-        return f"{before}{value[start:end]!r}{after}"
-    text = repr(value)
-    return text if len(text) <= 300 else text[:290] + "..."
-
-
 ABSENT = object()
 
 
-def both(got, expected):
-    """Two values that differ, in words; of texts, what stands around the difference.
+def brief(value, around=0):
+    """A value as Python writes it; of a long one, what stands around a position.
 
     Example:
-        >>> both("Hello", "Help")
-        "'Hello', expected 'Help'"
+        >>> brief("x" * 80 + "here" + "y" * 400, around=80)[:20], brief(ABSENT)
+        ('...xxxxxxxxxxxxxxxxx', 'absent')
     """
-    place = 0
-    if isinstance(got, str) and isinstance(expected, str):
-        place = len(os.path.commonprefix([got, expected]))
-    return f"{brief(got, place)}, expected {brief(expected, place)}"
+    text = "absent" if value is ABSENT else repr(value)
+    start, end = max(around - 40, 0), around + 250
+    return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
 def refused_by(function, value):
     """Why a function in an `expect` says no to a value; None if it says yes."""
-    name = getattr(function, "__name__", repr(function))
     try:
         result = function(None if value is ABSENT else value)
+        says = "no" if result is not None else "None (to say yes, it must return True)"
     except AssertionError as error:
-        return f"{brief(value)}, and {name} says: {str(error) or 'assertion failed'}"
-    if result:
-        return None
-    hint = " (it returned None; it must return True)" if result is None else ""
-    return f"{brief(value)}, to which {name} says no{hint}"
+        result, says = False, str(error) or "assertion failed"
+    name = getattr(function, "__name__", repr(function))
+    return None if result else f"{brief(value)}, to which {name} says: {says}"
 
 
-def difference(expected, value, path="the body"):
+def difference(expected, value, path=""):
     """The path of the first difference and what it is, or None.
 
     Example:
@@ -2423,21 +2371,22 @@ def difference(expected, value, path="the body"):
         ...            {"messages": [{"role": "user", "content": "Ho"}], "n": 1})
         "messages[0].content is 'Ho', expected 'Hi'"
     """
+    at = path or "the body"
     if callable(expected):
         fault = refused_by(expected, value)
-        return fault and f"{path} is {fault}"
+        return fault and f"{at} is {fault}"
     if isinstance(expected, dict) and isinstance(value, dict):
-        prefix = "" if path == "the body" else f"{path}."
-        pairs = [(each, value.get(name, ABSENT), f"{prefix}{name}")
+        pairs = [(each, value.get(name, ABSENT), f"{path}.{name}" if path else name)
                  for name, each in expected.items()]
     elif isinstance(expected, list) and isinstance(value, list):
         if len(expected) != len(value):
-            return f"{path} has {len(value)} items, expected {len(expected)}"
-        pairs = [(each, value[i], f"{path}[{i}]") for i, each in enumerate(expected)]
+            return f"{at} has {len(value)} items, expected {len(expected)}"
+        pairs = [(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(expected, value))]
     elif expected == value or expected is None and value is ABSENT:
         return None
     else:
-        return f"{path} is {both(value, expected)}"
+        place = len(os.path.commonprefix([repr(value), repr(expected)]))
+        return f"{at} is {brief(value, place)}, expected {brief(expected, place)}"
     return next(filter(None, (difference(*pair) for pair in pairs)), None)
 
 
@@ -2456,14 +2405,17 @@ def reply_from_json(step):
     return Reply(**fields)
 
 
+Step = collections.namedtuple("Step", "number expect backend given")
+
+
 def as_step(number, step):
-    """A step as a backend with its `expect`; what cannot be a step is refused."""
+    """A step of a script, from any of its forms; what cannot be a step is refused."""
     try:
-        if isinstance(step, dict):
-            step = reply_from_json(step)
-        if isinstance(step, (list, tuple)):
-            step = Reply(tool_calls=step)
-        return getattr(step, "expect", None), as_backend(step)
+        given = reply_from_json(step) if isinstance(step, dict) else step
+        if isinstance(given, (list, tuple)):
+            given = Reply(tool_calls=given)
+        expect = given.expect if isinstance(given, Reply) else None
+        return Step(number, expect, as_backend(given), step)
     except (TypeError, ValueError) as error:
         raise type(error)(f"step {number} of the script: {error}") from None
 
@@ -2473,9 +2425,9 @@ class Script:
 
     A step is a str, a ToolCall or a list of them, a Reply, an APIError, a dict as in a
     JSON script, or a function of the request.  All choices of a request say the same.
-    any_order: a request takes the first step whose `expect` it meets, and a step without
-    `expect` only if there is none.  otherwise: a backend for requests that no step is
-    for.
+    any_order: a request takes the first step whose `expect` it meets, and a step
+    without `expect` only if there is none.  otherwise: a backend for requests that no
+    step is for.
 
     `Reply(expect=...)` is compared with the body as it was sent.  A dict names the
     fields that matter; a list must have as many items as the body's; a function tests
@@ -2488,8 +2440,7 @@ class Script:
     model = "script"
 
     def __init__(self, *steps, any_order=False, otherwise=None):
-        self.steps = [(number, *as_step(number, step), step)
-                      for number, step in enumerate(steps, 1)]     # those not yet taken
+        self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         self.count, self.any_order = len(steps), any_order
         self.otherwise = None if otherwise is None else as_backend(otherwise)
         if isinstance(self.otherwise, PassingOn):
@@ -2499,18 +2450,14 @@ class Script:
 
     @classmethod
     def from_file(cls, path):
-        """A script from a JSON list of steps: a str, or an object with Reply's fields."""
-        with open(path, encoding="utf-8") as file:
-            try:
+        """A script from a JSON list of steps: strings, objects with Reply's fields."""
+        try:
+            with open(path, "rb") as file:
                 steps = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
-        for number, step in enumerate(steps, 1):
-            if type(step) not in (str, dict):
-                raise ValueError(f"step {number} of the script must be a string or an "
-                                 "object")
         return cls(*steps)
 
     def __call__(self, request):
@@ -2520,11 +2467,12 @@ class Script:
         return self.current.step(request)
 
     def take(self, body):
-        """The step for a request; it is used up."""
+        """The backend of the step that a request uses up."""
         with self.lock:
-            place, fault = self.match(body)
-            if fault is None:
-                return self.steps.pop(place)[2]
+            step, fault = self.match(body)
+            if step is not None:
+                self.steps.remove(step)
+                return step.backend
             if self.otherwise is not None:
                 self.last_unmatched = fault
                 return self.otherwise
@@ -2533,40 +2481,34 @@ class Script:
                        headers={"x-should-retry": "false"})
 
     def match(self, body):
-        """(the place of the step for a request, None), or (None, why there is none)."""
-        if not self.steps:
-            return None, (f"step {self.count + 1} was asked for, but the script has "
-                          f"{self.count}; the request: {brief(body)}")
-        if not self.any_order:
-            number, expect, *_ = self.steps[0]
-            fault = None if expect is None else difference(expect, body)
-            return 0, fault and f"step {number} was not as expected: {fault}"
-        faults, free = [], None
-        for place, (number, expect, *_) in enumerate(self.steps):
-            if expect is None:
-                free = place if free is None else free
-                continue
-            fault = difference(expect, body)
+        """(the step for a request, None), or (None, why there is none)."""
+        steps, faults = self.steps[:1], []
+        if self.any_order:              # those without an `expect` come last
+            steps = sorted(self.steps, key=lambda step: step.expect is None)
+        for step in steps:
+            fault = None if step.expect is None else difference(step.expect, body)
             if fault is None:
-                return place, None
-            faults.append(f"step {number}: {fault}")
-        return free, None if free is not None else (
-            f"no step is for this request: {'; '.join(faults)}")
+                return step, None
+            faults.append(f"step {step.number} is not for this request: {fault}")
+        return None, "; ".join(faults) or (
+            f"step {self.count + 1} was asked for, but the script has {self.count}; "
+            f"the request: {brief(body)}")
 
     def check(self, error=None):
         """Raise AssertionError unless every request followed the script.
 
         Remaining steps count only if there was no other error.
         """
-        if self.faults:
-            raise AssertionError("Script: " + "; ".join(self.faults))
-        if self.steps and error is None:
-            number, *_, step = self.steps[0]
-            why = self.last_unmatched
-            raise AssertionError(
-                f"Script: {len(self.steps)} of {self.count} steps remain, from step "
-                f"{number} on: {brief(step)}" + (f"; the last request that no step was "
-                                                 f"for: {why}" if why else ""))
+        faults = list(self.faults)
+        if self.steps and not faults and error is None:
+            number, *_, given = self.steps[0]
+            faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
+                          f"{number} on: {brief(given)}")
+            if self.last_unmatched:
+                faults.append(f"of the last request that no step was for, "
+                              f"{self.last_unmatched}")
+        if faults:
+            raise AssertionError("Script: " + "; ".join(faults))
 
 
 # ------ command: a program per choice
@@ -2578,7 +2520,7 @@ def start_program(program, request, files):
     """The process; it leads a group of its own, so that its children end with it."""
     import subprocess           # only for those who run programs, here and below
     texts = {"{prompt}": request["text"], "{transcript}": transcript(request)}
-    arguments = [re.sub(r"\{prompt\}|\{transcript\}", lambda match: texts[match[0]], each)
+    arguments = [re.sub("{prompt}|{transcript}", lambda match: texts[match[0]], each)
                  for each in program]
     try:
         "".join(arguments).encode()     # a lone surrogate cannot be an argument
@@ -2596,7 +2538,8 @@ def transcript(request):
 
     Example:
         >>> transcript({"endpoint": "chat", "messages": [
-        ...     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]})
+        ...     {"role": "system", "content": "Be brief."},
+        ...     {"role": "user", "content": "Hi"}]})
         'system: Be brief.\\nuser: Hi'
     """
     if request["endpoint"] == "completion":
@@ -2606,10 +2549,8 @@ def transcript(request):
 
 
 def end_program(process):
-    """Stop a program that has not ended by itself, and its children."""
+    """Stop a program and its children."""
     import subprocess
-    if process.stdout.closed and process.poll() is not None:
-        return
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -2619,24 +2560,29 @@ def end_program(process):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
             os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
 
 
-def decoded(pipe):
-    """The text that comes through a pipe, no character split; closes it at its end.
+def read_block(pipe):
+    """What has come through a pipe; b"" at its end.
 
-    On Windows no selector takes a pipe: a client that leaves is noticed at the next text.
+    On Windows no selector takes a pipe, so that a client that leaves is noticed at the
+    next text.
     """
-    decoder, block = codecs.getincrementaldecoder("utf-8")("replace"), None
-    while block != b"":
-        if os.name != "nt":
-            wait_for(pipe)
-        block = os.read(pipe.fileno(), 65536)
-        text = decoder.decode(block, final=not block)
-        if text:
-            yield text
-    pipe.close()
+    if os.name != "nt":
+        wait_for(pipe)
+    return os.read(pipe.fileno(), 65536)
+
+
+def output_of(process):
+    """The text that a program writes, as it writes it, until the program has ended."""
+    blocks = iter(functools.partial(read_block, process.stdout), b"")
+    try:
+        yield from codecs.iterdecode(blocks, "utf-8", "replace")
+        while process.poll() is None:   # it has closed its output, and goes on
+            pause(0.02)
+    except BaseException:
+        end_program(process)
+        raise
 
 
 def last_line(file):
@@ -2657,23 +2603,20 @@ def run_program(program, request, places):
         files[0].write(to_json({name: request[name] for name in request
                                 if name != "body"}))
         files[0].seek(0)
-        process = start_program(program, request, files)
-        stack.callback(end_program, process)
-        yield from decoded(process.stdout)
-        while process.poll() is None:   # it has closed its output, and goes on
-            pause(0.02)
+        process = stack.enter_context(start_program(program, request, files))
+        yield from output_of(process)
         if process.returncode:
             raise APIError(500, f"{program[0]} ended with status {process.returncode}: "
                                 f"{last_line(files[1])}")
 
 
 def command(program, at_once=1):
-    """A backend that runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
+    """Runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
 
-    There is no shell.  In an argument {prompt} becomes request["text"], {transcript} the
-    whole conversation.  Standard input gets the request as one JSON document; what the
-    program writes to standard output is the reply.  At most `at_once` programs run at a
-    time; the others wait.  The program ends when the client leaves.
+    There is no shell.  In an argument {prompt} becomes request["text"], {transcript}
+    the whole conversation.  Standard input gets the request as one JSON document; what
+    the program writes to standard output is the reply.  At most `at_once` programs run
+    at a time; the others wait.  The program ends when the client leaves.
 
     Raises ValueError for a program that is not there.
     """
@@ -2709,7 +2652,12 @@ RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
-DONE_EVENT = re.compile(rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+LINE_START = rb"(?:\A|(?<=[\r\n]))"
+DONE_EVENT = re.compile(
+    LINE_START + rb"data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+# The end of a block that may go on as [DONE] in the next one.
+DONE_BEGUN = re.compile(
+    LINE_START + rb"(?:da?t?a?:? ?\[?D?O?N?E?|data: ?\[DONE\][ \t\r\n]*)\Z")
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
@@ -2743,15 +2691,12 @@ class Upstream(io.RawIOBase):
 
 def blocks_of(response):
     """The body of an upstream's response as it arrives; if it is cut, so are we."""
-    while True:
-        pause(0)
-        try:
-            block = response.read1(65536)
-        except (OSError, http.client.HTTPException):
-            raise Cut("fin") from None
-        if not block:
-            break
-        yield block
+    try:
+        for block in iter(functools.partial(response.read1, 65536), b""):
+            yield block
+            pause(0)
+    except (OSError, http.client.HTTPException):
+        raise Cut("fin") from None
     if response.length:                 # that many bytes were promised and did not come
         raise Cut("fin")
 
@@ -2771,13 +2716,10 @@ def until_done(blocks):
         if done:
             yield held[:done.end()]
             return
-        lines = held.rstrip(b"\r\n")
-        start = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1       # of the last one
-        last = re.sub(rb"\r\n?", b"\n", held[start:].replace(b" ", b""))
-        if not b"data:[DONE]\n\n".startswith(last):
-            start = len(held)
-        yield held[:start]
-        held = held[start:]
+        begun = DONE_BEGUN.search(held)
+        end = begun.start() if begun else len(held)
+        yield held[:end]
+        held = held[end:]
     yield held
 
 
@@ -2796,41 +2738,27 @@ def as_bytes(text):
 class Relay(PassingOn):
     """Passes requests on to another server: Relay("http://gpu:8000/v1").
 
-    api_key: for that server; without one the client's own key is passed on, unless it is
-    one of ours.  record: the path of a tape, to which complete exchanges are appended.
-    paths: further endpoints that are passed on, such as "/embeddings".
+    api_key: for that server; without one the client's own key is passed on, unless it
+    is one of ours.  record: the path of a tape, to which complete exchanges are
+    appended.  paths: further endpoints that are passed on, such as "/embeddings".
 
     The upstream's path is built from the route, never taken from the client.
     """
 
     model = "relay"
+    CONNECTIONS = {"http": http.client.HTTPConnection,
+                   "https": http.client.HTTPSConnection}
 
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        if self.upstream.scheme not in ("http", "https") or not self.upstream.hostname:
+        if self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname:
             raise ValueError(f"{base_url!r} is not the URL of a server")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
-
-    def unreachable(self, error):
-        return APIError(502, f"The upstream at {self.base_url} cannot be reached: "
-                             f"{error}.", code="upstream_unreachable")
-
-    def connect(self, incoming):
-        kind = (http.client.HTTPSConnection if self.upstream.scheme == "https"
-                else http.client.HTTPConnection)
-        connection = kind(self.upstream.hostname, self.upstream.port, timeout=10)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise self.unreachable(error) from None
-        incoming.cleanup.callback(connection.sock.close)
-        connection.sock.settimeout(600)
-        return connection
 
     def headers(self, incoming):
         fields = {name: value for name, value in incoming.fields.items()
@@ -2854,84 +2782,74 @@ class Relay(PassingOn):
         _, mark, query = incoming.target.partition("?")
         return f"{self.upstream.path}{path}{mark}{query}"
 
-    def ask(self, connection, incoming):
+    def ask(self, incoming):
         """Send the request -> the head of the upstream's response."""
+        target, headers = self.target(incoming), self.headers(incoming)
+        connection = self.CONNECTIONS[self.upstream.scheme](
+            self.upstream.hostname, self.upstream.port, timeout=10)
         try:
-            connection.request(incoming.method, self.target(incoming),
-                               incoming.content or None, self.headers(incoming))
+            connection.connect()
+            incoming.cleanup.callback(connection.sock.close)
+            connection.sock.settimeout(600)
+            connection.request(incoming.method, target, incoming.content or None,
+                               headers)
             connection.sock = upstream = Upstream(connection.sock)
             response = connection.getresponse()
             if upstream.ended:          # http.client takes half a head for a whole one
                 raise OSError("the connection was cut")
             return response
         except (OSError, http.client.HTTPException) as error:
-            raise self.unreachable(error) from None
+            raise APIError(502, f"The upstream at {self.base_url} cannot be reached: "
+                                f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        response = self.ask(self.connect(incoming), incoming)
+        response = self.ask(incoming)
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
-        is_stream = headers.get("content-type", "").startswith("text/event-stream")
-        if is_stream:
+        if headers.get("content-type", "").startswith("text/event-stream"):
             headers = {**EVENT_STREAM, **headers}
-        if is_stream and "content-encoding" not in headers:
-            writes = until_done(writes)
+            if "content-encoding" not in headers:
+                writes = until_done(writes)
         if self.tape:
             writes = self.recorded(writes, incoming, response.status, headers)
             incoming.cleanup.callback(writes.close)
         return Response(response.status, headers, incoming.counted(writes))
 
     def recorded(self, writes, incoming, status, headers):
-        """The same writes.  The exchange is on the tape before the last one goes out."""
-        kept, last, end = [], time.monotonic(), b""
+        """The same writes.  The exchange is on the tape before the last goes out."""
+        kept, last = [], time.monotonic()
         try:
-            for write in writes:
+            for write in filter(None, writes):
                 kept.append([round(time.monotonic() - last, 4), as_text(write)])
                 if DONE_EVENT.search(write):
-                    end = write
                     break
                 yield write
                 last = time.monotonic()
+            else:                       # everything went out; the end is an empty write
+                write = b""
         except (Cut, ClientLeft, GeneratorExit) as error:
-            who = "the upstream was cut" if isinstance(error, Cut) else "the client left"
-            log.warning("An exchange was not recorded on %s: %s", self.tape, who)
+            why = "upstream was cut" if isinstance(error, Cut) else "client left"
+            log.warning("An exchange was not recorded on %s: the %s", self.tape, why)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
-        yield end
+        yield write
 
     def append(self, recording):
-        line = to_json(recording) + b"\n"
         try:
-            with self.lock, open(self.tape, "ab", buffering=0) as tape:
-                if tape.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self.lock, open(self.tape, "ab") as tape:
+                tape.write(to_json(recording) + b"\n")
         except OSError as error:
             log.error("An exchange was not recorded on %s: %s", self.tape, error)
         if self.on_record:
             self.on_record(recording)
 
 
-def match_key(method, path, body):
-    """What tells one request from another on a tape: in it 0 and 0.0 are equal.
-
-    Example:
-        >>> match_key("POST", "/completions", {"temperature": 0.0})
-        ('POST', '/completions', '{"temperature": 0}')
-    """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    body = json.loads(to_json(body), parse_float=number)
-    return method, path, json.dumps(body, sort_keys=True)
-
-
 def likeness(a, b):
-    """How many fields of the body two requests have in common."""
-    fields, others = a["body"], b["body"]
-    if a["path"] != b["path"] or not type(fields) is type(others) is dict:
-        return 0
-    return 1 + sum(others.get(name, ABSENT) == fields[name] for name in fields)
+    """How much two requests have in common: the path, then lines of the JSON text."""
+    lines = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
+    return a["path"] == b["path"], len(lines)
 
 
 class Replay(PassingOn):
@@ -2950,6 +2868,7 @@ class Replay(PassingOn):
         if not is_number(speed) or not isinstance(relay, (Relay, type(None))):
             raise TypeError("the speed of a Replay must be a number, its relay a Relay")
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
+        self.lines = itertools.count(1)         # a recording is a line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         if relay is not None:
             relay.tape = relay.tape or tape
@@ -2970,19 +2889,19 @@ class Replay(PassingOn):
                                      "recording") from None
 
     def add(self, recording):
-        self.recordings[match_key(**recording["request"])].append(recording)
+        recording["line"] = next(self.lines)
+        self.recordings[canonical(recording["request"])].append(recording)
 
     def unknown(self, asked):
-        """A 404 that names the nearest recording, and how the request differs from it."""
-        recorded = list(itertools.chain(*self.recordings.values()))
+        """A 404 that tells how the nearest recording differs."""
+        recorded = sum(self.recordings.values(), [])
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
         nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
-        given = nearest["request"]
-        fault = difference(given, asked)
+        fault = difference(nearest["request"], asked)
         if fault is None:               # null is like absent there, and true like 1
-            other = difference(asked, given) or "a null or a boolean differs"
-            fault = f"on the tape {other}"
+            other = difference(asked, nearest["request"])
+            fault = f"on the tape {other or 'a null or a boolean differs'}"
         return APIError(404, "There is no recording of this request.  The nearest one is "
                              f"line {nearest['line']} of {self.tape}: {fault}.",
                         code="not_recorded")
@@ -2995,8 +2914,8 @@ class Replay(PassingOn):
     def respond(self, incoming):
         asked = incoming.asked()
         with self.lock:
-            queue = self.recordings.get(match_key(**asked), ())
-            recording = queue.pop(0) if len(queue) > 1 else next(iter(queue), None)
+            queue = self.recordings.get(canonical(asked), [None])
+            recording = queue.pop(0) if len(queue) > 1 else queue[0]
         if recording is None and self.relay is not None:
             return self.relay.respond(incoming)
         if recording is None:
@@ -3447,8 +3366,7 @@ class Handler(BaseHTTPRequestHandler):
         if server.tls:
             sock = server.tls.wrap_socket(sock, server_side=True,
                                           do_handshake_on_connect=False)
-        self.reader = this_thread.connection = RequestReader(
-            sock, server.request_timeout, server.alarm[0])
+        self.reader = this_thread.connection = RequestReader(sock, server.request_timeout)
         if server.trace:
             self.reader.trace = functools.partial(server.trace, next(server.numbers))
         self.open, self.pending = True, []      # may a request follow; what to send next
@@ -3964,7 +3882,6 @@ class Server(ThreadingHTTPServer):
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
-        self.alarm = socket.socketpair()    # what is sent to [1] can be read from [0]
 
     @property
     def backend(self):
@@ -4057,15 +3974,14 @@ class Server(ThreadingHTTPServer):
         end = time.monotonic() + seconds
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
+                reader.stopping = True
                 reader.shut(how)
         for thread in set(self.connections) - {threading.current_thread()}:
             thread.join(max(end - time.monotonic(), 0))
 
     def cut_connections(self):
-        """End what waits, with a word to the client; then whatever else there is."""
-        with suppress(OSError):             # it is closed already
-            self.alarm[1].send(b"!")
-        self.end_connections(socket.SHUT_RD, 0.25, only_idle=True)
+        """End what waits: first nothing more can come, then nothing more can go."""
+        self.end_connections(socket.SHUT_RD, 0.25)
         self.end_connections(socket.SHUT_RDWR, 0.25)
 
     def close(self, grace=0, error=None):
@@ -4083,8 +3999,6 @@ class Server(ThreadingHTTPServer):
         if set(self.connections) - {threading.current_thread()}:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
-        for each in self.alarm:
-            each.close()
         self.check(error)
 
     def check(self, error=None):
@@ -4212,12 +4126,14 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice; each call gets its own copy of the request."""
         is_chat, backend = request["endpoint"] == "chat", self.backend
+        texts = ([request["text"]] if is_chat else
+                 [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index in range(count_choices(request)):
-            text = request["text"] if is_chat else prompts[index // request["best_of"]].text
-            body = parse_json(incoming.content)
-            given = {name: copied(request[name])
-                     for name in {*body, "stop", "prompts"}.intersection(request)}
-            reply = as_reply(backend({**request, **given, "body": body, "index": index,
+            text, body = texts[index % len(texts)], parse_json(incoming.content)
+            own = {name: copied(request[name]) for name in (*body, "stop")}
+            if not is_chat:
+                own["prompts"] = copied(request["prompts"])
+            reply = as_reply(backend({**request, **own, "body": body, "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
@@ -4228,10 +4144,8 @@ class Server(ThreadingHTTPServer):
         delay = reply.delay or self.delay
         pieces = pieces_of(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
                            one_by_one=request["stream"] or bool(delay))
-        if delay:
+        if delay or reply.error:
             pieces = paced(pieces, delay)
-        if reply.error:
-            pieces = raising(pieces)
         return sequence(pieces, request)
 
     def complete(self, request, incoming):
@@ -4239,7 +4153,7 @@ class Server(ThreadingHTTPServer):
         is_chat = request["endpoint"] == "chat"
         prefix, make_chunks = (("chatcmpl-", chat_chunks) if is_chat
                                else ("cmpl-", completion_chunks))
-        request = {**request, "id": prefix + self.random_name(29)}
+        request["id"] = prefix + self.random_name(29)
         quirk = self.quirk_asked(incoming.fields)
         prompts = prompts_of(request, self.tokenize)
         replies = list(self.replies(request, prompts, incoming))

@@ -4,6 +4,7 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 .pytest.ini, real SDKs, browsers and proxies.
 """
 import base64
+import configparser
 import contextlib
 import doctest
 import functools
@@ -2612,7 +2613,7 @@ def test_a_reply_of_pieces_may_say_more():
 def test_arguments_that_hold_themselves_are_refused():
     circle = {}
     circle["again"] = circle
-    with pytest.raises(ValueError, match="contains itself"):
+    with pytest.raises(ValueError, match="holds itself"):
         ToolCall("f", circle)
 
 
@@ -4614,41 +4615,9 @@ def test_a_thousand_starts_and_stops_leave_nothing_behind(row):
 # ==================================================================================
 # THE CLIENT: the reading pipe, retries, the command line, the conversation
 
-CLIENT = str(Path(client.__file__).resolve())
-
 
 # ---------------------------------------------------------------------------
 # A server that says what it is told: bytes in, bytes out, over a real socket.
-
-@contextlib.contextmanager
-def playing(*replies, tls=None):
-    """A loopback server: its n-th connection gets the n-th reply, later ones the last.
-
-    A reply is bytes, or a function of the connection. Gives the base_url and the list
-    of the requests as they come: (request line, headers in lower case, body).
-    """
-    requests, over = [], []
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        for reply in itertools.chain(replies, itertools.repeat(replies[-1])):
-            connection, _ = listener.accept()
-            if over:
-                return connection.close()
-            with contextlib.suppress(OSError), tls.wrap_socket(
-                    connection, server_side=True) if tls else connection as connection:
-                requests.append(request_on(connection))
-                connection.sendall(reply) if isinstance(reply, bytes) else reply(connection)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield "http%s://127.0.0.1:%d/v1" % ("s" * bool(tls), listener.getsockname()[1]), requests
-    finally:
-        over.append(True)
-        socket.create_connection(listener.getsockname()).close()  # wakes accept, everywhere
-        thread.join(5)
-        listener.close()
 
 
 def request_on(connection):
@@ -4660,22 +4629,8 @@ def request_on(connection):
         return line, headers, file.read(int(headers.get("content-length", 0)))
 
 
-def reply(body, status="200 OK", **headers):
-    """The bytes of a whole reply; body is bytes, or what becomes JSON."""
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = ["HTTP/1.1 " + status, "Content-Length: %d" % len(body)]
-    head += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
-    return "\r\n".join(head + ["", ""]).encode() + body
-
-
 def refusal_reply(status, **fields):
     return reply({"error": {"message": "no", **fields}}, status)
-
-
-def streamed(*events):
-    """The bytes of a streamed reply, a transfer chunk for each event."""
-    body = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events)
-    return STREAM_HEAD + body + b"0\r\n\r\n"
 
 
 def then_held(reply):
@@ -4699,10 +4654,6 @@ def then_reset(reply):
         connection.sendall(reply)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     return serve
-
-
-STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-               b"Transfer-Encoding: chunked\r\n\r\n")
 
 
 def event(delta, finish_reason=None, index=0):
@@ -5244,12 +5195,6 @@ def test_fold_of_a_long_stream_is_linear():
 # ---------------------------------------------------------------------------
 # The client on a socket: what it sends.
 
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-
 
 def test_a_chat_is_one_post_with_the_key_and_compact_utf8():
     with playing(reply(WHOLE)) as (base_url, requests):
@@ -5552,19 +5497,6 @@ def test_leaving_the_loop_closes_the_connection():
 # ---------------------------------------------------------------------------
 # TLS, with a certificate that nobody signed.
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory):
-    """The file of a certificate for 127.0.0.1, and a server's context with it."""
-    if not shutil.which("openssl"):
-        pytest.skip("needs openssl to make a certificate")
-    made = str(tmp_path_factory.mktemp("tls") / "made.pem")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                    "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
-                    "-keyout", made, "-out", made + ".crt"], check=True, stderr=subprocess.DEVNULL)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made + ".crt", made)
-    return made + ".crt", context
-
 
 def test_a_certificate_that_nobody_signed_is_refused_at_once(certificate):
     with playing(GOOD, tls=certificate[1]) as (base_url, requests):
@@ -5636,9 +5568,9 @@ def test_the_key_is_in_no_error_even_if_the_server_repeats_it():
     assert "sk-secret" not in repr((error, vars(error), error.headers.items()))
 
 
-KEY = "sk-ab/cd+SECRET"
-SPELT = {"as it is": KEY, "JSON": KEY.replace("/", "\\/"), "URL": "sk-ab%2Fcd%2bSECRET",
-         "escapes": "".join("\\u%04x" % ord(c) for c in KEY), "lower case": KEY.lower()}
+SECRET = "sk-ab/cd+SECRET"
+SPELT = {"as it is": SECRET, "JSON": SECRET.replace("/", "\\/"), "URL": "sk-ab%2Fcd%2bSECRET",
+         "escapes": "".join("\\u%04x" % ord(c) for c in SECRET), "lower case": SECRET.lower()}
 
 
 @pytest.mark.parametrize("key", SPELT.values(), ids=SPELT)
@@ -5656,7 +5588,7 @@ SPELT = {"as it is": KEY, "JSON": KEY.replace("/", "\\/"), "URL": "sk-ab%2Fcd%2b
     lambda key: reply(b"", content_encoding=key.decode())])
 def test_the_key_is_nowhere_in_an_error_whatever_the_server_repeats(place, key):
     with playing(place(key.encode())) as (base_url, _), pytest.raises(ClientError) as caught:
-        list(Client(base_url, KEY, max_retries=0).chat_completions("Hi", "m", stream=True))
+        list(Client(base_url, SECRET, max_retries=0).chat_completions("Hi", "m", stream=True))
     error, shown = caught.value, ""
     while error:
         headers = getattr(error, "headers", {}).items()
@@ -5763,11 +5695,6 @@ def test_else_the_wait_doubles_up_to_eight_seconds(retries, most, value, monkeyp
 
 # ---------------------------------------------------------------------------
 # The command line, in processes of its own.
-
-def environment(base_url=None, **more):
-    kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(("OPENAI_", "PYTHON"))}
-    return {**kept, **({"OPENAI_BASE_URL": base_url} if base_url else {}), **more}
 
 
 def run(*words, base_url=None, stdin=b"", **more):
@@ -8686,153 +8613,6 @@ def test_this_client_is_right_about_every_quirk_or_names_the_error():
 
 
 # ----------------------------------------------------------------------------------
-# Somebody's application: an agent on the official SDK, written as its users write it,
-# and its tests, which have nothing but this fixture.
-
-AGENT = '''
-import json
-import openai
-from pydantic import BaseModel
-
-
-class Forecast(BaseModel):
-    city: str
-    celsius: float
-
-
-class Agent:
-    """Answers questions about the weather with a tool."""
-
-    def __init__(self, client, weather, model="gpt-4o-mini"):
-        self.client, self.weather, self.model = client, weather, model
-
-    def answer(self, question, rounds=3):
-        messages = [{"role": "user", "content": question}]
-        for _ in range(rounds):
-            reply = self.client.chat.completions.create(
-                model=self.model, messages=messages,
-                tools=[openai.pydantic_function_tool(Forecast, name="weather")])
-            message = reply.choices[0].message
-            messages.append(message.model_dump(exclude_none=True))
-            if not message.tool_calls:
-                return message.content
-            messages += [self.obey(call) for call in message.tool_calls]
-        raise RuntimeError("no answer after %d rounds" % rounds)
-
-    def obey(self, call):
-        celsius = self.weather(json.loads(call.function.arguments)["city"])
-        return {"role": "tool", "tool_call_id": call.id, "content": str(celsius)}
-
-    def forecast(self, text):
-        return self.client.chat.completions.parse(
-            model=self.model, messages=[{"role": "user", "content": text}],
-            response_format=Forecast).choices[0].message.parsed
-
-    def tell(self, question, enough=lambda text: False):
-        text = ""
-        with self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": question}],
-                stream=True) as stream:
-            for chunk in stream:
-                text += chunk.choices[0].delta.content or ""
-                if enough(text):
-                    break
-        return text
-'''
-
-TESTS_OF_THE_AGENT = '''
-import asyncio
-import openai, pytest
-from agent import Agent, Forecast
-from openai_compat import APIError, Reply, Script, Server, ToolCall, say
-
-
-def agent_on(server, weather={"Oslo": 4, "Rome": 21}.get):
-    return Agent(openai.OpenAI(base_url=server.base_url, api_key="test"), weather)
-
-
-def test_it_calls_the_tool_and_answers_with_its_result():
-    script = Script(
-        [ToolCall("weather", {"city": "Oslo"}), ToolCall("weather", {"city": "Rome"})],
-        Reply("Rome is warmer.",
-              expect=lambda body: [m["content"] for m in body["messages"][2:]] == ["4", "21"]))
-    with Server(script) as server:
-        assert agent_on(server).answer("Oslo or Rome?") == "Rome is warmer."
-
-
-def test_it_gives_up_on_a_model_that_only_calls_tools():
-    with Server(lambda request: ToolCall("weather", {"city": "Oslo"})) as server:
-        with pytest.raises(RuntimeError):
-            agent_on(server).answer("Oslo?")
-        assert len(server.journal) == 3
-
-
-def test_it_understands_a_structured_forecast():
-    with Server(Script(\'{"city": "Oslo", "celsius": 4}\')) as server:
-        assert agent_on(server).forecast("Oslo?") == Forecast(city="Oslo", celsius=4)
-
-
-def test_any_forecast_that_fits_the_schema_will_do():
-    with Server() as server:
-        assert isinstance(agent_on(server).forecast("Oslo?"), Forecast)
-
-
-def test_it_waits_when_the_limit_is_reached():
-    slow = APIError(429, "Slow down.", headers={"retry-after-ms": "10"})
-    with Server(Script(slow, slow, "4 degrees")) as server:
-        assert agent_on(server).answer("Oslo?") == "4 degrees"
-
-
-def test_it_does_not_wait_for_an_empty_account():
-    with Server(Script(APIError(429, "Pay.", code="insufficient_quota"))) as server:
-        with pytest.raises(openai.RateLimitError):
-            agent_on(server).answer("Oslo?")
-
-
-def test_it_tells_the_answer_as_it_comes():
-    with Server(say("4", " degrees")) as server:
-        assert agent_on(server).tell("Oslo?") == "4 degrees"
-
-
-def test_it_leaves_when_it_has_heard_enough():
-    with Server(lambda request: Reply("blah " * 1000, delay=0.001)) as server:
-        text = agent_on(server).tell("Oslo?", enough=lambda text: text.count("blah") == 3)
-    assert text.count("blah") == 3
-    assert server.journal[0].outcome == "client left" and server.journal[0].events < 1000
-
-
-def test_a_cancelled_task_leaves_too():
-    async def ask(base_url):
-        client = openai.AsyncOpenAI(base_url=base_url, api_key="test")
-        messages = [{"role": "user", "content": "Oslo?"}]
-        return await client.chat.completions.create(model="m", messages=messages)
-
-    async def give_up(base_url):
-        await asyncio.wait_for(ask(base_url), timeout=0.2)
-
-    with Server(lambda request: Reply("late", delay=60)) as server:
-        with pytest.raises(asyncio.TimeoutError):
-            asyncio.run(give_up(server.base_url))
-    assert server.journal[0].outcome == "client left"
-
-
-def test_a_stream_that_breaks_is_no_answer():
-    with Server(say("4", " degrees"), quirk="reset") as server:
-        with pytest.raises(openai.APIConnectionError):
-            agent_on(server).tell("Oslo?")
-'''
-
-
-@interop
-def test_an_application_is_tested_with_nothing_but_this_fixture(tmp_path):
-    (tmp_path / "agent.py").write_text(AGENT, encoding="utf-8")
-    (tmp_path / "test_agent.py").write_text(TESTS_OF_THE_AGENT, encoding="utf-8")
-    lines = printed_by([python_of("openai"), "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-                       cwd=str(tmp_path), variables={"PYTHONPATH": str(HERE)})
-    assert lines[-1].startswith("10 passed")
-
-
-# ----------------------------------------------------------------------------------
 # Many fixtures at once, as parallel test runners make them.
 
 FIFTY_FIXTURES = """
@@ -8871,35 +8651,41 @@ def test_500_fixtures_in_10_processes_do_not_clash_and_leave_nothing():
 # THE README: what it says is run
 
 # ----------------------------------------------------------------------------------
-# The blocks of the README.  One after a paragraph whose last sentence names a `file.py` and
-# ends with a colon is that file.  In a transcript … is what is cut out: within a line any
-# text, on a line of its own any lines.
+# The blocks of the README.  A block after a paragraph that ends with a `file` and a colon
+# is that file.  In a transcript … is what is left out: within a line any text, on a line
+# of its own any lines.
 
-README = Path(openai_compat.__file__).with_name("README.md").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n?)*)", README, re.MULTILINE))
 
 
 def blocks_of_the_readme():
-    """(language, text, the paragraph before it) of each block."""
+    """(section, language, text, the paragraph before it) of each block."""
     found = []
-    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        before = README[:match.start()].rstrip("\n")
-        found.append((match[1], match[2], before.rpartition("\n\n")[2]))
-    return found
+    for section, words in SECTIONS.items():
+        for match in re.finditer(r"^```(\w+)\n(.*?)^```$", words, re.MULTILINE | re.DOTALL):
+            before = words[:match.start()].rstrip("\n").rpartition("\n\n")[2]
+            found.append((section, match[1], match[2], before))
+    first = README[:README.index("\n## ")]
+    return [("", language, text, "") for language, text in
+            re.findall(r"^```(\w+)\n(.*?)^```$", first, re.MULTILINE | re.DOTALL)] + found
 
 
 def file_of(paragraph):
     """The name of the file that a paragraph announces, or None."""
-    named = re.findall(r"`(\w+\.(?:py|json|conf))`[^`]*:$", paragraph)
+    named = re.findall(r"`(\w+\.\w+)`(?:, for\s`[^`]*`| of [\w ]+)?:$", paragraph)
     return named[0] if named else None
 
 
 BLOCKS = blocks_of_the_readme()
-FILES = {file_of(before): text for _, text, before in BLOCKS if file_of(before)}
+FILES = {file_of(before): text for _, _, text, before in BLOCKS if file_of(before)}
+CONFTESTS = [text for _, _, text, before in BLOCKS
+             if "def server" in text and "def test_" not in text]
 
 
 def block(language, containing):
     """The text of the one block of a language in which something stands."""
-    found = [text for kind, text, _ in BLOCKS if kind == language and containing in text]
+    found = [text for _, kind, text, _ in BLOCKS if kind == language and containing in text]
     assert len(found) == 1, (language, containing, len(found))
     return found[0]
 
@@ -8919,22 +8705,55 @@ def transcript(text):
 
 def pattern(expected):
     """A regular expression for what a transcript shows."""
-    lines = expected.splitlines()
-    parts = [r"(?:.*\n)*?" if line == "…" else
-             ".*".join(map(re.escape, without_numbers(line).split("…"))) + r"\n"
-             for line in lines]
-    return "".join(parts)
+    return "".join(r"(?:.*\n)*?" if line == "…" else
+                   ".*".join(map(re.escape, without_times(line).split("…"))) + r"\n"
+                   for line in expected.splitlines())
 
 
-def without_numbers(text):
-    """Without what differs from run to run: times, rates."""
-    text = re.sub(r"\d+\.\d+(?![.\d])", "0.0", re.sub(r"\d\d:\d\d:\d\d", "00:00:00", text))
-    return re.sub(r"(?<=events/s      )\d+|\d+(?=% of a core)", "0", text)
+def without_times(text):
+    return re.sub(r"\d\d:\d\d:\d\d\.\d\d\d", "00:00:00.000", text)
 
 
 # ----------------------------------------------------------------------------------
-# The place where they are run: the two files, those that the README shows, `python3`
-# for the Python of this test, and a server for what is said to be on port 8000.
+# The desk is where they are run: the two files, those that the README shows, and
+# `python3` for the Python of this test.
+
+# As much of some packages and programs as the README's recipes touch.
+STUBS = {
+    "tiktoken.py": '''
+class Encoding:
+    def __init__(self, name, mergeable_ranks, special_tokens, pat_str):
+        self.ranks = mergeable_ranks
+    def encode(self, text, disallowed_special):
+        return [self.ranks[bytes([byte])] for byte in text.encode()]
+    def decode_with_offsets(self, tokens):
+        text, starts = bytes(tokens).decode(), []
+        for i, character in enumerate(text):
+            starts += [i] * len(character.encode())
+        return text, starts
+''',
+    "ranks.tiktoken": "".join("%s %d\n" % (base64.b64encode(bytes([i])).decode(), i)
+                              for i in range(256)),
+    # An application that runs as a process of its own, and answers over HTTP.
+    "app.py": '''
+import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from client import Client
+
+class Application(BaseHTTPRequestHandler):
+    def do_GET(self):
+        reply = Client().chat_completions(self.path, model="any")
+        self.wfile.write(reply["choices"][0]["message"]["content"].encode())
+
+HTTPServer(("127.0.0.1", int(os.environ["APP_PORT"])), Application).serve_forever()
+''',
+}
+PROGRAMS = {
+    "python3": 'exec "%s" "$@"' % sys.executable,
+    "npm": 'for ask in 1 2 "3 --temperature 0"; do python3 client.py chat $ask || exit; done',
+    "llama-cli": 'shift 4; printf %s "$1"',     # says the prompt, which is the 5th argument
+}
+
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
@@ -8943,158 +8762,219 @@ def desk(tmp_path_factory):
         shutil.copy(str(HERE / name), str(folder))
     for name, text in {**FILES, **STUBS}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    for name, command in {"python3": '"%s" "$@"' % sys.executable, "npm": NPM}.items():
-        (folder / "bin").mkdir(exist_ok=True)
-        (folder / "bin" / name).write_text("#!/bin/sh\nexec %s\n" % command)
+    (folder / "conftest.py").unlink()
+    (folder / "bin").mkdir()
+    for name, text in PROGRAMS.items():
+        (folder / "bin" / name).write_text("#!/bin/sh\n%s\n" % text)
         (folder / "bin" / name).chmod(0o755)
     return folder
 
 
-NPM = """sh -c 'for ask in 1 2 "3 --temperature 0"; do python3 client.py chat $ask; done'"""
+def surroundings(folder, **more):
+    """The environment of a newcomer, who has set nothing."""
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith(("OPENAI_", "PYTEST_", "PYTHON"))
+            and "proxy" not in name.lower()}
+    path = "%s%s%s" % (folder / "bin", os.pathsep, os.environ["PATH"])
+    return {**kept, "PATH": path, "PYTHONPATH": str(folder), "PYTHONIOENCODING": "utf-8", **more}
 
 
-def at(folder, base_url=None, path="bin"):
-    """The environment of a newcomer at that desk."""
-    path = os.pathsep.join([str(folder / path), os.environ["PATH"]])
-    return environment(base_url, PATH=path)
-
-
-class Serving(Running):
+class Serving:
     """`python3 openai_compat.py ...` on a free port, until the end of the with block."""
 
     def __init__(self, folder, command):
-        super().__init__(start=("bash", "-c", f'exec {command} "$@"', "bash"),
-                         cwd=str(folder), env=at(folder))
-        self.greeting, self.port = self.said[-1], str(self.server_address[1])
+        self.process = subprocess.Popen(
+            ["bash", "-c", "exec %s --port 0" % command], cwd=str(folder),
+            env=surroundings(folder), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            universal_newlines=True)
+        self.greeting = self.process.stderr.readline()
+        self.port = re.search(r":(\d+)/v1", self.greeting)[1]
+        self.base_url = "http://127.0.0.1:%s/v1" % self.port
+
+    def __enter__(self):
+        return self
 
     def __exit__(self, *error):
-        assert self.end()[0] == 0
-        super().__exit__(*error)
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=60)
+        assert self.process.returncode == 0
 
 
 @pytest.fixture(scope="module")
 def serving(desk):
-    (command, greeting), = transcript(block("console", "Serving"))
+    with Serving(desk, "python3 openai_compat.py") as server:
+        yield server
+
+
+LESSON = block("console", "Serving")
+
+
+@pytest.fixture(scope="module")
+def lesson(desk):
+    (command, greeting), = transcript(LESSON)
     with Serving(desk, command) as server:
         assert greeting == server.greeting.replace(":%s/" % server.port, ":8000/")
         yield server
 
 
-def run_block(folder, commands, server, path="bin"):
-    """What each of the commands prints, in one bash; 8000 becomes the server's port."""
-    script = "\n".join("%s\nstatus=$?; echo '<ended>' $status; (exit $status)" % command
+def run_commands(folder, commands, server, **more):
+    """(what it prints, its status) of each command, in one bash; 8000 becomes the
+    server's port."""
+    script = "\n".join("%s\nstatus=$?; echo; echo '<ended>' $status; (exit $status)" % command
                        for command in commands)
-    done = finished("bash", input=script.replace("8000", server.port), cwd=str(folder),
-                    env=at(folder, server.base_url, path), stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        ["bash"], input=script.replace("8000", server.port), cwd=str(folder),
+        env={**surroundings(folder, OPENAI_BASE_URL=server.base_url), **more},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, universal_newlines=True)
     printed = done.stdout.replace(":%s/" % server.port, ":8000/")
-    parts = re.split(r"<ended> (\d+)\n", printed)
+    parts = re.split(r"(?:(?<=\n)|(?<!\n)\n|\A)\n?<ended> (\d+)\n", printed)
     assert len(parts) == 2 * len(commands) + 1, printed
     printed = [text + "\n" * (text[-1:] not in ("", "\n")) for text in parts[::2]]
     return list(zip(printed, map(int, parts[1::2])))
 
 
-CONSOLES = [text for language, text, _ in BLOCKS if language == "console"
-            and "Serving" not in text]
+CONSOLES = [(section, text) for section, language, text, _ in BLOCKS
+            if language == "console" and text != LESSON]
 
 
-@pytest.mark.parametrize("text", CONSOLES, ids=lambda text: transcript(text)[0][0][:60])
-def test_a_transcript_of_the_readme_is_what_is_printed(desk, serving, text):
+@pytest.mark.parametrize("section, text", CONSOLES,
+                         ids=lambda each: transcript(each)[0][0][:60] if "$" in each else "")
+def test_a_transcript_of_the_readme_is_what_is_printed(request, desk, section, text):
+    server = request.getfixturevalue("lesson" if section == "A lesson" else "serving")
     expected = transcript(text)
-    printed = run_block(desk, [command for command, _ in expected], serving)
-    for (command, shown), (got, status) in zip(expected, printed):
-        got = got.replace("The client was the limit: the server may well be faster than this.\n", "")
-        assert re.fullmatch(pattern(shown), without_numbers(got)), (command, got)
+    printed = run_commands(desk, [command for command, _ in expected], server)
+    for (command, shown), (got, _) in zip(expected, printed):
+        assert re.fullmatch(pattern(shown), without_times(got)), (command, shown, got)
 
 
 # ----------------------------------------------------------------------------------
-# Programs.  The tests that the README shows are run as they stand; the packages that it
-# speaks of are stood in for by as much of them as its recipes touch.
+# The recipes are run by pytest as they stand; those that import openai in `make interop`.
 
-STUBS = {
-    "torch.py": "def full(shape, value): return [value] * shape[0]\n",
-    "transformers.py": '''
-import queue
-class TextIteratorStreamer:
-    def __init__(self, tokenizer, skip_prompt, skip_special_tokens):
-        self.texts = queue.Queue()
-    def put(self, text): self.texts.put(text)
-    def end(self): self.texts.put(None)
-    def __iter__(self): return iter(self.texts.get, None)
-class pipeline:
-    def __init__(self, task, model): self.tokenizer = task, model
-    def __call__(self, prompt, streamer, max_new_tokens, stopping_criteria):
-        if prompt == "fail": raise MemoryError("out of memory")
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        for word in text.split()[:max_new_tokens]:
-            streamer.put(word + " ")
-            if stopping_criteria[0]([[0]], None)[0]: break
-        streamer.end()
-''',
-    "tiktoken.py": '''
-class Encoding:
-    def __init__(self, name, mergeable_ranks, special_tokens, pat_str):
-        self.bytes = {rank: token for token, rank in mergeable_ranks.items()}
-        self.ranks = mergeable_ranks
-    def encode(self, text, disallowed_special): return [self.ranks[bytes([b])] for b in text.encode()]
-    def decode_single_token_bytes(self, token): return self.bytes[token]
-''',
-    "ranks.tiktoken": "".join("%s %d\n" % (base64.b64encode(bytes([i])).decode(), i)
-                              for i in range(256)),
-}
+TESTS = [text for _, language, text, _ in BLOCKS if language == "python" and "def test_" in text]
 
 
-def executed(text, monkeypatch, desk):
-    """What a block of Python defines, when it is executed."""
-    monkeypatch.syspath_prepend(str(desk))
-    monkeypatch.delitem(sys.modules, "agent", raising=False)
-    names = {"__name__": "readme"}
-    exec(compile(text, "README.md", "exec"), names)
-    return names
+def needs_openai(text):
+    return "import openai" in text or "from asking" in text
 
 
-def found_in(names):
-    """(name, function, arguments) of each test that pytest would find."""
-    for name, function in names.items():
-        if name.startswith("test_"):
-            marks = getattr(function, "pytestmark", ())
-            for value in marks[0].args[1] if marks else [None]:
-                yield name, function, [value] if marks else []
+def run_pytest(python, folder, *arguments, options=(), **more):
+    """What pytest says about the tests of a folder; all of them must pass."""
+    done = subprocess.run(
+        [str(python), *options, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=str(folder), env=surroundings(folder, **more), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
 
 
-TESTS = [text for language, text, _ in BLOCKS if language == "python" and "def test_" in text]
+def put(folder, desk, **texts):
+    """A folder with the desk's modules and these texts as further ones."""
+    shutil.copytree(str(desk), str(folder))
+    for name, text in texts.items():
+        (folder / (name + ".py")).write_text(text, encoding="utf-8")
+    return folder
 
 
-@pytest.mark.parametrize("text", [text for text in TESTS if "openai." not in text],
-                         ids=lambda text: re.search(r"def (\w+)", text)[1])
-def test_a_test_of_the_readme_passes(monkeypatch, desk, text):
-    found = list(found_in(executed(text, monkeypatch, desk)))
-    assert found
-    for _, function, arguments in found:
-        function(*arguments)
+def test_the_recipes_of_the_readme_pass(desk, tmp_path):
+    texts = [text for text in TESTS if not needs_openai(text)]
+    folder = put(tmp_path / "recipes", desk,
+                 **{"test_%d" % i: text for i, text in enumerate(texts)})
+    assert run_pytest(sys.executable, folder) == len(texts) - 1 + len(QUIRKS)
 
 
-def test_the_retry_test_of_the_readme_waits_as_long_as_it_is_told(monkeypatch, desk):
-    (_, function, _), = found_in(executed(block("python", "retry-after-ms"), monkeypatch, desk))
-    started = time.perf_counter()
-    function()
-    assert time.perf_counter() - started >= 0.04
+@pytest.mark.interop
+def test_the_recipes_of_the_readme_with_the_official_sdk_pass(desk, tmp_path):
+    texts = [text for text in TESTS if needs_openai(text)]
+    folder = put(tmp_path / "recipes", desk,
+                 **{"test_%d" % i: text for i, text in enumerate(texts)})
+    assert run_pytest(SDK, folder, "-W", "error") == len(texts) >= 3
 
 
-def test_the_tests_of_the_readme_are_as_short_as_it_is_told():
-    (fixture,) = re.findall(r"@pytest.fixture\n(?:.+\n)+", block("python", "import openai,"))
-    assert len(fixture.splitlines()) == 5
-    for text in TESTS:
-        for test in re.findall(r"^def test_.*\n(?:(?: .*)?\n)+", text, re.MULTILINE):
-            assert len(test.strip().splitlines()) <= 10
+def test_a_recipe_of_the_readme_has_at_most_12_lines():
+    recipes = [*TESTS, *CONFTESTS, FILES["wrapper.py"], FILES["responding.py"],
+               FILES["embedding.py"], FILES["asking.py"]]
+    for text in recipes:
+        lines = [line for line in text.splitlines()
+                 if line.strip() and not line.startswith(("import ", "from "))]
+        assert len(lines) <= 12, text
 
 
-def test_the_journal_of_the_readme_sees_a_client_leave(monkeypatch, desk):
-    executed(block("python", '== "client left"'), monkeypatch, desk)
+ONE_SERVER_PER_TEST = '''
+import pytest
+from client import Client
+
+@pytest.mark.parametrize("text", ["Hello!", "Bye!"])
+def test_each_test_has_a_server_of_its_own(server, text):
+    server.backend = text
+    assert Client().chat_completions("Hi")["choices"][0]["message"]["content"] == text
+    assert len(server.journal) == 2         # GET /v1/models, and the question
+'''
+AN_APPLICATION_THAT_STAYS = '''
+import os, socket, time, pytest
+
+def ask(end=time.monotonic() + 60):
+    while time.monotonic() < end:
+        try:
+            connection = socket.create_connection(("127.0.0.1", int(os.environ["APP_PORT"])))
+        except ConnectionRefusedError:
+            continue                        # it is still starting
+        with connection, connection.makefile("rwb") as file:
+            file.write(b"GET /hi HTTP/1.0\\r\\n\\r\\n")
+            file.flush()
+            return file.read().decode()
+
+@pytest.mark.parametrize("text", ["Hello!", "Bye!", "And again."])
+def test_the_application_is_told_once(server, app, text):
+    server.backend = text
+    assert ask() == text
+    assert len(server.journal) == 1
+'''
+
+
+def conftest(containing):
+    found, = [text for text in CONFTESTS if containing in text]
+    return found
+
+
+def test_the_conftest_of_the_readme_gives_each_test_a_server(desk, tmp_path):
+    folder = put(tmp_path / "conftest", desk, conftest=conftest("Server() as server"),
+                 test_it=ONE_SERVER_PER_TEST)
+    assert run_pytest(sys.executable, folder) == 2
+
+
+def test_the_conftest_for_an_application_that_is_a_process(desk, tmp_path):
+    text = conftest("8765").replace("8765", str(free_port()))
+    folder = put(tmp_path / "process", desk, conftest=text, test_it=AN_APPLICATION_THAT_STAYS)
+    assert run_pytest(sys.executable, folder, APP_PORT=str(free_port())) == 3
+
+
+CASSETTE = '''
+from client import Client
+
+def test_it_answers(server):
+    reply = Client().chat_completions("Hi", model="m")
+    assert reply["choices"][0]["message"]["content"] == "Hello!"
+'''
+
+
+def test_the_cassette_of_the_readme_is_recorded_once_and_replayed(desk, tmp_path):
+    with Server("Hello!", api_keys="sesame") as live:
+        text = conftest("Relay(").replace("https://api.openai.com/v1", live.base_url)
+        folder = put(tmp_path / "cassette", desk, conftest=text, test_it=CASSETTE)
+        (folder / "tape.jsonl").unlink()
+        for _ in range(2):
+            assert run_pytest(sys.executable, folder, RECORD="1", OPENAI_API_KEY="sesame") == 1
+        assert len(live.journal) == 1
+    assert run_pytest(sys.executable, folder) == 1
+    (folder / "test_it.py").write_text(CASSETTE.replace('"Hi"', '"Ho"'))
+    with pytest.raises(AssertionError, match="Replay: POST /chat/completions"):
+        run_pytest(sys.executable, folder)
 
 
 def test_the_program_with_the_client_does_what_it_says(monkeypatch, desk, serving, capsys):
     text = block("python", "from client import Client, fold, pieces").replace("8000", serving.port)
-    names = executed(text, monkeypatch, desk)
+    names = {"__name__": "readme"}
+    exec(compile(text, "README.md", "exec"), names)
     assert capsys.readouterr().out == re.search(r"print\(.*# (.*)", text)[1]
     said = re.findall(r'^(\S.*?) +# (".*")$', text, re.MULTILINE)
     assert len(said) == 2
@@ -9102,90 +8982,220 @@ def test_the_program_with_the_client_does_what_it_says(monkeypatch, desk, servin
         assert eval(expression, names) == json.loads(value)
 
 
-def test_the_recipes_for_a_model_and_its_tokenizer_work(desk):
-    """With stand-ins for the packages; the packages themselves were tried by hand."""
-    with Serving(desk, block("sh", "transform:generate").strip()) as server:
-        got = chat(server, "Hallo 世界", n=2).json
-        assert [each["message"]["content"] for each in got["choices"]] == ["Hallo 世界 "] * 2
-        assert got["usage"]["prompt_tokens"] == len("Hallo 世界".encode())
-        assert post(server, TEXT_PATH, {**PROMPT, "prompt": "世界", "max_tokens": 3}).text == "世"
-        assert post(server, TEXT_PATH, {**PROMPT, "prompt": "fail"}).status == 500
+def readme_asked(server, **fields):
+    body = json.dumps({"model": "any", **fields}).encode()
+    path = "/chat/completions" if "messages" in fields else "/completions"
+    with urllib.request.urlopen(server.base_url + path, body, timeout=60) as reply:
+        return json.load(reply)
+
+
+def test_the_tokenizer_of_the_readme_counts(desk):
+    """With a stand-in for tiktoken; tiktoken itself was tried by hand."""
+    with Serving(desk, "python3 openai_compat.py --tokenizer counting:tokens") as server:
+        reply = readme_asked(server, messages=[{"role": "user", "content": "Hallo 世界"}])
+        assert reply["choices"][0]["message"]["content"] == "Hallo 世界"
+        assert reply["usage"]["prompt_tokens"] == len("Hallo 世界".encode())
+        assert readme_asked(server, prompt="世界", max_tokens=3)["choices"][0]["text"] == "世"
+
+
+def test_the_wrapper_of_the_readme_builds_a_template(desk):
+    """With a stand-in for llama-cli that says its prompt."""
+    command, = re.findall(r'--command "([^"]*wrapper.py)"', SECTIONS["In front of a model"])
+    with Serving(desk, "python3 openai_compat.py --command '%s'" % command) as server:
+        parts = [{"type": "text", "text": "-x"}, {"type": "text", "text": "y"}]
+        reply = readme_asked(server, messages=[
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}])
+        assert reply["choices"][0]["message"]["content"] == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n-xy<|im_end|>\n"
+            "<|im_start|>assistant\n")
+        assert "user\nOnce<" in readme_asked(server, prompt="Once")["choices"][0]["text"]
 
 
 def test_a_script_is_followed_by_a_command_of_any_language(desk, serving):
-    (printed, status), = run_block(desk, [block("sh", "npm test").strip()], serving)
-    *said, last = printed.splitlines()
+    (printed, status), = run_commands(desk, [block("sh", "npm test").strip()], serving)
+    *said, last = printed.strip().splitlines()
     assert (said[0], json.loads(said[1])["function"]["name"], last, status) == (
-        "Hello!", "weather", "Take an umbrella.", 0)
+        "Hello!", "weather", "Take an umbrella.", 0), printed
 
 
-def test_the_make_targets_of_the_readme_are_there():
-    makefile = (HERE / "Makefile").read_text()
-    named = re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)$", README, re.MULTILINE)
-    assert {"test", "test-all", "interop", "system"} <= {a or b for a, b in named}
-    for target in (a or b for a, b in named):
-        assert re.search(r"^%s:" % target, makefile, re.MULTILINE), target
+# ----------------------------------------------------------------------------------
+# The lesson.
+
+def verdicts(desk, module):
+    """{quirk: what torture.py says of a parser}."""
+    done = subprocess.run([sys.executable, "torture.py", module], cwd=str(desk), timeout=120,
+                          env=surroundings(desk), stdout=subprocess.PIPE, universal_newlines=True)
+    return dict(line.split(None, 1) for line in done.stdout.splitlines())
 
 
-@pytest.mark.interop
-def test_the_first_fixture_of_the_readme_with_the_official_sdk(desk):
-    (desk / "test_first.py").write_text(block("python", "import openai,"))
-    done = finished(python_of("openai"), "-m", "pytest", "-q", "test_first.py", cwd=str(desk),
-                    env=at(desk))
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+def test_the_naive_parser_of_the_lesson_is_wrong_in_silence(desk):
+    wrong = {quirk for quirk, verdict in verdicts(desk, "naive").items() if "WRONG" in verdict}
+    assert wrong == {"no_space", "truncate"}
 
 
-@pytest.mark.interop
-def test_npm_test_is_a_command_like_any_other(desk, serving):
-    (desk / "package.json").write_text(json.dumps({"scripts": {"test": NPM}}))
-    (desk / "npm").mkdir()
-    shutil.copy(str(desk / "bin" / "python3"), str(desk / "npm"))
-    (printed, status), = run_block(desk, [block("sh", "npm test").strip()], serving, "npm")
-    assert printed.splitlines()[-1] == "Take an umbrella." and status == 0
+def test_the_solution_of_the_lesson_is_right_or_says_why(desk):
+    said = verdicts(desk, "careful")
+    assert set(said) == set(QUIRKS)
+    errors = {quirk for quirk, verdict in said.items() if verdict != "right"}
+    assert errors == {"no_finish", "bad_json", "error_event", "truncate", "stall", "reset",
+                      "html_502"}
+    assert not any("WRONG" in verdict for verdict in said.values())
+    assert "%d are right, %d say" % (len(said) - len(errors), len(errors)) in README
+
+
+def test_the_sections_that_the_lesson_sends_to_are_there():
+    source = (HERE / "openai_compat.py").read_text(encoding="utf-8")
+    for paragraph in re.findall(r"\*(Read .*?)\*", SECTIONS["A lesson"], re.DOTALL):
+        for name in re.findall(r'"(.+?)"', paragraph):
+            assert re.search(r"^# %s\." % name, source, re.MULTILINE), name
+
+
+# ----------------------------------------------------------------------------------
+# Deployment.
+
+def test_the_service_file_starts_a_server_that_exists(desk):
+    service = configparser.ConfigParser(interpolation=None, strict=True)
+    service.optionxform = str
+    service.read_string(FILES["openai_compat.service"])
+    python, module, *flags = shlex.split(service["Service"]["ExecStart"])
+    assert (python, module) == ("/usr/bin/python3", "openai_compat.py")
+    with Serving(desk, "python3 openai_compat.py %s --host 127.0.0.1" % " ".join(
+            map(shlex.quote, flags))) as server:
+        assert "wrapper" not in server.greeting and "python3" in server.greeting
 
 
 @pytest.mark.system
 def test_the_certificate_of_the_readme_is_trusted_where_it_is_named(desk, serving):
-    (printed, status), = run_block(desk, [block("sh", "openssl").strip()], serving)
-    assert printed.splitlines()[-1] == "Hello!" and status == 0
+    (printed, status), = run_commands(desk, [block("sh", "openssl").strip()], serving)
+    assert printed.strip().splitlines()[-1] == "Hello!" and status == 0
+
+
+@pytest.mark.system
+def test_nginx_takes_the_configuration_of_the_readme(desk):
+    server = "python3 openai_compat.py"
+    with Serving(desk, server) as one, Serving(desk, server) as two:
+        port = str(free_port())
+        site = FILES["openai_compat.conf"]
+        for was, now in (("8000", port), ("8001", one.port), ("8002", two.port)):
+            site = site.replace(was, now)
+        (desk / "nginx.conf").write_text(
+            "daemon off; pid pid; error_log log; events {} http { access_log off;"
+            "client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f;"
+            "uwsgi_temp_path u; scgi_temp_path s; %s }" % site)
+        nginx = subprocess.Popen(["nginx", "-p", str(desk), "-c", "nginx.conf"],
+                                 stderr=subprocess.DEVNULL)
+        try:
+            behind = client.Client("http://127.0.0.1:%s/v1" % port, max_retries=5)
+            texts = client.pieces(behind.chat_completions("Hello!", stream=True))
+            assert "".join(texts) == "Hello!"
+        finally:
+            nginx.terminate()
+            nginx.wait()
 
 
 # ----------------------------------------------------------------------------------
-# Nothing is left out, and the form is kept.
+# Nothing is left out, and nothing is there that the program has not.
 
-def words_of(section):
-    return re.search(r"^## %s\n(.*?)(?=^## |\Z)" % section, README, re.MULTILINE | re.DOTALL)[1]
-
-
-@pytest.mark.parametrize("route", [
-    "POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}",
-    "GET /health", "GET /journal", "GET /"])
-def test_each_endpoint_is_in_the_readme(route):
-    assert f"`{route}`" in words_of("What is spoken")
-
-
-@pytest.mark.parametrize("field", sorted({*(field for field, *_ in TYPES), "stop", "prompt"}))
-def test_each_parameter_is_in_the_readme(field):
-    assert "`%s`" % field in words_of("What is spoken")
+def table(heading):
+    """{name: the other cells} of the table with this first heading; a row may name
+    several things."""
+    (rows,) = re.findall(r"^\| %s \|.*\n\|[-|]+\n((?:\|.*\n)+)" % re.escape(heading), README,
+                         re.MULTILINE)
+    found = {}
+    for row in rows.splitlines():
+        first, *others = [cell.strip() for cell in row.strip("|").split(" | ")]
+        for name in re.findall(r"`([^`]+)`", first):
+            found[name] = others
+    return found
 
 
-@pytest.mark.parametrize("name", ["openai_compat.py", "client.py"])
-def test_each_flag_is_in_the_readme(name):
-    said = finished(sys.executable, str(HERE / name), "--help").stdout
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", said)) - {"--help"}
-    text = words_of("The client") if name == "client.py" else README
+@pytest.mark.parametrize("function, heading", [
+    (Server, "`Server`"), (Reply, "`Reply`")])
+def test_a_table_has_each_argument_and_its_default(function, heading):
+    rows = table(heading)
+    for name, parameter in inspect.signature(function).parameters.items():
+        assert name in rows, name
+        default = rows[name][0]
+        shown = re.findall(r"`([^`]*)`", default)
+        if shown and len(shown) == 1:
+            value = getattr(parameter.default, "__name__", repr(parameter.default))
+            assert shown[0] == value.replace("'", '"')
+    assert set(rows) <= set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("function, heading", [
+    (Relay, "Argument"), (Replay, "Argument"), (Script, "Argument of `Script`")])
+def test_a_table_has_each_argument(function, heading):
+    rows = " ".join(table(heading))
+    for name in inspect.signature(function).parameters:
+        assert re.search(r"\b%s\b" % name, rows), name
+
+
+def test_the_arguments_of_the_client_are_those_that_are_shown():
+    assert "`Client%s`" % inspect.signature(client.Client) in SECTIONS["Client"]
+
+
+def test_the_table_of_the_journal_has_its_fields():
+    with Server("x") as server:
+        readme_asked(server, prompt="x")
+        assert set(table("Field")) == {
+            name for name in dir(server.journal[0]) if not name.startswith("_")
+            and not callable(getattr(server.journal[0], name))} - {"content", "clock", "FIELDS"}
+
+
+@pytest.mark.parametrize("name, heading", [("openai_compat.py", "Flag"), ("client.py", "Option")])
+def test_each_flag_is_in_its_table_and_no_other(name, heading):
+    said = subprocess.run([sys.executable, str(HERE / name), "--help"], stdout=subprocess.PIPE,
+                          universal_newlines=True).stdout
+    flags = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*(?=[ \],\n])", said)) - {"--help", "-h"}
     assert len(flags) > 15
-    assert not {flag for flag in flags if not re.search(re.escape(flag) + r"(?![\w-])", text)}
+    assert {row.split()[0] for row in table(heading)} - {
+        "bench"} == flags
 
 
-@pytest.mark.parametrize("quirk", QUIRKS)
-def test_each_quirk_is_in_the_readme_as_it_says_of_itself(quirk):
-    (row,) = re.findall(r"^\| `%s` \| (.*) \|$" % quirk, README, re.MULTILINE)
-    assert row == inspect.getdoc(QUIRKS[quirk]).replace(" nor, see below, ", " nor ")
+def test_the_table_of_quirks_says_which_bend_a_whole_reply():
+    rows = table("Quirk")
+    assert set(rows) == set(QUIRKS)
+    for quirk, (_, whole) in rows.items():
+        with Server("Hello!", quirk=quirk) as server:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(server.base_url + "/completions",
+                                       b'{"model": "m", "prompt": "Hi"}', timeout=0.5).read()
+        outcome = server.journal[0].outcome
+        assert (outcome == "complete") == (whole == "no"), (quirk, outcome)
 
 
-def test_as_many_quirks_as_the_readme_counts():
-    assert int(re.search(r"(\d+) faults on the wire", README)[1]) == len(QUIRKS)
+@pytest.mark.parametrize("path", Server.ROUTES)
+def test_each_endpoint_is_in_the_readme(path):
+    path = path if path in ("/", "/health", "/journal") else "/v1" + path
+    path += "{id}" if path == "/v1/models/" else ""
+    method = "POST" if path.endswith("completions") else "GET"
+    assert "%s %s" % (method, path) in table("Endpoint")
+
+
+ASKED, PROMPTED = {"messages": [{"role": "user", "content": "Hi"}]}, {"prompt": "Hi"}
+
+
+@pytest.mark.parametrize("kind, row", re.findall(
+    r"^\| (obeyed|checked|accepted).*? \| (.*) \|$", SECTIONS["Reference"], re.MULTILINE))
+def test_a_parameter_is_checked_where_the_readme_says_so(kind, row):
+    names = re.findall(r"`(\w+)`", row)
+    with Server("x") as server:
+        for name in names:
+            statuses = []
+            for path, body in (("/chat/completions", ASKED), ("/completions", PROMPTED)):
+                wrong = json.dumps({"model": "m", **body, name: {"": []}})
+                try:
+                    urllib.request.urlopen(server.base_url + path, wrong.encode(), timeout=60)
+                    statuses.append(200)
+                except urllib.error.HTTPError as error:
+                    statuses.append(error.code)
+            assert (400 in statuses) == (kind != "accepted"), (name, statuses)
+
+
+def test_each_parameter_is_in_the_readme():
+    for name in {*openai_compat.CHAT_FIELDS, *openai_compat.COMPLETION_FIELDS, "prompt"}:
+        assert "`%s`" % name in SECTIONS["Reference"], name
 
 
 @pytest.mark.parametrize("name", openai_compat.__all__)
@@ -9193,32 +9203,71 @@ def test_each_name_of_the_module_is_in_the_readme(name):
     assert re.search(r"\b%s\b" % name, README)
 
 
-def test_each_argument_of_a_server_a_reply_and_an_error_is_in_the_readme():
-    for function in (Server, openai_compat.Reply):
-        for name in list(inspect.signature(function).parameters)[1:]:
-            assert re.search(r"\b%s\b" % name, README), name
-
-
 def test_each_error_of_the_client_is_in_the_readme():
     for name in client.__all__:
-        if isinstance(getattr(client, name), type) and name != "Event":
-            assert "`%s`" % name in README or "import %s" % name in README, name
+        value = getattr(client, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert "`%s`" % name in SECTIONS["Client"], name
+
+
+def test_each_argument_of_an_error_and_a_call_is_in_the_readme():
+    for function in (openai_compat.APIError, ToolCall):
+        for name in inspect.signature(function).parameters:
+            assert re.search(r"%s\([^)]*\b%s\b" % (function.__name__, name), README), name
+
+
+def test_the_contents_are_the_headings():
+    contents = README.partition("**Contents:**")[2].partition("\n## ")[0]
+    assert re.findall(r"\[([^]]+)\]\(#", contents) == list(SECTIONS)
+    anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in SECTIONS}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= anchors
+
+
+def test_the_make_targets_of_the_readme_are_there():
+    makefile = (HERE / "Makefile").read_text()
+    targets = re.findall(r"`make ([a-z-]+)`", README)
+    assert {"test", "test-all", "interop", "system"} <= set(targets)
+    for target in targets:
+        assert re.search(r"^%s:" % target, makefile, re.MULTILINE), target
 
 
 def test_each_block_of_the_readme_is_of_a_kind_that_is_run():
-    assert {language for language, *_ in BLOCKS} == {"console", "sh", "python", "json", "nginx"}
-    assert sorted(FILES) == ["agent.py", "counting.py", "mine.py", "openai_compat.conf",
-                             "steps.json", "transform.py"]
-    known = [*FILES.values(), *TESTS, block("python", '== "client left"'),
+    known = [*FILES.values(), *TESTS, *CONFTESTS,
              block("python", "from client import Client, fold, pieces")]
-    for language, text, _ in BLOCKS:
+    for _, language, text, _ in BLOCKS:
         assert language in ("console", "sh") or text in known, text
+    assert len([text for _, language, text, _ in BLOCKS if language == "sh"]) == 2
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_each_picture_of_the_readme_is_there():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert pictures and all((HERE / picture).exists() for picture in pictures)
 
 
 def test_the_lines_of_the_readme_are_short():
-    assert [line for line in README.splitlines() if len(line) > 110] == []
+    words = re.sub(r"^```console\n.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in words.splitlines() if len(line) > 110 and line[0] != "|"] == []
 
 
 def test_the_readme_keeps_to_its_words():
-    assert re.findall(r"\b(?:payloads?|packets?|frames?|pyproject|docker)\b|\t|/(?:work|tmp|root|home)/",
-                      README, re.IGNORECASE) == []
+    barred = r"\b(?:payloads?|packets?|frames?|docker)\b|\t|/(?:work|tmp|root|home)/"
+    assert re.findall(barred, README, re.IGNORECASE) == []
+
+
+# ----------------------------------------------------------------------------------
+# Somebody's application, written as its users write it, on the newest official SDK; its
+# tests have nothing but this fixture.
+
+SDK = HERE / ".venvs" / "openai" / "bin" / "python"
+APPLICATION = HERE / ".application"
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("python, arguments", [
+    ([], ["-n", "4"]), (["-X", "dev", "-W", "error"], ["-W", "error"])], ids=["xdist", "dev"])
+def test_an_application_is_tested_with_nothing_but_this_fixture(tmp_path, python, arguments):
+    for name in ("travel.py", "test_travel.py", "conftest.py"):
+        shutil.copy(str(APPLICATION / name), str(tmp_path))
+    shutil.copy(openai_compat.__file__, str(tmp_path))
+    assert run_pytest(SDK, tmp_path, *arguments, options=python) >= 40
