@@ -3714,36 +3714,26 @@ list();
 """
 
 
-def page_with(quirks):
-    """The page, and in its menu the quirks that a request may choose.
+def page_response(quirks):
+    """The page, which may run its own script and style, and talk to this server: no more.
 
-    The menu is HTML; the hashes are those of the style and the script, and stay.
+    quirks: those that a request may choose; they go into the menu, which is HTML.
     """
-    options = "".join(f"<option>{name}</option>" for name in quirks)
-    return PAGE.replace("<!-- quirks -->", options).encode()
-
-
-def source_hash(text):
-    """How a Content-Security-Policy names a block that stands in the page itself."""
     import hashlib              # not needed by those who never open the page
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest())
-    return f"'sha256-{digest.decode()}'"
-
-
-@functools.lru_cache(maxsize=1)
-def page_headers():
-    """The page may run its own script and style, and talk to this server: no more."""
-    (_, style), (_, script) = re.findall(r"<(style|script)>(.*?)</\1>", PAGE, re.DOTALL)
     policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "style-src": source_hash(style), "script-src": source_hash(script),
-              "base-uri": "'none'", "form-action": "'none'",
-              "frame-ancestors": "'none'",
+              "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
               "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
-    return {"content-type": "text/html; charset=utf-8",
-            "content-security-policy": "; ".join(map(" ".join, policy.items())),
-            "cross-origin-opener-policy": "same-origin",
-            "cross-origin-resource-policy": "same-origin",
-            "referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
+    for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy[f"{name}-src"] = f"'sha256-{digest}'"
+    options = "".join(f"<option>{name}</option>" for name in quirks)
+    return Response(200, {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": "; ".join(map(" ".join, policy.items())),
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "same-origin",
+        "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
+    }, PAGE.replace("<!-- quirks -->", options).encode())
 
 
 # ----------------------------------------------------------------------------------
@@ -3802,23 +3792,18 @@ def allowed_methods(methods):
     return ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
 
 
-def named_event(value):
-    """An event of another API, which names the type of its objects.
+def named_events(objects):
+    """The events of another API, as long as the client is there: an object names its type.
 
     Example:
-        >>> named_event({"type": "ping"})
-        b'event: ping\\ndata: {"type":"ping"}\\n\\n'
+        >>> list(named_events([{"type": "ping"}]))
+        [b'event: ping\\ndata: {"type":"ping"}\\n\\n']
     """
-    name = value.get("type") if isinstance(value, dict) else None
-    is_name = isinstance(name, str) and name.isprintable()
-    return (f"event: {name}\n".encode() if is_name else b"") + event(value)
-
-
-def named_events(objects):
-    """The events of an endpoint of the user's, as long as the client is there."""
     for value in objects:
         pause(0)
-        yield named_event(value)
+        name = value.get("type") if isinstance(value, dict) else None
+        is_name = isinstance(name, str) and name.isprintable()
+        yield (f"event: {name}\n".encode() if is_name else b"") + event(value)
 
 
 def stay_on_core(number):
@@ -3860,11 +3845,11 @@ class Server(ThreadingHTTPServer):
                  quirk_header=False, tls=None, cors=(), max_body=32 * 2**20,
                  max_connections=512, request_timeout=30, journal=1000, routes=None):
         parse_quirk(quirk)
-        for name, value, least in (("max_body", max_body, 0), ("journal", journal, 0),
-                                   ("max_connections", max_connections, 1)):
+        limit = 1e12 if request_timeout is None else request_timeout
+        for name, value, least in (
+                ("max_body", max_body, 0), ("max_connections", max_connections, 1),
+                ("journal", journal, 0), ("request_timeout", limit, 1e-3)):
             check_number(name, value, least)
-        if request_timeout is not None:
-            check_number("request_timeout", request_timeout, 1e-3)
         self.quirk, self.quirk_header = quirk, quirk_header
         self.backend, self.tokenize, self.strict = backend, tokenize, strict
         self.models = None if models is None else as_names(models)
@@ -3872,7 +3857,7 @@ class Server(ThreadingHTTPServer):
         self.tls = tls_context(tls)
         self.cors = {origin.lower().rstrip("/") for origin in as_names(cors)}
         self.max_body, self.max_connections = max_body, max_connections
-        self.request_timeout = math.inf if request_timeout is None else request_timeout
+        self.request_timeout = limit
         self.routes = {path: dict(methods) for path, methods in self.ROUTES.items()}
         for route, function in dict(routes or {}).items():
             self.add_route(route, function)
@@ -4125,16 +4110,14 @@ class Server(ThreadingHTTPServer):
 
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice; each call gets its own copy of the request."""
-        is_chat, backend = request["endpoint"] == "chat", self.backend
-        texts = ([request["text"]] if is_chat else
+        texts = ([request["text"]] * request["n"] if request["endpoint"] == "chat" else
                  [prompt.text for prompt in prompts for _ in range(request["best_of"])])
-        for index in range(count_choices(request)):
-            text, body = texts[index % len(texts)], parse_json(incoming.content)
-            own = {name: copied(request[name]) for name in (*body, "stop")}
-            if not is_chat:
-                own["prompts"] = copied(request["prompts"])
-            reply = as_reply(backend({**request, **own, "body": body, "index": index,
-                                      "prompt": text, "text": text}))
+        for index, text in enumerate(texts):
+            body = parse_json(incoming.content)
+            own = {name: copied(request[name])
+                   for name in {*body, "stop", "prompts"}.intersection(request)}
+            reply = as_reply(self.backend({**request, **own, "body": body, "index": index,
+                                           "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
             yield reply
@@ -4162,18 +4145,15 @@ class Server(ThreadingHTTPServer):
         sequences = [self.sequence_of(reply, request) for reply in replies]
         chunks = make_chunks(request, sequences, Usage(prompts, replies[0].usage))
         if not request["stream"]:
-            return self.whole(json_response(fold(chunks), headers), quirk, incoming)
+            response = json_response(fold(chunks), headers)
+            if quirk in WHOLE_QUIRKS:   # the others are about events
+                incoming.quirk = quirk
+                response.body = WRITE_QUIRKS[quirk](iter([response.body]), 0)
+            return response
         ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
         writes = (incoming.bent(chunks, quirk, k) if quirk
                   else incoming.noted(events(chunks)))
         return Response(200, {**EVENT_STREAM, **headers}, writes, ready)
-
-    def whole(self, response, quirk, incoming):
-        """A reply that is not streamed; most quirks are about events and leave it alone."""
-        if quirk in WHOLE_QUIRKS:
-            incoming.quirk = quirk
-            response.body = WRITE_QUIRKS[quirk](iter([response.body]), 0)
-        return response
 
     # ------ the endpoints: what has come -> a response
 
@@ -4194,14 +4174,14 @@ class Server(ThreadingHTTPServer):
 
     def show_models(self, incoming):
         """All models, or the one that the path names."""
+        names = [model_name(self.backend)] if self.models is None else self.models
         if incoming.model is not None:
             self.check_model(incoming.model)
+            names = [incoming.model]
         if isinstance(self.backend, PassingOn) and self.models is None:
             return self.backend.respond(incoming)
-        names = [model_name(self.backend)] if self.models is None else self.models
         models = [{"id": name, "object": "model", "created": self.started,
-                   "owned_by": "openai_compat"}
-                  for name in (names if incoming.model is None else [incoming.model])]
+                   "owned_by": "openai_compat"} for name in names]
         return json_response({"object": "list", "data": models}
                              if incoming.model is None else models[0])
 
@@ -4210,14 +4190,14 @@ class Server(ThreadingHTTPServer):
 
     def custom(self, incoming, function):
         """An endpoint of the user's: a function of the body, or a generator of events."""
-        has_body = incoming.method not in ("GET", "HEAD")
-        result = function(parse_json(incoming.content) if has_body else None)
+        is_sent = incoming.content or incoming.method == "POST"
+        is_read = is_sent and incoming.method not in ("GET", "HEAD")
+        result = function(parse_json(incoming.content) if is_read else None)
         if not hasattr(result, "__next__"):
             return json_response(result)
         if callable(getattr(result, "close", None)):
             incoming.cleanup.callback(result.close)
-        return Response(200, EVENT_STREAM,
-                        incoming.noted(named_events(result)))
+        return Response(200, EVENT_STREAM, incoming.noted(named_events(result)))
 
     def health(self, incoming):
         return json_response({"status": "ok"})
@@ -4229,8 +4209,7 @@ class Server(ThreadingHTTPServer):
         return json_response([exchange.as_dict() for exchange in list(self.journal)])
 
     def page(self, incoming):
-        quirks = QUIRKS if self.quirk_header else ()
-        return Response(200, page_headers(), page_with(quirks))
+        return page_response(QUIRKS if self.quirk_header else ())
 
     ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
         "/chat/completions": {"POST": completion},
@@ -4244,13 +4223,12 @@ class Server(ThreadingHTTPServer):
 
     def methods_of(self, path):
         """{method: endpoint} of a path; {} if there is no such path."""
-        passed = getattr(self.backend, "paths", ()) if isinstance(
-            self.backend, PassingOn) else ()
-        if path in self.routes:
-            return self.routes[path]
-        if path in [normal_path(each)[0] for each in passed]:
-            return dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
-        return {}
+        methods = self.routes.get(path, {})
+        if not methods and isinstance(self.backend, PassingOn):
+            for each in getattr(self.backend, "paths", ()):
+                if normal_path(each)[0] == path:
+                    return dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
+        return methods
 
     def options(self, incoming, methods):
         allowed = allowed_methods(methods or ("GET", "POST"))
