@@ -4175,9 +4175,9 @@ class Watchful(Server):
 
     accepted = {}
 
-    def process_request(self, reader, address):
-        self.accepted[address] = reader.sock
-        super().process_request(reader, address)
+    def process_request(self, sock, address):
+        self.accepted[address] = sock
+        super().process_request(sock, address)
 
     def has_taken(self, client):
         connection = self.accepted.get(client.getsockname())
