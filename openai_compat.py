@@ -103,6 +103,7 @@ import operator
 import os
 import random
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -3550,7 +3551,7 @@ body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto 
 header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
 header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
 input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
-textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 } ul { padding-left: 1.2rem }
+textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 }
 main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
 main > div, aside > div { margin-bottom: auto }    /* the pane, reversed, stays at its end */
 #talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
@@ -3574,18 +3575,16 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: lig
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<div id="hints"><p>Nothing has been said yet. Try this:</p><ul>
-<li>Write a message. The wire shows the request, the response, and each event with its seconds since
-the request. Open a line to see all of it. The last 500 events are kept.
-<li>Switch <b>Stream</b> off: the same reply comes whole, as one JSON object.
-<li>Switch <b>Tool</b> on: the request offers a tool, get_weather, and the reply has to call it.
-<li>Choose a <b>Quirk</b>, a deliberate fault, if the server runs with --quirk-header.</ul></div></main>
+<div id="hints"><p>Nothing has been said yet. Write a message: the wire shows the request, the response,
+and each event with its seconds since the request. Open a line to see all of it. It keeps 500 events.</p>
+<p>Without <b>Stream</b> the same reply comes whole. With <b>Tool</b> it has to call get_weather.
+With --quirk-header the server lets you choose a <b>Quirk</b>, a deliberate fault.</p></div></main>
 <footer><textarea id="text" rows="3" autofocus aria-label="Message"
 placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
 <button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
 <script>
-const $ = id => document.getElementById(id), STREAM = {stream: true, stream_options: {include_usage: true}};
+const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
 let messages = [], running = null;        // the conversation; what stops the request that runs
@@ -3596,24 +3595,20 @@ const grow = (turn, who, text, n = 0) =>  // add to the n-th line of this kind i
 const tell = (turn, {name, message}) =>   // fetch() throws a TypeError if a connection fails
   grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
 // ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
-function show(exchange, className, news, envelope, whole) {     // news: [name, value] pairs
+function show(exchange, className, news, envelope, whole) {     // news: {name: text}
   const line = add(exchange, "details", className), summary = add(line, "summary");
   add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
-  for (const [name, value] of news) {
-    add(summary, "b", "", ` ${name} `);
-    summary.append(value);
-  }
+  for (const name in news) add(summary, "b", "", ` ${name} `).after(news[name]);
   add(summary, "span", "envelope", envelope);
   add(line, "pre", "", whole);
   return line;
 }
 function showEvent(exchange, event, said) {             // what is new in it is plain, the rest is dim
-  const {choices, error, usage, data, ...envelope} = said || {};
+  const {choices, error, usage, data, ...envelope} = said || {}, news = said ? {} : {[event]: ""};
   const {delta, message, finish_reason} = choices?.[0] || {};
-  const news = Object.entries({error, delta, message, finish_reason, usage, data})
-    .filter(([, value]) => value).map(([name, value]) => [name, JSON.stringify(value)]);
-  show(exchange, error ? "event bad" : "event", said ? news : [[event, ""]],
-       said && ` ${JSON.stringify(envelope)}`, event);
+  for (const [name, value] of Object.entries({error, delta, message, finish_reason, usage, data}))
+    if (value) news[name] = JSON.stringify(value);
+  show(exchange, error ? "event bad" : "event", news, said && ` ${JSON.stringify(envelope)}`, event);
   const events = $("wire").getElementsByClassName("event");
   if (events.length > 500) events[0].remove();
 }
@@ -3630,30 +3625,29 @@ async function* events(response) {        // bytes -> events; a body that is no 
   }
   if (rest) yield rest;
 }
-const dataOf = event => event.split(/\r?\n/).filter(line => line.startsWith("data:"))
-  .map(line => line.slice(5)).join("\n").trim();         // the other lines are comments, ids and the like
+const dataOf = event => event[0] === "{" ? event :       // other lines are comments, ids and the like
+  event.split(/\r?\n/).filter(line => /^data:/.test(line)).map(line => line.slice(5)).join("\n").trim();
 const parse = data => { try { return Object(JSON.parse(data)); } catch { return null; } };
-async function* call(path, request) {     // show an exchange; yield its deltas, its message or its list
+async function* call(path, body) {        // show an exchange; yield its deltas, its message or its list
   document.querySelectorAll(".failed").forEach(turn => turn.remove());
   const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
-  const [method, body] = request ? ["POST", JSON.stringify(request)] : ["GET"];
-  const headers = new Headers(body && {"content-type": "application/json"});
+  const method = body ? "POST" : "GET", headers = new Headers();
+  if (body) headers.set("content-type", "application/json");
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
   exchange.started = performance.now();
-  show(exchange, "", [[method, url.pathname]], "", `${lines(headers)}\n\n${body || ""}`).open = request;
+  show(exchange, "", {[method]: url.pathname}, "", `${lines(headers)}\n\n${body || ""}`).open = body;
   const response = await fetch(url, {method, headers, body, signal: running?.signal});
-  const {ok, status, statusText, headers: received} = response;
-  show(exchange, ok ? "" : "bad", [[status, statusText]], "", lines(received)).open = request;
-  let ended = ok && !request;             // a list of models has no end of its own
+  const {ok, status} = response;
+  show(exchange, ok ? "" : "bad", {[status]: response.statusText}, "", lines(response.headers)).open = body;
+  let ended = ok && !body;                // a list of models has no end of its own
   for await (const event of events(response)) {
-    const data = event[0] === "{" ? event : dataOf(event), said = parse(data);
+    const data = dataOf(event), said = parse(data), choice = said?.choices?.[0];
     showEvent(exchange, event, said);
     if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
     if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
-    const choice = said?.choices?.[0];    // there is none in [DONE], a comment, or the usage
     ended ||= data === "[DONE]" || choice?.finish_reason;
-    yield choice?.delta || choice?.message || said || {};
+    yield choice?.delta || choice?.message || said || {};       // no choice: [DONE], a comment, the usage
   }
   if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
 }
@@ -3662,12 +3656,12 @@ function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta o
   if (refusal) reply.refusal = (reply.refusal || "") + refusal;
   grow(turn, "assistant", content);
   grow(turn, "refusal", refusal);
-  for (const {index, id, function: part = {}} of tool_calls || []) {
+  for (const {index, id, function: {name, arguments: part = ""} = {}} of tool_calls || []) {
     const calls = reply.tool_calls ||= [], n = index ?? (id ? calls.length : calls.length - 1);
-    if (!calls[n]) grow(turn, "tool-call", `${part.name} `, n);
-    calls[n] ||= {id, type: "function", function: {name: part.name, arguments: ""}};
-    calls[n].function.arguments += part.arguments || "";
-    grow(turn, "tool-call", part.arguments, n);
+    if (!calls[n]) grow(turn, "tool-call", `${name} `, n);
+    calls[n] ||= {id, type: "function", function: {name, arguments: ""}};
+    calls[n].function.arguments += part;
+    grow(turn, "tool-call", part, n);
   }
 }
 // ------ the conversation
@@ -3675,13 +3669,14 @@ async function ask() {
   const text = $("text").value, asked = [...messages, {role: "user", content: text}];
   if (running || !text.trim()) return;
   const turn = add($("talk"), "div", "turn"), reply = {role: "assistant", content: ""};
+  const request = {model: $("model").value, messages: asked};
+  if ($("stream").checked) Object.assign(request, {stream: true, stream_options: {include_usage: true}});
+  if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
   grow(turn, "user", text);
   $("text").value = "";
   busy(new AbortController());
   try {
-    const request = {model: $("model").value, messages: asked, ...($("stream").checked && STREAM)};
-    if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
-    for await (const delta of call("chat/completions", request)) fold(reply, delta, turn);
+    for await (const delta of call("chat/completions", JSON.stringify(request))) fold(reply, delta, turn);
   } catch (error) {
     tell(turn, error);
     delete reply.tool_calls;              // their arguments may be cut
@@ -3702,10 +3697,13 @@ async function list() {
 }
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
 const stop = () => running?.abort(Error("Stopped."));
-const isSend = event => event.key === "Enter" && !event.shiftKey && !event.isComposing;
-$("text").onkeydown = event => { if (isSend(event)) { event.preventDefault(); ask(); } };
+onkeydown = event => {
+  if (event.key === "Escape") stop();
+  if (event.target !== $("text") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  ask();
+};
 $("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
-onkeydown = event => { if (event.key === "Escape") stop(); };
 $("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
 [$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, list];
 $("quirk").parentNode.hidden = $("quirk").length === 1;    // where no request may choose one
@@ -3862,7 +3860,7 @@ class Server(ThreadingHTTPServer):
         for route, function in dict(routes or {}).items():
             self.add_route(route, function)
         self.random, self.journal, self.failure = random.Random(), Journal(journal), None
-        self.connections, self.acceptors = {}, []   # {thread: its reader}; threads
+        self.connections, self.acceptor = {}, None  # {thread: its reader}; a thread
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3910,14 +3908,12 @@ class Server(ThreadingHTTPServer):
         host = f"[{host}]" if ":" in host else host
         return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
 
-    def start(self, acceptors=1):
-        """Serve in threads of its own; returns the server."""
+    def start(self):
+        """Serve in a thread of its own; returns the server."""
         if self.closing:
             raise RuntimeError("this server is closed; make another one")
-        self.acceptors = [threading.Thread(target=self.serve_forever, daemon=True)
-                          for _ in range(acceptors)]
-        for thread in self.acceptors:
-            thread.start()
+        self.acceptor = threading.Thread(target=self.serve_forever, daemon=True)
+        self.acceptor.start()
         return self
 
     def serve_forever(self, poll_interval=None):
@@ -3946,12 +3942,11 @@ class Server(ThreadingHTTPServer):
         self.closing = True
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
-        host = urlsplit(self.base_url).hostname
-        for _ in self.acceptors or [None]:      # wake each one that still waits
-            with suppress(OSError):
-                socket.create_connection((host, self.server_port), timeout=1).close()
-        for thread in self.acceptors:
-            thread.join(1)
+        with suppress(OSError):         # elsewhere than on Linux it still waits: wake it
+            host = urlsplit(self.base_url).hostname
+            socket.create_connection((host, self.server_port), timeout=1).close()
+        if self.acceptor:
+            self.acceptor.join(1)
         self.server_close()
 
     def end_connections(self, how, seconds, only_idle=False):
@@ -4402,35 +4397,27 @@ def complain(message, status=1):
 
 
 def tracer():
-    """A function that prints what crosses the wire, in a thread of its own.
+    """A function that prints what crosses the wire.
 
-    Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
-    lost, and no request waits.  At the end it gets a second for those that are left.
+    Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was in
+    vain, lines are lost until somebody reads again, and requests go on.
     """
-    import atexit
-    import queue
-    lines = queue.Queue(10000)
-
-    def work():
-        for line in iter(lines.get, None):
-            with suppress(OSError):     # os.write: a stream would keep a lock while stuck
-                os.write(2, line.encode("utf-8", "replace"))
-
-    def finish():
-        with suppress(queue.Full):
-            lines.put(None, timeout=1)
-        thread.join(1)
+    seconds, lock = 1, threading.Lock()
 
     def trace(number, direction, block):
+        nonlocal seconds
         now = time.time()
         clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
-        with suppress(queue.Full):
-            for line in trace_lines(block):
-                lines.put_nowait(f"{clock} #{number} {direction} {line}\n")
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    atexit.register(finish)
+        text = "".join(f"{clock} #{number} {direction} {line}\n"
+                       for line in trace_lines(block)).encode("utf-8", "replace")
+        size = getattr(select, "PIPE_BUF", 4096)       # what a ready pipe takes at once
+        with lock, suppress(OSError):
+            for start in range(0, len(text), size):
+                if os.name != "nt":             # Windows selects only sockets
+                    seconds = int(bool(select.select([], [2], [], seconds)[1]))
+                    if not seconds:
+                        return
+                os.write(2, text[start:start + size])
     return trace
 
 
@@ -4524,9 +4511,6 @@ def run_beside(server, program):
     return (status if status >= 0 else 128 - status) or failed
 
 
-ACCEPTORS = 1                   # how many threads accept connections
-
-
 def main(argv=None):
     """The command line; returns the exit status."""
     # A user's module imports openai_compat: that must be this very module, not a second
@@ -4551,7 +4535,7 @@ def main(argv=None):
     # The code of others may compute: it runs on any core.  Neighbouring ports get two.
     if not (args.command or args.backend or args.route):
         server.core = port or os.getpid()
-    server.start(ACCEPTORS)
+    server.start()
     return run_beside(server, program) if is_beside else serve(server)
 
 
@@ -4605,7 +4589,6 @@ if FAST:
     http_date = functools.lru_cache(maxsize=4)(http_date)
     normal_path = functools.lru_cache(maxsize=256)(normal_path)
     is_local = functools.lru_cache(maxsize=64)(is_local)
-    ACCEPTORS = 8
     if hasattr(os, "sched_setaffinity"):
         stay_on_core = fast_stay_on_core
 
