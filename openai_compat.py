@@ -3131,7 +3131,8 @@ class RequestReader(Connection):
             raise refused("The body has a Content-Encoding; send it without one.")
         if expect and head.version >= (1, 1) and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        content = self.take_transfer_chunks(most) if length is None else self.take(length)
+        content = (self.take_transfer_chunks(most) if length is None
+                   else self.take(length))
         self.unread = False
         return content
 
@@ -3192,15 +3193,16 @@ class Exchange:
     """One request and what became of it: an entry of the journal.
 
     method, path: as sent; secrets in a query are masked.  headers: lower-case names,
-    secrets masked.  body: a dict or None; each access gives a new one.  status.  events:
-    how many were sent.  outcome: "complete", "client left", "error", "quirk", or None
-    while it runs.  started: seconds since 1970.  seconds: how long it took.
+    secrets masked.  body: a dict or None; each access gives a new one.  status.
+    events: how many were sent.  outcome: "complete", "client left", "error", "quirk",
+    or None while it runs.  started: seconds since 1970.  seconds: how long it took.
     """
 
     FIELDS = "method path headers body status events outcome started seconds".split()
 
     def __init__(self, head):
-        self.method, self.path = head.method, masked(head.target)
+        self.method = head.method
+        self.path = SECRET_QUERY.sub(r"\1***", head.target)
         self.headers = {name: "***" if name in SECRET_FIELDS else value
                         for name, value in head.fields.items()}
         self.content = b""              # the body as it came: the one copy that is kept
@@ -3225,23 +3227,11 @@ class Exchange:
         return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
 
 
-class Journal(list):
-    """The last exchanges, oldest first: a list that forgets its beginning."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def append(self, exchange):
-        super().append(exchange)
-        del self[:max(len(self) - self.size, 0)]
-
-
 class Incoming:
     """A request as HTTP delivered it, while it is being answered.
 
-    path, model: of its route.  fields: its headers, secrets and all.  content: its body.
-    quirk: the one that bends its response.  failed: after the status went out.
+    path, model: of its route.  fields: its headers, secrets and all.  content: its
+    body.  quirk: the one that bends its response.  failed: after the status went out.
     delivered: the end of the response was sent.  cleanup: what is closed at its end.
     """
 
@@ -3292,7 +3282,7 @@ class Incoming:
             yield write
 
     def bent(self, chunks, quirk, k):
-        """The writes of a stream with a quirk; `quirk` is reset if it changed nothing."""
+        """The writes of a stream with a quirk, which is reset if it changed nothing."""
         self.quirk, plain, sent = quirk, [], []
         chunks = CHUNK_QUIRKS.get(quirk, unbent)(noting(chunks, plain, event), k)
         writes = WRITE_QUIRKS.get(quirk, unbent)(self.noted(events(chunks)), k)
@@ -3367,10 +3357,11 @@ class Handler(BaseHTTPRequestHandler):
         if server.tls:
             sock = server.tls.wrap_socket(sock, server_side=True,
                                           do_handshake_on_connect=False)
-        self.reader = this_thread.connection = RequestReader(sock, server.request_timeout)
+        self.reader = RequestReader(sock, server.request_timeout)
+        this_thread.connection = self.reader
         if server.trace:
             self.reader.trace = functools.partial(server.trace, next(server.numbers))
-        self.open, self.pending = True, []      # may a request follow; what to send next
+        self.open, self.pending = True, []  # may a request follow; what to send next
         server.connections[threading.current_thread()] = self.reader
         self.is_one_too_many = len(server.connections) > server.max_connections
 
@@ -3494,7 +3485,7 @@ class Handler(BaseHTTPRequestHandler):
                                                             self.server.max_body)
         finally:
             incoming.exchange.content = incoming.content
-            self.server.journal.append(incoming.exchange)
+            self.server.enter(incoming.exchange)
 
     def find_response(self, incoming, error):
         """The response, its first write taken: what fails before it gets a status."""
@@ -3511,8 +3502,8 @@ class Handler(BaseHTTPRequestHandler):
             return instead.args[0]
         except EndReply:
             raise
-        except BaseException as error:
-            return error_response(self.server.refusal(error, incoming))
+        except BaseException as failure:
+            return error_response(self.server.refusal(failure, incoming))
 
     def serve(self, incoming, error):
         """One request and its response; the client may leave at any time."""
@@ -3728,8 +3719,6 @@ def page_response(quirks):
     return Response(200, {
         "content-type": "text/html; charset=utf-8",
         "content-security-policy": "; ".join(map(" ".join, policy.items())),
-        "cross-origin-opener-policy": "same-origin",
-        "cross-origin-resource-policy": "same-origin",
         "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
     }, PAGE.replace("<!-- quirks -->", options).encode())
 
@@ -3776,10 +3765,6 @@ def tls_context(tls):
     return context
 
 
-def masked_key(key):
-    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
-
-
 def check_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
             least <= value <= 1e12):
@@ -3791,7 +3776,7 @@ def allowed_methods(methods):
 
 
 def named_events(objects):
-    """The events of another API, as long as the client is there: an object names its type.
+    """The events of another API, whose objects name their types.
 
     Example:
         >>> list(named_events([{"type": "ping"}]))
@@ -3835,7 +3820,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024   # with 5, most of 32 clients at once wait for a second
     delay = 0                   # seconds between pieces, unless a reply says otherwise
     trace = None                # or a function of a number, "<" or ">", and the bytes
-    core = None                 # a number that picks the one core to run on; None is all
+    core = None                 # a number that picks one core to run on; None is all
     closing = False             # no more connections, no more requests
 
     def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
@@ -3859,7 +3844,8 @@ class Server(ThreadingHTTPServer):
         self.routes = {path: dict(methods) for path, methods in self.ROUTES.items()}
         for route, function in dict(routes or {}).items():
             self.add_route(route, function)
-        self.random, self.journal, self.failure = random.Random(), Journal(journal), None
+        self.random, self.failure = random.Random(), None
+        self.journal, self.journal_size = [], journal
         self.connections, self.acceptor = {}, None  # {thread: its reader}; a thread
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
@@ -3882,7 +3868,7 @@ class Server(ThreadingHTTPServer):
         method, _, path = route.rpartition(" ")
         path, model = normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
-            raise ValueError(f"{route!r} is the path of a built-in endpoint, or no path")
+            raise ValueError(f"{route!r} is no path, or that of a built-in endpoint")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
@@ -3891,7 +3877,7 @@ class Server(ThreadingHTTPServer):
     # ------ start and stop
 
     def server_bind(self):
-        """As HTTPServer's, but without asking for our name: a resolver may be silent."""
+        """As HTTPServer's, but it asks no resolver for our name."""
         try:
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
@@ -3932,7 +3918,8 @@ class Server(ThreadingHTTPServer):
     def verify_request(self, sock, address):
         """Beyond max_connections a request gets a 503; far beyond, the connection is
         closed without a word."""
-        return not self.closing and len(self.connections) <= 2 * self.max_connections + 16
+        most = 2 * self.max_connections + 16
+        return not self.closing and len(self.connections) <= most
 
     def handle_error(self, sock, address):
         log.debug("A connection from %s failed", address[0], exc_info=True)
@@ -3942,7 +3929,7 @@ class Server(ThreadingHTTPServer):
         self.closing = True
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):         # elsewhere than on Linux it still waits: wake it
+        with suppress(OSError):         # that woke the acceptor on Linux; elsewhere:
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
         if self.acceptor:
@@ -4001,14 +3988,20 @@ class Server(ThreadingHTTPServer):
     def __exit__(self, kind, error, traceback):
         self.close(error=error)
 
+    def enter(self, exchange):
+        """Enter an exchange into the journal, which forgets the first."""
+        if self.journal_size:
+            self.journal.append(exchange)
+            del self.journal[:-self.journal_size]
+
     # ------ failures
 
     def refusal(self, error, incoming):
         """The APIError that a client gets for an exception.
 
-        An exception that nobody meant for a client is logged, and the first one is kept
-        for `check`.  The traceback is dropped, since it would keep the request alive for
-        as long as somebody keeps the exception.
+        An exception that nobody meant for a client is logged, and the first one is
+        kept for `check`.  The traceback is dropped, since it would keep the request
+        alive for as long as somebody keeps the exception.
         """
         traceback, refusal = error.__traceback__, error
         if not isinstance(error, APIError):
@@ -4037,12 +4030,13 @@ class Server(ThreadingHTTPServer):
                            "your API key in an Authorization header using Bearer auth "
                            "(i.e. Authorization: Bearer YOUR_KEY).", headers=BEARER)
         from hmac import compare_digest         # not needed by those without keys
-        # Clients disagree on the encoding.  All are compared, in constant time: how long
-        # it takes tells nothing.
+        # Clients disagree on the encoding.  All are compared, in constant time, so that
+        # the time tells nothing.
         spellings = key.encode("latin-1"), key.encode()
         if not any([compare_digest(spelling, known.encode())
                     for known in self.api_keys for spelling in spellings]):
-            raise APIError(401, f"Incorrect API key provided: {masked_key(key)}.",
+            shown = f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
+            raise APIError(401, f"Incorrect API key provided: {shown}.",
                            code="invalid_api_key", headers=BEARER)
 
     def allows(self, origin, fields):
@@ -4054,7 +4048,7 @@ class Server(ThreadingHTTPServer):
                 or bool(LOOPBACK.fullmatch(host_of(authority))))
 
     def check_browser(self, fields):
-        """Refuse a page from elsewhere, in somebody's browser: it is a stranger here."""
+        """Refuse a page from elsewhere, which runs in somebody's browser."""
         host = fields.get("host", "")
         if not (is_local(host) or host_of(host) in map(host_of, self.cors)):
             raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
@@ -4104,15 +4098,16 @@ class Server(ThreadingHTTPServer):
         return quirk
 
     def replies(self, request, prompts, incoming):
-        """Call the backend once per choice; each call gets its own copy of the request."""
-        texts = ([request["text"]] * request["n"] if request["endpoint"] == "chat" else
+        """Call the backend once per choice, each time with a copy of the request."""
+        backend, is_chat = self.backend, request["endpoint"] == "chat"
+        texts = ([request["text"]] * request["n"] if is_chat else
                  [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
             body = parse_json(incoming.content)
             own = {name: copied(request[name])
                    for name in {*body, "stop", "prompts"}.intersection(request)}
-            reply = as_reply(self.backend({**request, **own, "body": body, "index": index,
-                                           "prompt": text, "text": text}))
+            reply = as_reply(backend({**request, **own, "body": body, "index": index,
+                                      "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
             yield reply
@@ -4159,8 +4154,7 @@ class Server(ThreadingHTTPServer):
             body = {**body, "model": incoming.model}
             incoming.content = to_json(body)
         if isinstance(self.backend, PassingOn):
-            if self.models is not None:
-                self.check_model(body.get("model"))
+            self.check_model(body.get("model"))
             return self.backend.respond(incoming)
         is_chat = incoming.path == "/chat/completions"
         request = (parse_chat if is_chat else parse_completion)(body, self.strict)
@@ -4184,7 +4178,7 @@ class Server(ThreadingHTTPServer):
         return self.backend.respond(incoming)
 
     def custom(self, incoming, function):
-        """An endpoint of the user's: a function of the body, or a generator of events."""
+        """An endpoint of the user's: a function of the body, or a generator function."""
         is_sent = incoming.content or incoming.method == "POST"
         is_read = is_sent and incoming.method not in ("GET", "HEAD")
         result = function(parse_json(incoming.content) if is_read else None)
@@ -4198,7 +4192,7 @@ class Server(ThreadingHTTPServer):
         return json_response({"status": "ok"})
 
     def show_journal(self, incoming):
-        if not self.journal.size:
+        if not self.journal_size:
             raise APIError(404, "No journal is kept; start with --journal.",
                            code="unknown_url")
         return json_response([exchange.as_dict() for exchange in list(self.journal)])
@@ -4243,8 +4237,8 @@ class Server(ThreadingHTTPServer):
         if not methods:
             paths = ", ".join(f"/v1{path}" for path in list(self.routes)[:3])
             raise APIError(404, f"Unknown request URL: {incoming.method} "
-                           f"{printable(incoming.exchange.path[:200])}. This server has: "
-                           f"{paths}.", code="unknown_url")
+                           f"{printable(incoming.exchange.path[:200])}. This server "
+                           f"has: {paths}.", code="unknown_url")
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method not in methods:
             raise APIError(405, f"Not allowed to {incoming.method} on {incoming.path}. "
@@ -4259,36 +4253,36 @@ class Server(ThreadingHTTPServer):
 
 PLACE = "MODULE:FUNCTION"
 FLAGS = (  # False, a list or a number as the default says what kind of flag it is
-    # flag                default      metavar   help
-    ("--say",             None,        "TEXT",   "always say this"),
-    ("--script",          None,        "FILE",   "reply with the steps of this JSON file"),
-    ("--command",         None,        "CMD",    "reply with what this program prints"),
-    ("--backend",         None,        PLACE,    "reply with what this yields"),
-    ("--upstream",        None,        "URL",    "pass requests on to another server"),
-    ("--replay",          None,        "TAPE",   "reply from a tape; --upstream adds to it"),
-    ("--host",            "127.0.0.1", "HOST",   "address to listen on"),
-    ("--port",            None,        "PORT",   "port; 0 is a free one; else 8000"),
-    ("--model",           [],          "NAME",   "accept this name only"),
-    ("--api-key",         [],          "KEY",    "accept this key"),
-    ("--upstream-key",    None,        "KEY",    "the key for --upstream"),
-    ("--record",          None,        "TAPE",   "append what the upstream says to a tape"),
-    ("--pass",            [],          "PATH",   "another path to pass to --upstream"),
-    ("--route",           [],          f"PATH={PLACE}", "answer another path with this"),
-    ("--at-once",         None,        "N",      "how many programs run at a time; else 1"),
-    ("--delay",           0.0,         "S",      "seconds between pieces"),
-    ("--tokenizer",       None,        PLACE,    "text -> list of its tokens"),
-    ("--lenient",         False,       None,     "do not check the conversation"),
-    ("--quirk",           None,        "NAME",   "a deliberate fault in every reply"),
-    ("--quirk-header",    False,       None,     "a fault where X-Quirk asks for it"),
-    ("--journal",         False,       None,     "keep exchanges, for GET /journal"),
-    ("--cors",            [],          "ORIGIN", "let pages of this origin in; * is all"),
-    ("--tls-cert",        None,        "FILE",   "serve https with this certificate"),
-    ("--tls-key",         None,        "FILE",   "the key of the certificate"),
-    ("--max-body",        32 * 2**20,  "N",      "bytes"),
-    ("--max-connections", 512,         "N",      "more get a 503"),
-    ("--request-timeout", 30.0,        "S",      "seconds for a request to arrive"),
-    ("--trace",           False,       None,     "print what crosses the wire"),
-    ("--quiet",           False,       None,     "print no line per exchange"),
+    # flag              default      metavar   help
+    ("--say",           None,        "TEXT",   "always say this"),
+    ("--script",        None,        "FILE",   "reply with the steps of a JSON file"),
+    ("--command",       None,        "CMD",    "reply with what this program prints"),
+    ("--backend",       None,        PLACE,    "reply with what this yields"),
+    ("--upstream",      None,        "URL",    "pass requests on to another server"),
+    ("--replay",        None,        "TAPE",   "reply from a tape, or --upstream"),
+    ("--host",          "127.0.0.1", "HOST",   "address to listen on"),
+    ("--port",          None,        "PORT",   "port; 0 is a free one; else 8000"),
+    ("--model",         [],          "NAME",   "accept this name only"),
+    ("--api-key",       [],          "KEY",    "accept this key"),
+    ("--upstream-key",  None,        "KEY",    "the key for --upstream"),
+    ("--record",        None,        "TAPE",   "append what the upstream says"),
+    ("--pass",          [],          "PATH",   "another path to pass to --upstream"),
+    ("--route",         [],          f"PATH={PLACE}", "another endpoint"),
+    ("--at-once",       None,        "N",      "programs that run at a time; else 1"),
+    ("--delay",         0.0,         "S",      "seconds between pieces"),
+    ("--tokenizer",     None,        PLACE,    "text -> list of its tokens"),
+    ("--lenient",       False,       None,     "do not check the conversation"),
+    ("--quirk",         None,        "NAME",   "a deliberate fault in every reply"),
+    ("--quirk-header",  False,       None,     "a fault where X-Quirk asks for it"),
+    ("--journal",       False,       None,     "keep exchanges, for GET /journal"),
+    ("--cors",          [],          "ORIGIN", "let pages of this origin in; * is all"),
+    ("--tls-cert",      None,        "FILE",   "serve https with this certificate"),
+    ("--tls-key",       None,        "FILE",   "the key of the certificate"),
+    ("--max-body",      32 * 2**20,  "N",      "bytes"),
+    ("--max-connections",512,         "N",      "more get a 503"),
+    ("--request-timeout",30.0,        "S",      "seconds for a request to arrive"),
+    ("--trace",         False,       None,     "print what crosses the wire"),
+    ("--quiet",         False,       None,     "print no line per exchange"),
 )
 KINDS = {"PORT": int, "N": int, "S": float}
 BACKENDS = ("--say", "--script", "--command", "--backend", "--upstream", "--replay")
@@ -4333,16 +4327,18 @@ def parse_arguments(argv):
     import argparse             # a fixture does not need it
     parser = argparse.ArgumentParser(
         prog="openai_compat.py", description=(__doc__ or "").partition("\n")[0],
-        epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  After "
-               "-- may stand a command.  It runs with OPENAI_BASE_URL set to a server on "
-               "a free port, and its exit status is the exit status.")
+        epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  "
+               "After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
+               "server on a free port, and its exit status is the exit status.")
     for row in FLAGS:
         add_flag(parser, *row)
     parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    fault = fault_of(["--" + name.replace("_", "-") for name, value in vars(args).items()
-                      if value != parser.get_default(name)])
+    given = {name for name, value in vars(args).items()
+             if value != parser.get_default(name)}
+    fault = fault_of([flag for flag, *_ in FLAGS
+                      if flag[2:].replace("-", "_") in given])
     if fault:
         parser.error(fault)
     return args, argv[end + 1:] if end < len(argv) else None
@@ -4368,7 +4364,8 @@ def backend_of(args):
         return named(args.backend)
     relay = None
     if args.upstream is not None:
-        relay = Relay(args.upstream, args.upstream_key, args.record, getattr(args, "pass"))
+        paths = getattr(args, "pass")
+        relay = Relay(args.upstream, args.upstream_key, args.record, paths)
     return relay or echo if args.replay is None else Replay(args.replay, relay=relay)
 
 
@@ -4399,8 +4396,8 @@ def complain(message, status=1):
 def tracer():
     """A function that prints what crosses the wire.
 
-    Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was in
-    vain, lines are lost until somebody reads again, and requests go on.
+    Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was
+    in vain, lines are lost until somebody reads again, and requests go on.
     """
     seconds, lock = 1, threading.Lock()
 
@@ -4447,7 +4444,7 @@ def close_server(server, grace=0):
 
 
 def serve(server):
-    """Serve until a signal comes; running replies get 10 s then, or until a second one."""
+    """Serve until a signal; running replies get 10 s then, or until a second one."""
     signals = []
     on_signal(lambda number, frame: signals.append(number))
     print(f"Serving {server.base_url} with {model_name(server.backend)}; "
@@ -4481,7 +4478,7 @@ def pass_signal(running, number, _):
 
 
 def environment_for(server):
-    """Our environment, and in it where the server is, by all names that clients know."""
+    """Our environment, and in it where the server is, by all names clients know."""
     keys = server.api_keys
     key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
     hosts = [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1",
