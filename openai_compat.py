@@ -303,7 +303,8 @@ def copied(value):
 
 def encode_json(value, ascii=False):
     """A value as compact JSON text; NaN and infinity are a ValueError."""
-    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, check_circular=False,
+                      separators=(",", ":"))
 
 
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
@@ -3145,7 +3146,8 @@ class RequestReader(Connection):
             raise refused("The body has a Content-Encoding; send it without one.")
         if expect and head.version >= (1, 1) and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        content = self.take_transfer_chunks(most) if length is None else self.take(length)
+        content = (self.take_transfer_chunks(most) if length is None
+                   else self.take(length))
         self.unread = False
         return content
 
@@ -3206,15 +3208,16 @@ class Exchange:
     """One request and what became of it: an entry of the journal.
 
     method, path: as sent; secrets in a query are masked.  headers: lower-case names,
-    secrets masked.  body: a dict or None; each access gives a new one.  status.  events:
-    how many were sent.  outcome: "complete", "client left", "error", "quirk", or None
-    while it runs.  started: seconds since 1970.  seconds: how long it took.
+    secrets masked.  body: a dict or None; each access gives a new one.  status.
+    events: how many were sent.  outcome: "complete", "client left", "error", "quirk",
+    or None while it runs.  started: seconds since 1970.  seconds: how long it took.
     """
 
     FIELDS = "method path headers body status events outcome started seconds".split()
 
     def __init__(self, head):
-        self.method, self.path = head.method, masked(head.target)
+        self.method = head.method
+        self.path = SECRET_QUERY.sub(r"\1***", head.target)
         self.headers = {name: "***" if name in SECRET_FIELDS else value
                         for name, value in head.fields.items()}
         self.content = b""              # the body as it came: the one copy that is kept
@@ -3239,23 +3242,11 @@ class Exchange:
         return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
 
 
-class Journal(list):
-    """The last exchanges, oldest first: a list that forgets its beginning."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def append(self, exchange):
-        super().append(exchange)
-        del self[:max(len(self) - self.size, 0)]
-
-
 class Incoming:
     """A request as HTTP delivered it, while it is being answered.
 
-    path, model: of its route.  fields: its headers, secrets and all.  content: its body.
-    quirk: the one that bends its response.  failed: after the status went out.
+    path, model: of its route.  fields: its headers, secrets and all.  content: its
+    body.  quirk: the one that bends its response.  failed: after the status went out.
     delivered: the end of the response was sent.  cleanup: what is closed at its end.
     """
 
@@ -3306,7 +3297,7 @@ class Incoming:
             yield write
 
     def bent(self, chunks, quirk, k):
-        """The writes of a stream with a quirk; `quirk` is reset if it changed nothing."""
+        """The writes of a stream with a quirk, which is reset if it changed nothing."""
         self.quirk, plain, sent = quirk, [], []
         chunks = CHUNK_QUIRKS.get(quirk, unbent)(noting(chunks, plain, event), k)
         writes = WRITE_QUIRKS.get(quirk, unbent)(self.noted(events(chunks)), k)
@@ -3381,10 +3372,11 @@ class Handler(BaseHTTPRequestHandler):
         if server.tls:
             sock = server.tls.wrap_socket(sock, server_side=True,
                                           do_handshake_on_connect=False)
-        self.reader = this_thread.connection = RequestReader(sock, server.request_timeout)
+        self.reader = RequestReader(sock, server.request_timeout)
+        this_thread.connection = self.reader
         if server.trace:
             self.reader.trace = functools.partial(server.trace, next(server.numbers))
-        self.open, self.pending = True, []      # may a request follow; what to send next
+        self.open, self.pending = True, []  # may a request follow; what to send next
         server.connections[threading.current_thread()] = self.reader
         self.is_one_too_many = len(server.connections) > server.max_connections
 
@@ -3508,7 +3500,7 @@ class Handler(BaseHTTPRequestHandler):
                                                             self.server.max_body)
         finally:
             incoming.exchange.content = incoming.content
-            self.server.journal.append(incoming.exchange)
+            self.server.enter(incoming.exchange)
 
     def find_response(self, incoming, error):
         """The response, its first write taken: what fails before it gets a status."""
@@ -3525,8 +3517,8 @@ class Handler(BaseHTTPRequestHandler):
             return instead.args[0]
         except EndReply:
             raise
-        except BaseException as error:
-            return error_response(self.server.refusal(error, incoming))
+        except BaseException as failure:
+            return error_response(self.server.refusal(failure, incoming))
 
     def serve(self, incoming, error):
         """One request and its response; the client may leave at any time."""
@@ -3565,7 +3557,7 @@ body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto 
 header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
 header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
 input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
-textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 } ul { padding-left: 1.2rem }
+textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 }
 main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
 main > div, aside > div { margin-bottom: auto }    /* the pane, reversed, stays at its end */
 #talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
@@ -3589,18 +3581,16 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: lig
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<div id="hints"><p>Nothing has been said yet. Try this:</p><ul>
-<li>Write a message. The wire shows the request, the response, and each event with its seconds since
-the request. Open a line to see all of it. The last 500 events are kept.
-<li>Switch <b>Stream</b> off: the same reply comes whole, as one JSON object.
-<li>Switch <b>Tool</b> on: the request offers a tool, get_weather, and the reply has to call it.
-<li>Choose a <b>Quirk</b>, a deliberate fault, if the server runs with --quirk-header.</ul></div></main>
+<div id="hints"><p>Nothing has been said yet. Write a message: the wire shows the request, the response,
+and each event with its seconds since the request. Open a line to see all of it. It keeps 500 events.</p>
+<p>Without <b>Stream</b> the same reply comes whole. With <b>Tool</b> it has to call get_weather.
+With --quirk-header the server lets you choose a <b>Quirk</b>, a deliberate fault.</p></div></main>
 <footer><textarea id="text" rows="3" autofocus aria-label="Message"
 placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
 <button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
 <script>
-const $ = id => document.getElementById(id), STREAM = {stream: true, stream_options: {include_usage: true}};
+const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
 let messages = [], running = null;        // the conversation; what stops the request that runs
@@ -3611,24 +3601,20 @@ const grow = (turn, who, text, n = 0) =>  // add to the n-th line of this kind i
 const tell = (turn, {name, message}) =>   // fetch() throws a TypeError if a connection fails
   grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
 // ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
-function show(exchange, className, news, envelope, whole) {     // news: [name, value] pairs
+function show(exchange, className, news, envelope, whole) {     // news: {name: text}
   const line = add(exchange, "details", className), summary = add(line, "summary");
   add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
-  for (const [name, value] of news) {
-    add(summary, "b", "", ` ${name} `);
-    summary.append(value);
-  }
+  for (const name in news) add(summary, "b", "", ` ${name} `).after(news[name]);
   add(summary, "span", "envelope", envelope);
   add(line, "pre", "", whole);
   return line;
 }
 function showEvent(exchange, event, said) {             // what is new in it is plain, the rest is dim
-  const {choices, error, usage, data, ...envelope} = said || {};
+  const {choices, error, usage, data, ...envelope} = said || {}, news = said ? {} : {[event]: ""};
   const {delta, message, finish_reason} = choices?.[0] || {};
-  const news = Object.entries({error, delta, message, finish_reason, usage, data})
-    .filter(([, value]) => value).map(([name, value]) => [name, JSON.stringify(value)]);
-  show(exchange, error ? "event bad" : "event", said ? news : [[event, ""]],
-       said && ` ${JSON.stringify(envelope)}`, event);
+  for (const [name, value] of Object.entries({error, delta, message, finish_reason, usage, data}))
+    if (value) news[name] = JSON.stringify(value);
+  show(exchange, error ? "event bad" : "event", news, said && ` ${JSON.stringify(envelope)}`, event);
   const events = $("wire").getElementsByClassName("event");
   if (events.length > 500) events[0].remove();
 }
@@ -3645,30 +3631,29 @@ async function* events(response) {        // bytes -> events; a body that is no 
   }
   if (rest) yield rest;
 }
-const dataOf = event => event.split(/\r?\n/).filter(line => line.startsWith("data:"))
-  .map(line => line.slice(5)).join("\n").trim();         // the other lines are comments, ids and the like
+const dataOf = event => event[0] === "{" ? event :       // other lines are comments, ids and the like
+  event.split(/\r?\n/).filter(line => /^data:/.test(line)).map(line => line.slice(5)).join("\n").trim();
 const parse = data => { try { return Object(JSON.parse(data)); } catch { return null; } };
-async function* call(path, request) {     // show an exchange; yield its deltas, its message or its list
+async function* call(path, body) {        // show an exchange; yield its deltas, its message or its list
   document.querySelectorAll(".failed").forEach(turn => turn.remove());
   const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
-  const [method, body] = request ? ["POST", JSON.stringify(request)] : ["GET"];
-  const headers = new Headers(body && {"content-type": "application/json"});
+  const method = body ? "POST" : "GET", headers = new Headers();
+  if (body) headers.set("content-type", "application/json");
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
   exchange.started = performance.now();
-  show(exchange, "", [[method, url.pathname]], "", `${lines(headers)}\n\n${body || ""}`).open = request;
+  show(exchange, "", {[method]: url.pathname}, "", `${lines(headers)}\n\n${body || ""}`).open = body;
   const response = await fetch(url, {method, headers, body, signal: running?.signal});
-  const {ok, status, statusText, headers: received} = response;
-  show(exchange, ok ? "" : "bad", [[status, statusText]], "", lines(received)).open = request;
-  let ended = ok && !request;             // a list of models has no end of its own
+  const {ok, status} = response;
+  show(exchange, ok ? "" : "bad", {[status]: response.statusText}, "", lines(response.headers)).open = body;
+  let ended = ok && !body;                // a list of models has no end of its own
   for await (const event of events(response)) {
-    const data = event[0] === "{" ? event : dataOf(event), said = parse(data);
+    const data = dataOf(event), said = parse(data), choice = said?.choices?.[0];
     showEvent(exchange, event, said);
     if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
     if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
-    const choice = said?.choices?.[0];    // there is none in [DONE], a comment, or the usage
     ended ||= data === "[DONE]" || choice?.finish_reason;
-    yield choice?.delta || choice?.message || said || {};
+    yield choice?.delta || choice?.message || said || {};       // no choice: [DONE], a comment, the usage
   }
   if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
 }
@@ -3677,12 +3662,12 @@ function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta o
   if (refusal) reply.refusal = (reply.refusal || "") + refusal;
   grow(turn, "assistant", content);
   grow(turn, "refusal", refusal);
-  for (const {index, id, function: part = {}} of tool_calls || []) {
+  for (const {index, id, function: {name, arguments: part = ""} = {}} of tool_calls || []) {
     const calls = reply.tool_calls ||= [], n = index ?? (id ? calls.length : calls.length - 1);
-    if (!calls[n]) grow(turn, "tool-call", `${part.name} `, n);
-    calls[n] ||= {id, type: "function", function: {name: part.name, arguments: ""}};
-    calls[n].function.arguments += part.arguments || "";
-    grow(turn, "tool-call", part.arguments, n);
+    if (!calls[n]) grow(turn, "tool-call", `${name} `, n);
+    calls[n] ||= {id, type: "function", function: {name, arguments: ""}};
+    calls[n].function.arguments += part;
+    grow(turn, "tool-call", part, n);
   }
 }
 // ------ the conversation
@@ -3690,13 +3675,14 @@ async function ask() {
   const text = $("text").value, asked = [...messages, {role: "user", content: text}];
   if (running || !text.trim()) return;
   const turn = add($("talk"), "div", "turn"), reply = {role: "assistant", content: ""};
+  const request = {model: $("model").value, messages: asked};
+  if ($("stream").checked) Object.assign(request, {stream: true, stream_options: {include_usage: true}});
+  if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
   grow(turn, "user", text);
   $("text").value = "";
   busy(new AbortController());
   try {
-    const request = {model: $("model").value, messages: asked, ...($("stream").checked && STREAM)};
-    if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
-    for await (const delta of call("chat/completions", request)) fold(reply, delta, turn);
+    for await (const delta of call("chat/completions", JSON.stringify(request))) fold(reply, delta, turn);
   } catch (error) {
     tell(turn, error);
     delete reply.tool_calls;              // their arguments may be cut
@@ -3717,10 +3703,13 @@ async function list() {
 }
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
 const stop = () => running?.abort(Error("Stopped."));
-const isSend = event => event.key === "Enter" && !event.shiftKey && !event.isComposing;
-$("text").onkeydown = event => { if (isSend(event)) { event.preventDefault(); ask(); } };
+onkeydown = event => {
+  if (event.key === "Escape") stop();
+  if (event.target !== $("text") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  ask();
+};
 $("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
-onkeydown = event => { if (event.key === "Escape") stop(); };
 $("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
 [$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, list];
 $("quirk").parentNode.hidden = $("quirk").length === 1;    // where no request may choose one
@@ -3745,8 +3734,6 @@ def page_response(quirks):
     return Response(200, {
         "content-type": "text/html; charset=utf-8",
         "content-security-policy": "; ".join(map(" ".join, policy.items())),
-        "cross-origin-opener-policy": "same-origin",
-        "cross-origin-resource-policy": "same-origin",
         "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
     }, PAGE.replace("<!-- quirks -->", options).encode())
 
@@ -3793,10 +3780,6 @@ def tls_context(tls):
     return context
 
 
-def masked_key(key):
-    return f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
-
-
 def check_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
             least <= value <= 1e12):
@@ -3808,7 +3791,7 @@ def allowed_methods(methods):
 
 
 def named_events(objects):
-    """The events of another API, as long as the client is there: an object names its type.
+    """The events of another API, whose objects name their types.
 
     Example:
         >>> list(named_events([{"type": "ping"}]))
@@ -3852,7 +3835,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024   # with 5, most of 32 clients at once wait for a second
     delay = 0                   # seconds between pieces, unless a reply says otherwise
     trace = None                # or a function of a number, "<" or ">", and the bytes
-    core = None                 # a number that picks the one core to run on; None is all
+    core = None                 # a number that picks one core to run on; None is all
     closing = False             # no more connections, no more requests
 
     def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
@@ -3876,8 +3859,9 @@ class Server(ThreadingHTTPServer):
         self.routes = {path: dict(methods) for path, methods in self.ROUTES.items()}
         for route, function in dict(routes or {}).items():
             self.add_route(route, function)
-        self.random, self.journal, self.failure = random.Random(), Journal(journal), None
-        self.connections, self.acceptors = {}, []   # {thread: its reader}; threads
+        self.random, self.failure = random.Random(), None
+        self.journal, self.journal_size = [], journal
+        self.connections, self.acceptor = {}, None  # {thread: its reader}; a thread
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3899,7 +3883,7 @@ class Server(ThreadingHTTPServer):
         method, _, path = route.rpartition(" ")
         path, model = normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
-            raise ValueError(f"{route!r} is the path of a built-in endpoint, or no path")
+            raise ValueError(f"{route!r} is no path, or that of a built-in endpoint")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
@@ -3908,7 +3892,7 @@ class Server(ThreadingHTTPServer):
     # ------ start and stop
 
     def server_bind(self):
-        """As HTTPServer's, but without asking for our name: a resolver may be silent."""
+        """As HTTPServer's, but it asks no resolver for our name."""
         try:
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
@@ -3925,14 +3909,12 @@ class Server(ThreadingHTTPServer):
         host = f"[{host}]" if ":" in host else host
         return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
 
-    def start(self, acceptors=1):
-        """Serve in threads of its own; returns the server."""
+    def start(self):
+        """Serve in a thread of its own; returns the server."""
         if self.closing:
             raise RuntimeError("this server is closed; make another one")
-        self.acceptors = [threading.Thread(target=self.serve_forever, daemon=True)
-                          for _ in range(acceptors)]
-        for thread in self.acceptors:
-            thread.start()
+        self.acceptor = threading.Thread(target=self.serve_forever, daemon=True)
+        self.acceptor.start()
         return self
 
     def serve_forever(self, poll_interval=None):
@@ -3951,7 +3933,8 @@ class Server(ThreadingHTTPServer):
     def verify_request(self, sock, address):
         """Beyond max_connections a request gets a 503; far beyond, the connection is
         closed without a word."""
-        return not self.closing and len(self.connections) <= 2 * self.max_connections + 16
+        most = 2 * self.max_connections + 16
+        return not self.closing and len(self.connections) <= most
 
     def handle_error(self, sock, address):
         log.debug("A connection from %s failed", address[0], exc_info=True)
@@ -3961,12 +3944,11 @@ class Server(ThreadingHTTPServer):
         self.closing = True
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
-        host = urlsplit(self.base_url).hostname
-        for _ in self.acceptors or [None]:      # wake each one that still waits
-            with suppress(OSError):
-                socket.create_connection((host, self.server_port), timeout=1).close()
-        for thread in self.acceptors:
-            thread.join(1)
+        with suppress(OSError):         # that woke the acceptor on Linux; elsewhere:
+            host = urlsplit(self.base_url).hostname
+            socket.create_connection((host, self.server_port), timeout=1).close()
+        if self.acceptor:
+            self.acceptor.join(1)
         self.server_close()
 
     def end_connections(self, how, seconds, only_idle=False):
@@ -4021,14 +4003,20 @@ class Server(ThreadingHTTPServer):
     def __exit__(self, kind, error, traceback):
         self.close(error=error)
 
+    def enter(self, exchange):
+        """Enter an exchange into the journal, which forgets the first."""
+        if self.journal_size:
+            self.journal.append(exchange)
+            del self.journal[:-self.journal_size]
+
     # ------ failures
 
     def refusal(self, error, incoming):
         """The APIError that a client gets for an exception.
 
-        An exception that nobody meant for a client is logged, and the first one is kept
-        for `check`.  The traceback is dropped, since it would keep the request alive for
-        as long as somebody keeps the exception.
+        An exception that nobody meant for a client is logged, and the first one is
+        kept for `check`.  The traceback is dropped, since it would keep the request
+        alive for as long as somebody keeps the exception.
         """
         traceback, refusal = error.__traceback__, error
         if not isinstance(error, APIError):
@@ -4057,12 +4045,13 @@ class Server(ThreadingHTTPServer):
                            "your API key in an Authorization header using Bearer auth "
                            "(i.e. Authorization: Bearer YOUR_KEY).", headers=BEARER)
         from hmac import compare_digest         # not needed by those without keys
-        # Clients disagree on the encoding.  All are compared, in constant time: how long
-        # it takes tells nothing.
+        # Clients disagree on the encoding.  All are compared, in constant time, so that
+        # the time tells nothing.
         spellings = key.encode("latin-1"), key.encode()
         if not any([compare_digest(spelling, known.encode())
                     for known in self.api_keys for spelling in spellings]):
-            raise APIError(401, f"Incorrect API key provided: {masked_key(key)}.",
+            shown = f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
+            raise APIError(401, f"Incorrect API key provided: {shown}.",
                            code="invalid_api_key", headers=BEARER)
 
     def allows(self, origin, fields):
@@ -4074,7 +4063,7 @@ class Server(ThreadingHTTPServer):
                 or bool(LOOPBACK.fullmatch(host_of(authority))))
 
     def check_browser(self, fields):
-        """Refuse a page from elsewhere, in somebody's browser: it is a stranger here."""
+        """Refuse a page from elsewhere, which runs in somebody's browser."""
         host = fields.get("host", "")
         if not (is_local(host) or host_of(host) in map(host_of, self.cors)):
             raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
@@ -4124,15 +4113,16 @@ class Server(ThreadingHTTPServer):
         return quirk
 
     def replies(self, request, prompts, incoming):
-        """Call the backend once per choice; each call gets its own copy of the request."""
-        texts = ([request["text"]] * request["n"] if request["endpoint"] == "chat" else
+        """Call the backend once per choice, each time with a copy of the request."""
+        backend, is_chat = self.backend, request["endpoint"] == "chat"
+        texts = ([request["text"]] * request["n"] if is_chat else
                  [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
             body = parse_json(incoming.content)
             own = {name: copied(request[name])
                    for name in {*body, "stop", "prompts"}.intersection(request)}
-            reply = as_reply(self.backend({**request, **own, "body": body, "index": index,
-                                           "prompt": text, "text": text}))
+            reply = as_reply(backend({**request, **own, "body": body, "index": index,
+                                      "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
             yield reply
@@ -4179,8 +4169,7 @@ class Server(ThreadingHTTPServer):
             body = {**body, "model": incoming.model}
             incoming.content = to_json(body)
         if isinstance(self.backend, PassingOn):
-            if self.models is not None:
-                self.check_model(body.get("model"))
+            self.check_model(body.get("model"))
             return self.backend.respond(incoming)
         is_chat = incoming.path == "/chat/completions"
         request = (parse_chat if is_chat else parse_completion)(body, self.strict)
@@ -4204,7 +4193,7 @@ class Server(ThreadingHTTPServer):
         return self.backend.respond(incoming)
 
     def custom(self, incoming, function):
-        """An endpoint of the user's: a function of the body, or a generator of events."""
+        """An endpoint of the user's: a function of the body, or a generator function."""
         is_sent = incoming.content or incoming.method == "POST"
         is_read = is_sent and incoming.method not in ("GET", "HEAD")
         result = function(parse_json(incoming.content) if is_read else None)
@@ -4218,7 +4207,7 @@ class Server(ThreadingHTTPServer):
         return json_response({"status": "ok"})
 
     def show_journal(self, incoming):
-        if not self.journal.size:
+        if not self.journal_size:
             raise APIError(404, "No journal is kept; start with --journal.",
                            code="unknown_url")
         return json_response([exchange.as_dict() for exchange in list(self.journal)])
@@ -4263,8 +4252,8 @@ class Server(ThreadingHTTPServer):
         if not methods:
             paths = ", ".join(f"/v1{path}" for path in list(self.routes)[:3])
             raise APIError(404, f"Unknown request URL: {incoming.method} "
-                           f"{printable(incoming.exchange.path[:200])}. This server has: "
-                           f"{paths}.", code="unknown_url")
+                           f"{printable(incoming.exchange.path[:200])}. This server "
+                           f"has: {paths}.", code="unknown_url")
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method not in methods:
             raise APIError(405, f"Not allowed to {incoming.method} on {incoming.path}. "
@@ -4279,36 +4268,36 @@ class Server(ThreadingHTTPServer):
 
 PLACE = "MODULE:FUNCTION"
 FLAGS = (  # False, a list or a number as the default says what kind of flag it is
-    # flag                default      metavar   help
-    ("--say",             None,        "TEXT",   "always say this"),
-    ("--script",          None,        "FILE",   "reply with the steps of this JSON file"),
-    ("--command",         None,        "CMD",    "reply with what this program prints"),
-    ("--backend",         None,        PLACE,    "reply with what this yields"),
-    ("--upstream",        None,        "URL",    "pass requests on to another server"),
-    ("--replay",          None,        "TAPE",   "reply from a tape; --upstream adds to it"),
-    ("--host",            "127.0.0.1", "HOST",   "address to listen on"),
-    ("--port",            None,        "PORT",   "port; 0 is a free one; else 8000"),
-    ("--model",           [],          "NAME",   "accept this name only"),
-    ("--api-key",         [],          "KEY",    "accept this key"),
-    ("--upstream-key",    None,        "KEY",    "the key for --upstream"),
-    ("--record",          None,        "TAPE",   "append what the upstream says to a tape"),
-    ("--pass",            [],          "PATH",   "another path to pass to --upstream"),
-    ("--route",           [],          f"PATH={PLACE}", "answer another path with this"),
-    ("--at-once",         None,        "N",      "how many programs run at a time; else 1"),
-    ("--delay",           0.0,         "S",      "seconds between pieces"),
-    ("--tokenizer",       None,        PLACE,    "text -> list of its tokens"),
-    ("--lenient",         False,       None,     "do not check the conversation"),
-    ("--quirk",           None,        "NAME",   "a deliberate fault in every reply"),
-    ("--quirk-header",    False,       None,     "a fault where X-Quirk asks for it"),
-    ("--journal",         False,       None,     "keep exchanges, for GET /journal"),
-    ("--cors",            [],          "ORIGIN", "let pages of this origin in; * is all"),
-    ("--tls-cert",        None,        "FILE",   "serve https with this certificate"),
-    ("--tls-key",         None,        "FILE",   "the key of the certificate"),
-    ("--max-body",        32 * 2**20,  "N",      "bytes"),
-    ("--max-connections", 512,         "N",      "more get a 503"),
-    ("--request-timeout", 30.0,        "S",      "seconds for a request to arrive"),
-    ("--trace",           False,       None,     "print what crosses the wire"),
-    ("--quiet",           False,       None,     "print no line per exchange"),
+    # flag              default      metavar   help
+    ("--say",           None,        "TEXT",   "always say this"),
+    ("--script",        None,        "FILE",   "reply with the steps of a JSON file"),
+    ("--command",       None,        "CMD",    "reply with what this program prints"),
+    ("--backend",       None,        PLACE,    "reply with what this yields"),
+    ("--upstream",      None,        "URL",    "pass requests on to another server"),
+    ("--replay",        None,        "TAPE",   "reply from a tape, or --upstream"),
+    ("--host",          "127.0.0.1", "HOST",   "address to listen on"),
+    ("--port",          None,        "PORT",   "port; 0 is a free one; else 8000"),
+    ("--model",         [],          "NAME",   "accept this name only"),
+    ("--api-key",       [],          "KEY",    "accept this key"),
+    ("--upstream-key",  None,        "KEY",    "the key for --upstream"),
+    ("--record",        None,        "TAPE",   "append what the upstream says"),
+    ("--pass",          [],          "PATH",   "another path to pass to --upstream"),
+    ("--route",         [],          f"PATH={PLACE}", "another endpoint"),
+    ("--at-once",       None,        "N",      "programs that run at a time; else 1"),
+    ("--delay",         0.0,         "S",      "seconds between pieces"),
+    ("--tokenizer",     None,        PLACE,    "text -> list of its tokens"),
+    ("--lenient",       False,       None,     "do not check the conversation"),
+    ("--quirk",         None,        "NAME",   "a deliberate fault in every reply"),
+    ("--quirk-header",  False,       None,     "a fault where X-Quirk asks for it"),
+    ("--journal",       False,       None,     "keep exchanges, for GET /journal"),
+    ("--cors",          [],          "ORIGIN", "let pages of this origin in; * is all"),
+    ("--tls-cert",      None,        "FILE",   "serve https with this certificate"),
+    ("--tls-key",       None,        "FILE",   "the key of the certificate"),
+    ("--max-body",      32 * 2**20,  "N",      "bytes"),
+    ("--max-connections",512,         "N",      "more get a 503"),
+    ("--request-timeout",30.0,        "S",      "seconds for a request to arrive"),
+    ("--trace",         False,       None,     "print what crosses the wire"),
+    ("--quiet",         False,       None,     "print no line per exchange"),
 )
 KINDS = {"PORT": int, "N": int, "S": float}
 BACKENDS = ("--say", "--script", "--command", "--backend", "--upstream", "--replay")
@@ -4353,16 +4342,18 @@ def parse_arguments(argv):
     import argparse             # a fixture does not need it
     parser = argparse.ArgumentParser(
         prog="openai_compat.py", description=(__doc__ or "").partition("\n")[0],
-        epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  After "
-               "-- may stand a command.  It runs with OPENAI_BASE_URL set to a server on "
-               "a free port, and its exit status is the exit status.")
+        epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  "
+               "After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
+               "server on a free port, and its exit status is the exit status.")
     for row in FLAGS:
         add_flag(parser, *row)
     parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    fault = fault_of(["--" + name.replace("_", "-") for name, value in vars(args).items()
-                      if value != parser.get_default(name)])
+    given = {name for name, value in vars(args).items()
+             if value != parser.get_default(name)}
+    fault = fault_of([flag for flag, *_ in FLAGS
+                      if flag[2:].replace("-", "_") in given])
     if fault:
         parser.error(fault)
     return args, argv[end + 1:] if end < len(argv) else None
@@ -4388,7 +4379,8 @@ def backend_of(args):
         return named(args.backend)
     relay = None
     if args.upstream is not None:
-        relay = Relay(args.upstream, args.upstream_key, args.record, getattr(args, "pass"))
+        paths = getattr(args, "pass")
+        relay = Relay(args.upstream, args.upstream_key, args.record, paths)
     return relay or echo if args.replay is None else Replay(args.replay, relay=relay)
 
 
@@ -4483,7 +4475,7 @@ def close_server(server, grace=0):
 
 
 def serve(server):
-    """Serve until a signal comes; running replies get 10 s then, or until a second one."""
+    """Serve until a signal; running replies get 10 s then, or until a second one."""
     signals = []
     on_signal(lambda number, frame: signals.append(number))
     print(f"Serving {server.base_url} with {model_name(server.backend)}; "
@@ -4517,7 +4509,7 @@ def pass_signal(running, number, _):
 
 
 def environment_for(server):
-    """Our environment, and in it where the server is, by all names that clients know."""
+    """Our environment, and in it where the server is, by all names clients know."""
     keys = server.api_keys
     key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
     hosts = [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1",
@@ -4547,9 +4539,6 @@ def run_beside(server, program):
     return (status if status >= 0 else 128 - status) or failed
 
 
-ACCEPTORS = 1                   # how many threads accept connections
-
-
 def main(argv=None):
     """The command line; returns the exit status."""
     # A user's module imports openai_compat: that must be this very module, not a second
@@ -4576,7 +4565,7 @@ def main(argv=None):
     # The code of others may compute: it runs on any core.  Neighbouring ports get two.
     if not (args.command or args.backend or args.route):
         server.core = port or os.getpid()
-    server.start(ACCEPTORS)
+    server.start()
     return run_beside(server, program) if is_beside else serve(server)
 
 
@@ -4639,7 +4628,6 @@ if FAST:
     http_date = functools.lru_cache(maxsize=4)(http_date)
     normal_path = functools.lru_cache(maxsize=256)(normal_path)
     is_local = functools.lru_cache(maxsize=64)(is_local)
-    ACCEPTORS = 8
     if hasattr(os, "sched_setaffinity"):
         stay_on_core = fast_stay_on_core
 
