@@ -6,6 +6,7 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 import base64
 import contextlib
 import copy
+import doctest
 import functools
 import gc
 import gzip
@@ -991,6 +992,43 @@ def test_the_models_byte_for_byte():
         assert pinned(call(server, "GET", "/v1/models").body) == (
             '{"object":"list","data":[{"id":"a","object":"model","created":1,'
             '"owned_by":"openai_compat"}]}')
+
+
+# ----------------------------------------------------------------------------------
+# What the module says of itself: the examples in its docstrings, and its opening page.
+
+def test_every_example_of_the_server_is_true():
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL)
+    tests = [each for each in finder.find(openai_compat) if each.examples]
+    told = []
+    for each in tests:
+        runner.run(each, out=told.append)
+    marks = sum((value.__doc__ or "").count("Example:\n") for value in documented(openai_compat))
+    assert len(tests) >= marks > 30 and runner.summarize(verbose=False).failed == 0, "".join(told)
+
+
+def documented(module):
+    """All that is defined in a module, and the methods of its classes."""
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) == module.__name__ and callable(value):
+            value = inspect.unwrap(value)
+            yield value
+            yield from filter(inspect.isfunction, vars(value).values() if inspect.isclass(value) else ())
+
+
+def test_the_exchange_on_the_opening_page_is_what_is_sent():
+    """Its lines are broken to fit the page, its id and time are those of one day."""
+    def told(text):
+        text = re.sub(r'"id":"[^"]*"', '"id":""', re.sub(r'"created":\d+', '"created":0', text))
+        return re.sub(r"\s+", "", text)
+    page = told(openai_compat.__doc__)
+    body = re.search(r'\{"model": "echo", "stream": true,.*?\]\}', openai_compat.__doc__, re.S)[0]
+    with Server() as server:
+        streamed = post(server, CHAT_PATH, body).body.decode()
+        whole = post(server, CHAT_PATH, body.replace("true", "false")).body.decode()
+    assert told(streamed) in page and told(whole) in page
+    assert page.count('data:{"id"') == streamed.count("data: {")
 
 
 # ----------------------------------------------------------------------------------
