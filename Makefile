@@ -12,7 +12,7 @@ pythons = for v in 15 14 13 12 11 10 9 8; do \
 install = { test -e $(1)/ready || { rm -rf $(1); $(2) -m venv $(1) && \
 	    $(1)/bin/python -m pip -q --disable-pip-version-check install \
 	      --only-binary :all: $(3) && touch $(1)/ready; }; }
-sdks    = openai-0.28.1 openai-1.0.0 openai-1 openai requests
+sdks    = openai-0.28.1 openai-1.0.0 openai-1 openai requests jsonschema
 others  = $(sdks:%=.venvs/%/ready) .venvs/node/ready
 
 help:
@@ -42,11 +42,23 @@ system: pytest ## the tests with nginx, Chromium and openssl, which must be ther
 stress: pytest ## the tests that take long: many clients, many fixtures, much load
 	$(pytest) -m stress
 
+plain: pytest ## the tests with every device for speed switched off (FAST = False)
+	@rm -rf .plain && mkdir .plain && cp -R Makefile README.md .github .application \
+	  client.py test_openai_compat.py .pytest.ini .plain/ && \
+	  sed 's/^FAST = True$$/FAST = False/' openai_compat.py > .plain/openai_compat.py && \
+	  cd .plain && PATH="$$PWD/../.venv/bin:$$PATH" python3 -m pytest
+
+screenshot: ## the picture of the page in the README, with Chromium
+	.ci/screenshot
+
+mutants: pytest ## plant faults into copies of the modules; list what no test sees
+	PATH="$$PWD/.venv/bin:$$PATH" python3 .ci/mutants.py
+
 bench: ## how many requests and events a second, as client.py sees it
 	python3 openai_compat.py --quiet -- python3 client.py bench --requests 2000
 
 clean: ## remove the environments and whatever the tests left behind
-	rm -rf .venv .venvs .pytest_cache __pycache__
+	rm -rf .venv .venvs .plain .pytest_cache __pycache__
 
 pytest:
 	@$(pytest) --version >/dev/null 2>&1 || { rm -f .venv/ready; \
@@ -57,8 +69,9 @@ pytest:
 .venvs/openai-0.28.1/ready: packages = openai==0.28.1
 .venvs/openai-1.0.0/ready:  packages = openai==1.0.0 'httpx<0.28'
 .venvs/openai-1/ready:      packages = 'openai>=1,<2'
-.venvs/openai/ready:        packages = openai pytest
+.venvs/openai/ready:        packages = openai pytest pytest-xdist
 .venvs/requests/ready:      packages = requests
+.venvs/jsonschema/ready:    packages = jsonschema pydantic
 $(sdks:%=.venvs/%/ready): # on the newest Python on which it installs and imports
 	@for python in `$(pythons)`; do \
 	  echo "$(@D): $(packages) on $$python"; \
@@ -70,4 +83,4 @@ $(sdks:%=.venvs/%/ready): # on the newest Python on which it installs and import
 	npm install --loglevel=error --no-audit --no-fund --no-save --prefix $(@D) openai
 	touch $@
 
-.PHONY: help run test test-all interop system stress bench clean pytest
+.PHONY: help run test test-all interop system stress plain mutants screenshot bench clean pytest

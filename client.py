@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Ask any OpenAI-compatible server, with nothing but Python's standard library.
+r"""Ask any OpenAI-compatible server, with nothing but Python's standard library.
 
-    python3 client.py chat "Hello!"              one question, the answer as it comes
+    python3 client.py chat "Hello!"              one question, the reply as it comes
     python3 client.py chat                       a conversation
+    git diff | python3 client.py chat "Write a commit message" -
     python3 client.py complete "Once upon a time" --max-tokens 20
-    python3 client.py bench --requests 500       how much the server can take
+    python3 client.py bench --requests 500       how much load the server can take
 
 or, in a program:
 
@@ -13,20 +14,32 @@ or, in a program:
     for piece in pieces(client.chat_completions("Hello!", stream=True)):
         print(piece, end="", flush=True)
 
-The file reads in the order in which an answer is read, the server's way backwards:
+The file reads in the order in which a reply is read:
 
     response
         | reads              bytes, as they arrive
         | lines              bytes, cut at CR, LF or CRLF
-    lines
         | events             Event: the text of one event's data lines
-    events
         | chunks             dicts, up to [DONE]; an error event raises
     chunks ------ fold ------> completion, as if it had not been streamed
         | pieces             str: the text of the first choice
-    pieces
 
-Each stage is a generator over the one above it and can be used alone.
+Each stage is a generator over the one above it and can be used alone. This is a whole
+reply, as two reads from the connection, and what the stages make of it:
+
+    >>> body = [b'data: {"id":"c1","choices":[{"delta":{"content":"Hi!"}}]}\n\nda',
+    ...         b'ta: {"choices":[{"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n']
+    >>> print(*events(lines(body)), sep="\n")
+    {"id":"c1","choices":[{"delta":{"content":"Hi!"}}]}
+    {"choices":[{"finish_reason":"stop"}]}
+    [DONE]
+    >>> list(pieces(chunks(events(lines(body)))))
+    ['Hi!']
+    >>> completion = fold(chunks(events(lines(body))))
+    >>> completion["choices"][0]["message"]
+    {'role': 'assistant', 'content': 'Hi!', 'refusal': None}
+    >>> completion["choices"][0]["finish_reason"]
+    'stop'
 
 What it does not do: keep connections alive (urllib cannot), follow redirects,
 reconnect to a stream that was cut, check a request before it is sent.
@@ -39,6 +52,7 @@ import itertools
 import json
 import os
 import random
+import re
 import socket
 import ssl
 import sys
@@ -51,70 +65,139 @@ __all__ = ["Client", "ClientError", "APIError", "ConnectionFailed", "StreamTrunc
 
 
 # ------------------------------------------------------------------------------------
-# Errors. Whatever goes wrong between here and the server is one of these five; none of
-# them ever holds the key. Only a caller's own mistake (a request that is not JSON, say)
-# stays the TypeError or ValueError that it is.
+# Errors. Whatever goes wrong between here and the server is one of these five. A
+# caller's own mistake (a request that is not JSON) stays the TypeError or ValueError
+# that it is. What a server says may end up on a terminal or in a log: an error's texts
+# hold no control characters, and Client takes its secrets out of each error it raises.
+
 
 class ClientError(Exception):
-    """What all errors of this module are; by itself: the client is set up wrongly."""
+    """The base of all errors here; raised itself when the client is set up wrongly.
+    `message` says what went wrong."""
+
+    def __init__(self, message):
+        self.message = str(_printable(message))
+        super().__init__(self.message)
 
 
 class APIError(ClientError):
-    """The server refused, with a status or with an error event in mid-stream.
+    """The server refused: with a status, or with an error event in a stream.
 
-    `status` (None for an error event), `message`, `type`, `code`, `param`: as in the
-    API's envelope {"error": {...}}; `headers` of the reply, `request_id` among them;
-    `kind`: status and code in a few words.
+    `status` (None for an error event), `message`, `type`, `code` and `param` are those
+    of the API's envelope {"error": {...}}; `headers` are those of the response, and
+    `request_id` is one of them. `kind` is status and code in a few words: "404
+    model_not_found".
     """
 
     def __init__(self, status, message, type=None, code=None, param=None, headers=None):
-        known = [str(part) for part in (status, code or type) if part]
-        self.kind = " ".join(known) or "error event"
-        super().__init__("%s: %s" % (self.kind, message))
-        self.status, self.message = status, message
-        self.type, self.code, self.param = type, code, param
-        self.headers = headers if headers is not None else {}
+        super().__init__(message)
+        self.args = status, self.message  # pickle makes the error again from these
+        self.status, self.headers = status, {} if headers is None else headers
+        self.type, self.code, self.param = map(_printable, (type, code, param))
         self.request_id = self.headers.get("x-request-id")
+        self.passing = status in (408, 409, 429) or (status or 0) >= 500
+        words = [str(word) for word in (status, self.code or self.type) if word]
+        self.kind = " ".join(dict.fromkeys(words)) or "error event"
+
+    def __str__(self):
+        return f"{self.kind}: {self.message}"
 
 
 class ConnectionFailed(ClientError):
-    """No answer: no connection, no trust in a certificate, or silence for too long.
+    """No response: no connection, no trust in a certificate, or silence for too long.
     `passing` is False where it makes no sense to try again."""
 
-    passing = True
+    passing, code, headers = True, None, {}
 
 
 class StreamTruncated(ClientError):
     """A stream ended before it was complete. `text` is the first choice's text so far
     (of a very long one the end, a million characters or more)."""
 
-    def __init__(self, message, text=""):
-        super().__init__(message)
-        self.text = text
+    text = ""
 
 
 class BadReply(ClientError):
-    """The server answered with something else than this protocol, a web page say."""
+    """The server sent something that is not this protocol, a web page for example."""
 
 
-def error_in(body, status=None, headers=None):
+def _printable(value):
+    r"""A value of the server's without control characters: ESC, which begins the escape
+    sequences of terminals, becomes the four characters \x1b. Numbers and None stay.
+
+    Example:
+        >>> print(_printable("\x1b[2J"), _printable({"a": 1}), _printable(None))
+        \x1b[2J {"a": 1} None
+    """
+    if value is None or isinstance(value, (int, float)):
+        return value
+    text = _text_or_json(value)[:100_000]  # nobody reads more than that
+    return "".join(c if c.isprintable() or c in "\n\t" else
+                   c.encode("unicode_escape").decode() for c in text)
+
+
+def _text_or_json(value):
+    return value if isinstance(value, str) else _as_json(value)
+
+
+def _as_json(value, encoding="utf-8", **how):
+    """JSON text that `encoding` can hold: characters as they are, escaped where they
+    must be (a lone surrogate has no UTF-8, a Chinese sentence no Latin-1)."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, **how)
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, **how)
+    except RecursionError:
+        raise BadReply("the JSON is nested too deeply") from None
+    return text
+
+
+def _error_in(body, status=None, headers=None):
     """The APIError that a JSON document describes, or None if it describes none.
 
-    Known forms: {"error": {"message": ...}} (the API's own), {"error": "text"}, and
-    flat: {"object": "error", "message": ...} or a message where the choices should be.
+    Known forms: {"error": {"message": ...}} (the API's own), the same in an array
+    (Gemini), {"error": "text"} (Ollama), {"object": "error", "message": ...} or a
+    message where choices or models should be (vLLM), a choice with an error
+    (OpenRouter).
     """
-    if not isinstance(body, dict):
-        return None
+    body = _object(body[0] if isinstance(body, list) and len(body) == 1 else body)
     error = body.get("error")
-    if not error and "choices" not in body:
-        error = ("message" in body or body.get("object") == "error") and body
+    for choice in _choices(body):
+        if choice.get("error") or choice.get("finish_reason") == "error":
+            error = error or choice.get("error") or "the reply ended with an error"
+    flat = "message" in body and not body.keys() & {"choices", "data", "models"}
+    error = error or (flat or body.get("object") == "error") and body
     if not error:
         return None
-    if not isinstance(error, dict):
-        error = {"message": error}
-    message = error.get("message") or json.dumps(error)
+    error = error if isinstance(error, dict) else {"message": error}
     fields = (error.get(name) for name in ("type", "code", "param"))
-    return APIError(status, str(message), *fields, headers=headers)
+    return APIError(status, error.get("message") or error, *fields, headers=headers)
+
+
+def _conceal(error, secrets):
+    r"""Replace the secrets in everything that an error holds by ***.
+
+    A server may repeat a key as JSON, a URL or a repr would spell it: each character as
+    it is, behind backslashes, as \u0041 or as %41. The error's cause goes too: it is
+    http.client's, which quotes what the server sent.
+    """
+    spelt = "|".join(
+        "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u00{ord(c):02x}|%{ord(c):02x})"
+                for c in secret) for secret in sorted(secrets, key=len, reverse=True))
+    spelt = re.compile(spelt or "(?!)", re.IGNORECASE)  # (?!) is never there
+
+    def hide(value):
+        return spelt.sub("***", value) if isinstance(value, str) else value
+
+    error.args = tuple(map(hide, error.args))
+    for name, value in vars(error).items():
+        if name == "headers":
+            value, given = http.client.HTTPMessage(), value
+            for header, text in given.items():
+                value[hide(header)] = hide(text)
+        setattr(error, name, hide(value))
+    error.__cause__ = error.__context__ = None
 
 
 # ------------------------------------------------------------------------------------
@@ -122,14 +205,15 @@ def error_in(body, status=None, headers=None):
 # bytes before it is decoded: a read may end inside a character, a line never does, and
 # str.splitlines would also cut at U+2028 and U+0085, which JSON texts may hold.
 
-def reads(response, watch=None):
+def reads(response, watch=None, cut=None):
     """Yield the body of a response as it arrives; `watch` is called with each read.
 
     Never `for line in response`: that ends without a word when the connection is cut
-    between two transfer chunks, and read1 does not. Raises ConnectionFailed for
-    silence, StreamTruncated for a cut (ConnectionFailed if nothing had come yet).
+    between two transfer chunks, and read1 does not. Raises ConnectionFailed for a
+    timeout and for a body that is cut before its first byte; for one that is cut later
+    StreamTruncated, or what `cut` says.
     """
-    broken = ConnectionFailed
+    failed = ConnectionFailed
     while True:
         try:
             block = response.read1(65536)
@@ -138,21 +222,24 @@ def reads(response, watch=None):
         except socket.timeout as error:
             raise ConnectionFailed("the server fell silent in mid-reply") from error
         except (OSError, http.client.HTTPException) as error:
-            raise broken("the connection was cut in mid-reply") from error
+            raise failed("the connection was cut in mid-reply") from error
         if not block:
             return
         if watch:
             watch(block)
         yield block
-        broken = StreamTruncated
+        failed = cut or StreamTruncated
 
 
 def lines(reads):
     r"""Yield the lines of a byte stream without their ends.
 
-    Example: [b"one\r", b"\ntw", b"o\rthree"] -> b"one", b"two", b"three"
     A CR ends its line at once, so that an event is never late by one byte; the LF that
     may follow is then dropped. A line is copied once, however many reads it spans.
+
+    Example:
+        >>> list(lines([b"one\r", b"\ntw", b"o\rthree"]))
+        [b'one', b'two', b'three']
     """
     begun, after_cr = bytearray(), False
     for block in reads:
@@ -173,15 +260,14 @@ def lines(reads):
         yield bytes(begun)
 
 
-def decoded(lines):
+def _decoded(lines):
     """Yield lines as str, without their ends and without the byte order mark, of which
-    one may open the stream. A byte that is no UTF-8 becomes U+FFFD, as in browsers."""
-    mark = "\ufeff"
-    for line in lines:
+    one may open the stream. An invalid byte becomes U+FFFD, as in browsers."""
+    for number, line in enumerate(lines):
         if not isinstance(line, str):
             line = line.decode("utf-8", "replace")
-        if mark:
-            line, mark = line[line.startswith(mark):], ""
+        if not number and line.startswith("\ufeff"):
+            line = line[1:]
         yield line.rstrip("\r\n")
 
 
@@ -189,22 +275,25 @@ class Event(str):
     """The data lines of one event, joined with LF. `type` is what its `event:` line
     named; `whole` is False for a last event that has no blank line after it."""
 
-    type = "message"
-    whole = True
+    type, whole = "message", True
 
 
 def events(lines):
     r"""Yield an Event (a str) for each event that has data lines.
 
-    Example: [b"event: greeting", b"data: Hello,", b"data:world", b""]
-             -> Event("Hello,\nworld") with type "greeting"
     `lines` may be bytes or str, with or without their ends: a list, a file, a response.
-    `id` and `retry` are for clients that reconnect; comments and unknown fields are no
-    one's. What the standard throws away, an event cut off by the end of the stream, is
-    yielded with `whole` False: some servers forget the last blank line.
+    `id` and `retry` are for clients that reconnect: these fields, unknown ones and
+    comments are passed over. The standard drops a last event without its blank line;
+    here it is yielded with `whole` False, because some servers forget that line.
+
+    Example:
+        >>> list(events([b": a comment", b"data: Hello,", b"data:world", b""]))
+        ['Hello,\nworld']
+        >>> [event.type for event in events(["event: error", "data: busy", ""])]
+        ['error']
     """
     type, found = "", []
-    for line in decoded(lines):
+    for line in _decoded(lines):
         name, _, value = line.partition(":")
         if name == "data":
             found.append(value[1:] if value.startswith(" ") else value)
@@ -220,70 +309,113 @@ def events(lines):
 
 def _event(found, type, whole=True):
     event = Event("\n".join(found))
-    if type:
-        event.type = type
-    if not whole:
-        event.whole = False
+    if type or not whole:  # which is rare, and costs a dict
+        event.type, event.whole = type or "message", whole
     return event
 
 
 # ------------------------------------------------------------------------------------
-# From events to chunks, pieces and completions. Chunks stay the dicts of the wire.
-# Servers differ in what they leave out, repeat or send as null, so everything read from
-# a chunk is read through choices_of and delta_of, which know the ways to say nothing.
+# From events to chunks and pieces. Chunks stay the dicts of the wire. Servers differ in
+# what they leave out, repeat or send as null, so a chunk is read through the functions
+# below, which know the ways to say nothing.
 
-KEPT = 1 << 20  # characters of a reply that a StreamTruncated can give back
+_decode = json.JSONDecoder().decode  # json.loads, without its checks of the arguments
+_KEPT = 1 << 20  # characters of a reply that a StreamTruncated can give back
 
 
-def choices_of(chunk):
-    """The choices of a chunk: none when they are missing, null or nonsense."""
+def _choices(chunk):
+    """The choices of a chunk: none when they are missing, null or no objects."""
     choices = chunk.get("choices")
-    if not isinstance(choices, list):
-        return ()
-    for choice in choices:
-        if not isinstance(choice, dict):
-            return ()
-    return choices
+    choices = choices if isinstance(choices, list) else ()
+    if len(choices) == 1 and isinstance(choices[0], dict):
+        return choices  # as they mostly are, and nothing is copied
+    return [choice for choice in choices if isinstance(choice, dict)]
 
 
-def delta_of(choice):
-    """What a choice adds to its message: {} when that is missing or null."""
-    delta = choice.get("delta")
-    return delta if isinstance(delta, dict) else {}
+def _index(choice):
+    index = choice.get("index")
+    return index if type(index) is int else 0
 
 
-def first_of(chunk):
+def _object(value):
+    return value if isinstance(value, dict) else {}
+
+
+def _first(chunk):
     """The first choice, the one of index 0: {} when the chunk is about others."""
-    for choice in choices_of(chunk):
-        if not choice.get("index"):
-            return choice
-    return {}
+    return next((choice for choice in _choices(chunk) if not _index(choice)), {})
 
 
-def text_of(chunk):
-    """The text that a chunk adds to the first choice, "" for none."""
-    choice = first_of(chunk)
-    text = delta_of(choice).get("content") or choice.get("text")
-    return text if isinstance(text, str) else ""
+def _text(choice):
+    """The text that a choice adds. Beside a delta, `text` repeats it (Together)."""
+    delta = choice.get("delta")
+    content = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+    return content if isinstance(content, str) else _joined_parts(content, "text")
 
 
-def is_last(chunk):
-    """Whether a choice ends here: finish_reason is neither missing nor null nor ""."""
-    for choice in choices_of(chunk):
-        if choice.get("finish_reason"):
-            return True
-    return False
+def _reasoning(choice):
+    """The reasoning that a choice adds, under any of its names."""
+    delta = _object(choice.get("delta"))
+    text = delta.get("reasoning_content") or delta.get("reasoning")
+    return text if text and isinstance(text, str) else _joined_parts(
+        delta.get("content"), "thinking")
+
+
+def _joined_parts(parts, kind):
+    """The text in a content's parts of one kind, "text" or "thinking".
+
+    Example:
+        >>> _joined_parts([{"type": "text", "text": "Hi"}, {"type": "image"}], "text")
+        'Hi'
+        >>> thinking = [{"type": "text", "text": "Hm."}]  # as Mistral sends it
+        >>> _joined_parts([{"type": "thinking", "thinking": thinking}], "thinking")
+        'Hm.'
+    """
+    if not isinstance(parts, list):
+        return parts if isinstance(parts, str) and kind != "thinking" else ""
+    texts = [part.get(kind) for part in map(_part, parts) if part.get("type") == kind]
+    inner = "text" if kind == "thinking" else None  # a text has no parts
+    return "".join(_joined_parts(text, inner) for text in texts)
+
+
+def _part(part):
+    """A part of a content as a dict; a plain str is text."""
+    return {"type": "text", "text": part} if isinstance(part, str) else _object(part)
+
+
+def _is_text(part):
+    return part.get("type") == "text"
+
+
+def _whole_characters(texts):
+    """Yield texts in which no surrogate pair is split: a server that cuts its text into
+    UTF-16 units may send the halves of an emoji in two chunks. A lone half stays."""
+    held = ""
+    for text in texts:
+        text, held = _paired(held + text) if held else text, ""
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, held = text[:-1], text[-1]
+        yield text
+    yield held
+
+
+def _paired(text):
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def chunks(events):
     """Yield the chunk (a dict) that each event holds, up to [DONE].
 
     Events that say nothing (empty, null, {}) are passed over. Raises APIError for an
-    error event, BadReply for one that is no JSON object, and StreamTruncated when the
-    end comes with neither [DONE] nor a finish_reason: HTTP alone does not tell whether
-    an answer that just stops is complete.
+    error event and for a choice that ends in an error, BadReply for an event that is no
+    JSON object. Raises StreamTruncated when the stream ends without [DONE] and a choice
+    has no finish_reason: HTTP alone does not tell whether such a reply is complete.
+
+    Example:
+        >>> list(chunks(['{"choices": [{"delta": {"content": "Hi"}}]}', "[DONE]"]))
+        [{'choices': [{'delta': {'content': 'Hi'}}]}]
     """
-    text, finished = "", False
+    text, ends = "", {}  # ends: of each choice the finish_reason
     try:
         for event in events:
             chunk = _parsed(event)
@@ -291,157 +423,226 @@ def chunks(events):
                 return
             if not chunk:
                 continue
-            _refuse_errors(chunk, getattr(event, "type", None))
-            text += text_of(chunk)
-            if len(text) > 2 * KEPT:
-                text = text[-KEPT:]
-            finished = finished or is_last(chunk)
+            _refuse(chunk, event)
+            for choice in _choices(chunk):
+                index = _index(choice)
+                ends[index] = choice.get("finish_reason") or ends.get(index)
+                if not index:
+                    text += _text(choice)
+            if len(text) > 2 * _KEPT:
+                text = text[-_KEPT:]
             yield chunk
+        if not ends or not all(ends.values()):
+            raise StreamTruncated("the stream ended before the reply was complete")
     except StreamTruncated as cut:
-        cut.text = text
+        cut.text = _paired(text)
         raise
-    if not finished:
-        raise StreamTruncated("the stream ended before the answer was complete", text)
 
 
 def _parsed(event):
-    # What is no JSON comes back as text, [DONE] for one. Half an event is nothing: that
-    # the stream was cut will be found out soon enough.
+    # What is not JSON comes back as text, [DONE] for one. Half an event is nothing: the
+    # end of the stream will tell that it was cut.
     try:
-        return json.loads(event)
+        return _decode(event)
     except (ValueError, RecursionError):
         text = str(event).strip()
         return text if text == "[DONE]" or getattr(event, "whole", True) else None
 
 
-def _refuse_errors(chunk, type):
-    if type == "error":
-        named = isinstance(chunk, dict) and "error" in chunk
-        chunk = chunk if named else {"error": chunk}
-    if not isinstance(chunk, dict):
-        raise BadReply("an event holds no JSON object: %.60r" % (chunk,))
-    error = error_in(chunk)
+def _refuse(chunk, event):
+    """Raise what is wrong with an event's JSON, if anything is."""
+    error = _error_in(chunk)
+    if not error and getattr(event, "type", "") == "error":
+        error = _error_in({"error": chunk})
     if error:
         raise error
+    if not isinstance(chunk, dict):
+        raise BadReply(f"an event is not a JSON object: {_text_or_json(chunk)}")
 
 
 def pieces(chunks):
-    """Yield the text of the first choice, piece by piece; close `chunks` at the end."""
+    """Yield the text of the first choice, piece by piece; close `chunks` at the end.
+
+    Example:
+        >>> list(pieces([{"choices": [{"delta": {"role": "assistant"}}]},
+        ...              {"choices": [{"delta": {"content": "Hi"}}]}, {"choices": []}]))
+        ['Hi']
+    """
     try:
-        for chunk in chunks:
-            piece = text_of(chunk)
-            if piece:
-                yield piece
+        texts = (_text(_first(chunk)) for chunk in chunks)
+        yield from filter(None, _whole_characters(texts))
     finally:  # a plain `for` passes no close() on, and a socket should not wait for GC
         if hasattr(chunks, "close"):
             chunks.close()
 
 
-# What a delta says once; in a second delta it is a repetition. Other strings go on.
-ONCE = {"role", "id", "type", "name", "object", "finish_reason"}
+# ------------------------------------------------------------------------------------
+# Fold: from chunks to the completion. One rule decides for every field, known or not.
+# In delta, text and logprobs the texts of _JOINED are concatenated, lists are extended,
+# and of anything else the first value that is not empty counts. Outside of them the
+# first scalar that is not empty counts, and a later object or list replaces an earlier
+# one, as usage does.
 
-
-class _Text(list):
-    """A text in pieces, joined once at the end: 20,000 joins would be quadratic."""
+_GROWING = {"delta", "text", "logprobs"}
+_JOINED = {"content", "text", "refusal", "reasoning_content", "reasoning", "thinking",
+           "arguments", "input", "transcript", "data"}
 
 
 def fold(chunks):
     """Join the chunks of a stream into the completion (a dict) they would have been.
 
-    Tool calls are merged by index (see _call_of for servers that send none), fields
-    that the API does not know are kept, the usage is the last one sent.
+    Tool calls are merged, a content whose parts are all text becomes a str, and fields
+    that the API does not know are kept. The chunks are not changed. Raises BadReply for
+    JSON that is nested too deeply.
+
+    Example:
+        >>> completion = fold([
+        ...     {"id": "c1", "choices": [{"index": 0, "delta": {"content": "Hi "}}]},
+        ...     {"id": "c1", "choices": [{"index": 0, "delta": {"content": "you"}}]},
+        ...     {"id": "c1", "choices": [], "usage": {"total_tokens": 9}}])
+        >>> completion["choices"][0]["message"]
+        {'role': 'assistant', 'content': 'Hi you', 'refusal': None}
+        >>> completion["usage"]
+        {'total_tokens': 9}
     """
-    completion, choices = {}, {}
+    completion, choices, grown = {}, {}, {}
     for chunk in chunks:
-        for name, value in chunk.items():
-            if completion.get(name) is None or name == "usage" and value:
-                completion[name] = value
-        for choice in choices_of(chunk):
-            index = choice.get("index") or 0
+        _note(completion, chunk, but={"choices", "obfuscation"})  # that is padding
+        for choice in _choices(chunk):
+            index = _index(choice)
             start = {"index": index, "logprobs": None, "finish_reason": None}
-            _grow(choices.setdefault(index, start), choice)
-    completion.pop("obfuscation", None)  # padding of a chunk's length, nothing else
-    completion["choices"] = [_complete(choices[index]) for index in sorted(choices)]
+            _note(choices.setdefault(index, start), choice, but=_GROWING | {"index"})
+            grown.setdefault(index, []).append(
+                {name: choice[name] for name in _GROWING & choice.keys()})
+    try:
+        completion["choices"] = [_complete({**choices[index], **_merged(grown[index])})
+                                 for index in sorted(choices)]
+    except RecursionError:
+        raise BadReply("a chunk is nested too deeply") from None
     is_text = any("text" in choice for choice in completion["choices"])
     completion["object"] = "text_completion" if is_text else "chat.completion"
     return completion
 
 
-def _grow(whole, part):
+def _note(whole, part, but):
+    """Take over what a part says, except the fields that grow."""
     for name, value in part.items():
-        old = whole.get(name)
-        if name == "tool_calls":
-            _grow_calls(whole.setdefault(name, {}), value)
-        elif isinstance(value, dict):
-            whole[name] = old if isinstance(old, dict) else {}
-            _grow(whole[name], value)
-        elif isinstance(value, list):
-            whole[name] = old if type(old) is list else []
-            whole[name].extend(value)
-        elif isinstance(value, str) and name not in ONCE:
-            whole[name] = old if isinstance(old, _Text) else _Text()
-            whole[name].append(value)
-        elif not old:
-            whole[name] = value or None if name in ONCE else value
+        old, full = whole.get(name), value and isinstance(value, (dict, list))
+        if name not in but and (name not in whole or full or value and not old):
+            whole[name] = value
 
 
-def _grow_calls(calls, fragments):
-    fragments = fragments if isinstance(fragments, list) else ()
-    for position, fragment in enumerate(fragments):
-        function = fragment.get("function") or {}
-        if isinstance(function.get("arguments"), dict):
-            arguments = json.dumps(function["arguments"], ensure_ascii=False)
-            fragment = {**fragment, "function": {**function, "arguments": arguments}}
-        _grow(calls.setdefault(_call_of(calls, fragment, position), {}), fragment)
+def _merged(parts):
+    """One object from the parts of it that came, each field from all of its values.
+
+    Example:
+        >>> _merged([{"role": "assistant", "content": "Hi "}, {"content": "you"}])
+        {'role': 'assistant', 'content': 'Hi you'}
+    """
+    values = {}
+    for name, value in (item for part in parts for item in part.items()):
+        values.setdefault(name, []).append(value)
+    return {name: _grown(name, found) for name, found in values.items()}
 
 
-def _call_of(calls, fragment, position):
-    """Which call a fragment belongs to: the one of its index; without an index that of
-    its id; without either the last one, unless its place in the list is further on."""
-    if fragment.get("index") is not None:
-        return fragment["index"]
-    if not fragment.get("id"):
-        return max(position, len(calls) - 1)
-    same = [key for key, call in calls.items() if call.get("id") == fragment["id"]]
-    return same[0] if same else len(calls)
+def _grown(name, values):
+    """What a field has grown to."""
+    full = [value for value in values if value]
+    if not full:
+        return next((value for value in values if value is not None), None)
+    if name == "arguments":  # which some servers send as an object
+        full = list(map(_text_or_json, full))
+    if name == "tool_calls":
+        return _merged_calls(full)
+    if isinstance(full[0], dict):
+        return _merged(value for value in full if isinstance(value, dict))
+    if isinstance(full[0], list) or isinstance(full[0], str) and name in _JOINED:
+        items = [item for value in full
+                 for item in (value if isinstance(value, list) else [value])]
+        return _content(items) if name in _JOINED else items
+    return full[0]
 
 
-def _complete(choice):
-    choice = _joined(choice)
-    if "text" in choice:
-        return {"text": choice.pop("text"), **choice}
-    message = {"role": "assistant", "content": None, "refusal": None}
-    message.update(delta_of(choice))
-    message["role"] = message["role"] or "assistant"
-    calls = message.pop("tool_calls", None)
-    if calls:
-        message["tool_calls"] = [_complete_call(call) for call in calls.values()]
-    choice.pop("delta", None)
-    return {"index": choice.pop("index"), "message": message, **choice}
+def _content(items):
+    """The content that texts and parts make: texts that follow each other are joined,
+    and a content of nothing but text is a str.
+
+    Example:
+        >>> _content(["Hi", {"type": "text", "text": " you"}])
+        'Hi you'
+        >>> _content([{"type": "reference", "reference_ids": [1]}, "Hi", "!"])
+        [{'type': 'reference', 'reference_ids': [1]}, {'type': 'text', 'text': 'Hi!'}]
+    """
+    parts = []
+    for is_text, group in itertools.groupby(map(_part, items), _is_text):
+        if is_text:
+            text = _paired(_joined_parts(list(group), "text"))
+            group = [{"type": "text", "text": text}]
+        parts.extend(group)
+    return parts[0]["text"] if len(parts) == 1 and _is_text(parts[0]) else parts
+
+
+def _merged_calls(deltas):
+    """The tool calls that the fragments in the deltas make."""
+    calls = []  # of each call its fragments, and its index and id as far as known
+    for fragments in deltas:
+        fragments = [part for part in fragments if isinstance(part, dict)]
+        for place, fragment in enumerate(fragments):
+            if len(fragments) > 1:  # without an index, the place in the list is one
+                fragment = {"index": place, **fragment}
+            call = _call_of(calls, fragment)
+            _note(call, {key: fragment.get(key) for key in ("index", "id")}, but=())
+            call["fragments"].append(fragment)
+    return [_complete_call(_merged(call["fragments"])) for call in calls]
+
+
+def _call_of(calls, fragment):
+    """The call that a fragment continues: the last one that agrees with it in index and
+    id, as far as both give them. If none does, or if it has a new id beside a name
+    (Gemini gives all its calls the index 0), it begins a call, which joins the calls.
+
+    Example:
+        >>> calls = [{"index": 0, "id": "a"}, {"index": 1, "id": "b"}]
+        >>> _call_of(calls, {"index": 0, "function": {"arguments": "{}"}})
+        {'index': 0, 'id': 'a'}
+        >>> _call_of(calls, {"index": 0, "id": "c", "function": {"name": "f"}})
+        {'fragments': []}
+    """
+    id, named = fragment.get("id"), fragment.get("function") or fragment.get("custom")
+    new = id and _object(named).get("name") and all(call["id"] != id for call in calls)
+    for call in () if new else reversed(calls):
+        if all(fragment.get(key) in (None, "") or call[key] in (None, "", fragment[key])
+               for key in ("index", "id")):
+            return call
+    calls.append({"fragments": []})
+    return calls[-1]
 
 
 def _complete_call(call):
     call.pop("index", None)
-    if "function" in call:  # a call without parameters has arguments too: {}
+    if isinstance(call.get("function"), dict):  # a call without arguments says {}
         call["function"]["arguments"] = call["function"].get("arguments") or "{}"
-    call.setdefault("type", "function")
+    call["type"] = call.get("type") or ("custom" if "custom" in call else "function")
     return call
 
 
-def _joined(whole):
-    if isinstance(whole, _Text):
-        return "".join(whole)
-    if isinstance(whole, dict):
-        return {name: _joined(value) for name, value in whole.items()}
-    return whole
+def _complete(choice):
+    """A choice as it stands in a completion, from what has grown of it."""
+    text, delta = choice.pop("text", None), choice.pop("delta", None)
+    if isinstance(text, str) and delta is None:
+        return {"text": text, **choice}
+    message = {"role": "assistant", "content": None, "refusal": None}
+    message.update(_object(delta))
+    message["role"] = message["role"] or "assistant"
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)
+    return {"index": choice.pop("index"), "message": message, **choice}
 
 
-def unfold(completion):
-    """The one chunk that says what a completion says, where a server cannot stream."""
-    choices = [dict(choice) for choice in choices_of(completion)]
-    for choice in choices:
-        if "message" in choice:
-            choice["delta"] = choice.pop("message")
+def _as_chunk(completion):
+    """The one chunk that says what a completion says: not all servers can stream."""
+    choices = [{"delta" if name == "message" else name: value
+                for name, value in choice.items()} for choice in _choices(completion)]
     return {**completion, "choices": choices}
 
 
@@ -450,141 +651,111 @@ def unfold(completion):
 # no HTTPErrorProcessor, so every status comes back as a plain response, and a redirect
 # is never followed (urllib would turn the POST into a GET, and take the key along).
 
-CONNECT = 10      # seconds to wait for a connection; an answer may take much longer
-LOOPBACK = {"localhost", "::1", "0.0.0.0"}
+_CONNECT = 10      # seconds to wait for a connection; a reply may take much longer
+_ERROR_BODY = 5    # seconds to wait for the body of an error, whose status is known
+_LOOPBACK = {"localhost", "::1", "0.0.0.0"}
 
 
-class _Patience:
+class _Connection:
+    """What both kinds of connection do differently from http.client's own."""
+
     def connect(self):
-        patience, self.timeout = self.timeout, min(self.timeout, CONNECT)
+        patience, self.timeout = self.timeout, min(self.timeout, _CONNECT)
         super().connect()
         self.sock.settimeout(patience)
 
+    def send(self, data):
+        if self.sock is None:
+            self.connect()
+        # A server may refuse a large body and hang up before it has read all of it. Its
+        # response is there to be read all the same.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError,
+                                 ConnectionAbortedError, ssl.SSLEOFError):
+            super().send(data)
 
-class _HTTP(_Patience, http.client.HTTPConnection):
-    pass
-
-
-class _HTTPS(_Patience, http.client.HTTPSConnection):
-    pass
-
-
-class _Handler(urllib.request.HTTPHandler):
-    def __init__(self, context):
-        super().__init__()
-        self.context = context
-
-    def http_open(self, request):
-        return self.do_open(_HTTP, request)
-
-    def https_open(self, request):
-        return self.do_open(_HTTPS, request, context=self.context)
-
-    https_request = urllib.request.HTTPHandler.http_request
+    def getresponse(self):
+        sock, response = self.sock, super().getresponse()
+        if response.status >= 300:
+            with contextlib.suppress(OSError):  # closed already: there is no body
+                sock.settimeout(min(sock.gettimeout(), _ERROR_BODY))
+        return response
 
 
-def opener(base, cafile=None):
-    """An opener for the server at `base` (a split URL): TLS verified against `cafile`,
-    else the system's authorities; proxies from the environment, not for loopback."""
-    host = base.hostname
-    local = host in LOOPBACK or host.startswith("127.") or host.endswith(".localhost")
-    context = None
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    def do_open(self, kind, request, **settings):
+        ours = type("_Connection", (_Connection, kind), {})  # kind is HTTP or HTTPS
+        return super().do_open(ours, request, **settings)
+
+
+def _opener(base, cafile=None):
+    """An opener for the server at `base` (a split URL). Its certificate is checked with
+    `cafile` or else the system's authorities. Proxies are those of the environment, but
+    a server on this machine is asked directly."""
+    host, context = base.hostname, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if base.scheme == "https":
         context = ssl.create_default_context(cafile=cafile)
+    local = host in _LOOPBACK or host.startswith("127.") or host.endswith(".localhost")
     director = urllib.request.OpenerDirector()
     director.add_handler(urllib.request.ProxyHandler({} if local else None))
-    director.add_handler(_Handler(context))
+    director.add_handler(_Handler(context=context))
     return director
 
 
-def as_json(value, encoding="utf-8", **how):
-    """JSON text that `encoding` can hold: characters as they are, escaped if they must
-    be (a lone surrogate has no UTF-8, a Chinese sentence no Latin-1)."""
-    text = json.dumps(value, ensure_ascii=False, **how)
-    try:
-        text.encode(encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value, **how)
-    return text
-
-
-def refusal(status, reason, headers, body):
-    """The APIError for a reply that is not 2xx. What is not JSON is told in few words:
-    a proxy's web page says nothing to anyone on a terminal."""
-    if 300 <= status < 400:
-        reason = "the server redirects to %s, where nobody followed; ask there"
-        return APIError(status, reason % headers.get("location"), headers=headers)
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        error = error_in(json.loads(text), status, headers)
-    except (ValueError, RecursionError):
-        error = None
-    told = reason if text.startswith("<") else text[:200] or reason
-    return error or APIError(status, told, headers=headers)
-
-
-def retry_after(headers):
+def _retry_after(headers):
     """The seconds a server asks to wait, from retry-after-ms or Retry-After (RFC 9110,
     10.2.3: seconds or a date), or None."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1)):
-        value = headers.get(name) or ""
-        date = email.utils.parsedate_tz(value)
-        try:
-            return float(value) * unit
-        except ValueError:
-            if date:
-                return email.utils.mktime_tz(date) - time.time()
+    def until(date):
+        return email.utils.mktime_tz(email.utils.parsedate_tz(date)) - time.time()
+
+    for name, unit, seconds in (("retry-after-ms", 0.001, float),
+                                ("retry-after", 1, float), ("retry-after", 1, until)):
+        with contextlib.suppress(ArithmeticError, LookupError, TypeError, ValueError):
+            return seconds(headers.get(name)) * unit
     return None
 
 
-def pause(error, retries):
+def _wait(error, retries):
     """How many seconds to wait before trying again after `error`, or None: do not.
 
     The official SDK's rules: a wait of more than two minutes is not worth it, then what
-    the server itself says in x-should-retry, then the status; a quota that is used up
+    the server itself says in x-should-retry, then the status. A quota that is used up
     does not come back, and a certificate does not get better.
     """
-    asked = None
-    if isinstance(error, APIError):
-        asked = retry_after(error.headers)
-        told = error.headers.get("x-should-retry")
-        if asked is not None and asked > 120 or error.code == "insufficient_quota":
-            return None
-        passing = error.status in (408, 409, 429) or (error.status or 0) >= 500
-        if told == "false" or not passing and told != "true":
-            return None
-    elif not error.passing:
+    seconds = _retry_after(error.headers) or 0
+    told = error.headers.get("x-should-retry")
+    again = told == "true" or told != "false" and error.passing
+    if not again or seconds > 120 or error.code == "insufficient_quota":
         return None
-    if asked is not None and asked > 0:
-        return asked
-    return min(0.5 * 2 ** retries, 8) * (1 - 0.25 * random.random())
+    backoff = min(0.5 * 2 ** min(retries, 4), 8) * (1 - 0.25 * random.random())
+    return seconds if seconds > 0 else backoff
 
 
 # ------------------------------------------------------------------------------------
-# The client: a method for each endpoint over one path to the wire. _open makes a call
-# and lets only a 2xx pass, _retried tries again, _whole and _streamed read the answer.
+# The client: a method for each endpoint, over one path to the wire. _open sends a
+# request and lets only a 2xx pass, _retried tries again, _whole and _chunks read the
+# reply.
+
+_PUBLIC = {"api-version", "openai-organization", "openai-project", "user-agent"}
+_BLANK = b" \t\r\n\xef\xbb\xbf"
+_STREAM = re.compile(rb"(?:data|event|id|retry)?:")  # how an event stream begins
+
 
 def _setting(variable, given=None):
     return given or os.environ.get(variable, "").strip()  # an empty one is an unset one
 
 
-def _checked_url(url):
-    try:
+def _split_url(url):
+    """The parts of a base URL. Messages show it without its query, so it must hold no
+    user or password, and one that may hold them is not shown at all."""
+    shown = url.partition("?")[0]
+    if "@" in shown:
+        raise ClientError("a base URL must not hold a user or password: use an API key")
+    with contextlib.suppress(ValueError):
         base = urllib.parse.urlsplit(url)
         good = base.scheme in ("http", "https") and base.hostname and base.port != 0
-    except ValueError:
-        good = False
-    if not good or not url.isascii() or not url.isprintable() or " " in url:
-        raise ClientError("%r is no base URL; one looks like http://host:8000/v1" % url)
-    return base
-
-
-def _checked_headers(headers):
-    # Checked here since http.client's own complaint would show the value: the key.
-    for name, value in headers.items():
-        if not value.isascii() or not value.isprintable():
-            raise ClientError("what is set for %s cannot be sent in a header" % name)
-    return {name: value for name, value in headers.items() if value}
+        if good and url.isascii() and url.isprintable() and " " not in url:
+            return base
+    raise ClientError(f"{shown!r} is not a base URL like http://host:8000/v1")
 
 
 class Client:
@@ -596,8 +767,10 @@ class Client:
     max_retries  after 408, 409, 429, 5xx and failed connections; never once a stream
                  has begun
     cafile       authorities (a PEM file) to trust instead of the system's
-    watch        an attribute: None, or a function that gets the bytes of each answer
-                 as they arrive
+
+    Attributes that may be set: `model`, for requests that name none (OPENAI_MODEL);
+    `watch`, a function that gets the bytes of a reply as they arrive; `retrying`, a
+    function that gets the error and the seconds before each wait for a retry.
 
     One client may be used by many threads. OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent
     along where they are set. Raises ClientError for settings that cannot be used.
@@ -605,54 +778,71 @@ class Client:
 
     def __init__(self, base_url=None, api_key=None, timeout=600, max_retries=2,
                  cafile=None):
-        self.timeout, self.max_retries, self.watch = timeout, max_retries, None
         if not timeout > 0:
-            raise ClientError("a timeout of %r seconds is none" % timeout)
-        self.base = _checked_url(_setting("OPENAI_BASE_URL", base_url)
-                                 or "http://127.0.0.1:8000/v1")
-        self._key, self._first = _setting("OPENAI_API_KEY", api_key), None
-        self.headers = _checked_headers({
-            "Authorization": self._key and "Bearer " + self._key,
-            "OpenAI-Organization": _setting("OPENAI_ORG_ID"),
-            "OpenAI-Project": _setting("OPENAI_PROJECT_ID"),
-            "User-Agent": "client.py"})
+            raise ClientError("timeout must be positive")
+        self.timeout = min(timeout, 2_000_000)  # 23 days: sockets do not know more
+        self.max_retries, self.cafile = max_retries, cafile
+        self.watch, self.retrying = None, lambda error, seconds: None
+        self.base = _split_url(_setting("OPENAI_BASE_URL", base_url)
+                               or "http://127.0.0.1:8000/v1")
+        self._shown = self.base._replace(query="", fragment="").geturl()
+        self.api_key = _setting("OPENAI_API_KEY", api_key)
+        self.model, self.headers = _setting("OPENAI_MODEL"), {}
+        self.add_header("Authorization", self.api_key and f"Bearer {self.api_key}")
+        self.add_header("OpenAI-Organization", _setting("OPENAI_ORG_ID"))
+        self.add_header("OpenAI-Project", _setting("OPENAI_PROJECT_ID"))
+        self.add_header("User-Agent", "client.py")
         try:
-            self._opener = opener(self.base, cafile)
+            self._opener = _opener(self.base, cafile)
         except OSError as error:
-            raise ClientError("cannot use %s: %s" % (cafile, error)) from error
+            raise ClientError(f"cannot use {cafile}: {error.strerror}") from error
 
-    def chat_completions(self, messages, model=None, stream=False, **params):
+    def add_header(self, name, value):
+        """Send a header with every request, instead of one of the same name if there is
+        one; an empty value sends none. Raises ClientError if no header can carry it."""
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+:[ -~]*", f"{name}:{value}", re.ASCII):
+            raise ClientError("a header is a name of letters, digits and dashes, and a "
+                              "value of printable ASCII characters")  # it may be a key
+        self.headers.pop(name.title(), None)
+        self.headers.update({name.title(): value} if value else {})
+
+    def chat_completions(self, /, messages, model=None, stream=False, **params):
         """Ask for a chat completion: a dict, or an iterator of chunks when streamed.
 
         `messages` is a list of dicts as in the API, or a str: one user message. `model`
-        None takes the first that the server lists. `params` go out as they are. Closing
-        the iterator closes the connection. Raises APIError, ConnectionFailed, BadReply;
-        a stream, while it is read, StreamTruncated too.
+        None takes OPENAI_MODEL, else the first that the server lists. `params` are sent
+        as they are. Closing the iterator closes the connection. Raises APIError,
+        ConnectionFailed, BadReply; a stream, while it is read, StreamTruncated too.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         request = {"model": model or self.first_model(), "messages": messages, **params}
         return self._ask("/chat/completions", request, stream)
 
-    def completions(self, prompt, model=None, stream=False, **params):
+    def completions(self, /, prompt, model=None, stream=False, **params):
         """Ask for the completion of `prompt`, in any of the API's four forms; all else
         as in chat_completions."""
         request = {"model": model or self.first_model(), "prompt": prompt, **params}
         return self._ask("/completions", request, stream)
 
     def models(self):
-        """The ids of the models that the server lists."""
+        """The ids of the models that the server lists: under "data" as the API does,
+        under "models" (Ollama), or in a bare array (Together)."""
         listed = self._retried(lambda: self._whole(self._open("/models")))
-        listed = listed.get("data") or listed.get("models") or []
-        return [model.get("id") or model.get("name") for model in listed]
+        if isinstance(listed, dict):
+            listed = listed.get("data") or listed.get("models") or []
+        if not isinstance(listed, list):
+            raise BadReply("the server's list of models is not a list")
+        names = [model.get("id") or model.get("name") if isinstance(model, dict) else
+                 model for model in listed]
+        return [name for name in names if name and isinstance(name, str)]
 
     def first_model(self):
-        """The id of the first model that the server lists; the server is asked once."""
-        if not self._first:
-            self._first = next(iter(self.models()), None)
-        if not self._first:
-            raise ClientError("the server lists no model: name one")
-        return self._first
+        """`model`; where none is set, the first that the server lists, from now on."""
+        self.model = self.model or next(iter(self.models()), None)
+        if not self.model:
+            raise BadReply("the server lists no model: name one")
+        return self.model
 
     def url(self, path):
         """The address of an endpoint; a query in the base URL stays at the end."""
@@ -661,160 +851,223 @@ class Client:
     def _ask(self, path, request, stream):
         request["stream"] = bool(stream)
         if not stream:
-            return self._retried(lambda: self._whole(self._open(path, request)))
+            return self._retried(
+                lambda: _with_choices(self._whole(self._open(path, request))))
         chunks = self._streamed(path, request)
         next(chunks)  # ask now, not at the first chunk; then close() has what to close
         return chunks
 
     def _streamed(self, path, request):
         response = self._retried(lambda: self._open(path, request))
-        with contextlib.closing(response):
+        with contextlib.closing(response), self._concealing():
             yield
             yield from self._chunks(response)
 
     def _retried(self, attempt):
         for retries in itertools.count():
             try:
-                return attempt()
+                with self._concealing():
+                    return attempt()
             except (APIError, ConnectionFailed) as error:
-                wait = pause(error, retries)
-                if wait is None or retries >= self.max_retries:
+                seconds = _wait(error, retries)
+                if seconds is None or retries >= self.max_retries:
                     raise
-            time.sleep(wait)
+                self.retrying(error, seconds)
+            time.sleep(seconds)
+
+    @contextlib.contextmanager
+    def _concealing(self):
+        # Every error of a request passes here and leaves without secrets: the key, the
+        # values of added headers, and those in the query of the base URL.
+        try:
+            yield
+        except ClientError as error:
+            sent = [*self.headers.items(), *urllib.parse.parse_qsl(self.base.query)]
+            secrets = {text for name, value in sent if name.lower() not in _PUBLIC
+                       for text in (value, value.split()[-1])}  # of "Bearer KEY" both
+            _conceal(error, {secret for secret in secrets if len(secret) > 3})
+            raise
 
     def _open(self, path, request=None):
         headers, body = self.headers, None
         if request is not None:
-            headers = {**headers, "Content-Type": "application/json"}
-            body = as_json(request, separators=(",", ":")).encode()
+            headers = {"Content-Type": "application/json", **headers}
+            body = _as_json(request, separators=(",", ":"), allow_nan=False).encode()
         call = urllib.request.Request(self.url(path), body, headers)
         try:
             response = self._opener.open(call, timeout=self.timeout)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise self._unreachable(error) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._unreachable(error, call) from error
+        coding = response.headers.get("content-encoding", "identity").lower()
         if not 200 <= response.status < 300:
-            raise self._refused(response)
+            raise self._refused(response, coding)
+        if coding != "identity":
+            response.close()
+            raise BadReply(f"the reply is compressed, although not asked for: {coding}")
         return response
 
-    def _unreachable(self, error):
-        reason = getattr(error, "reason", error)  # a URLError only wraps what happened
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            failed = ConnectionFailed(
-                "the certificate of %s cannot be trusted: %s; cafile (--cafile) names "
-                "whom to trust" % (self.base.netloc, reason.verify_message))
-            failed.passing = False
-            return failed
-        if isinstance(reason, socket.timeout):
-            reason = "no answer in time"
-        reason = getattr(reason, "strerror", None) or str(reason) or repr(reason)
-        return ConnectionFailed("cannot reach %s: %s; is the server running?"
-                                % (self.base.geturl(), reason))
+    def _refused(self, response, coding):
+        """The APIError for a response that is not 2xx. What is not JSON is told in few
+        words: a proxy's web page says nothing to anyone on a terminal."""
+        body, status, headers, error = b"", response.status, response.headers, None
+        with contextlib.closing(response), contextlib.suppress(ClientError):
+            for block in itertools.islice(reads(response), 64):  # more is not a message
+                body += block
+        text = body.decode("utf-8-sig", "replace").strip()
+        if 300 <= status < 400:
+            location = (headers.get("location") or "another address").partition("?")[0]
+            text = f"the server redirects to {location}, which was not followed"
+        elif not text or text.startswith("<") or coding != "identity":
+            text = response.reason
+        with contextlib.suppress(ValueError, RecursionError):
+            error = _error_in(json.loads(text), status, headers)
+        return error or APIError(status, text, headers=headers)
 
-    def _refused(self, response):
-        with contextlib.closing(response):
-            try:
-                body = response.read(1 << 20)
-            except (OSError, http.client.HTTPException):
-                body = b""  # the status alone says enough
-        if len(self._key) > 5:  # there are servers that repeat the key they refuse
-            body = body.replace(self._key.encode(), b"(the key)")
-        return refusal(response.status, response.reason, response.headers, body)
+    def _unreachable(self, error, call):
+        reason = getattr(error, "reason", error)  # a URLError only wraps what happened
+        told = getattr(reason, "strerror", None) or str(reason) or repr(reason)
+        where, hint = self._shown, "; is the server running?"
+        if call.host != self.base.netloc:
+            where, hint = f"{where} through the proxy {call.host}", ""
+        if isinstance(reason, socket.timeout):
+            told, hint = "no response in time", ""
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            told = f"its certificate cannot be trusted: {reason.verify_message}"
+            hint = "; cafile (--cafile) names whom to trust"
+        failed = ConnectionFailed(f"cannot reach {where}: {told}{hint}")
+        failed.passing = not isinstance(reason, ValueError)  # a certificate's is one
+        return failed
 
     def _whole(self, response):
+        """The body of a response: one JSON document, or a stream although unasked."""
         with contextlib.closing(response):
-            try:
-                body = b"".join(reads(response, self.watch))
-            except StreamTruncated as cut:
-                raise ConnectionFailed(str(cut)) from cut
-        if body.startswith(b"data:"):  # a server that streams whether asked to or not
+            body = b"".join(reads(response, cut=ConnectionFailed))
+        if self.watch:  # only now: a reply that was cut is asked for again
+            self.watch(body)
+        body = body.lstrip(_BLANK)
+        if _STREAM.match(body):
             return fold(chunks(events(lines([body]))))
         return self._document(response, body)
 
     def _chunks(self, response):
         body = reads(response, self.watch)
-        start = next(body, b"")
+        start = next(filter(None, (block.lstrip(_BLANK) for block in body)), b"")
         body = itertools.chain([start], body)
-        if start.lstrip()[:1] in (b"{", b"<"):  # it cannot stream; it is a web page
-            return [unfold(self._document(response, b"".join(body)))]
-        return chunks(events(lines(body)))
+        if start[:1] not in (b"{", b"[", b"<"):
+            return chunks(events(lines(body)))
+        document = self._document(response, b"".join(body))  # it cannot stream
+        return [_as_chunk(_with_choices(document))]
 
     def _document(self, response, body):
         try:
-            document = json.loads(body)
+            document = json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
-            document = None
-        if not isinstance(document, dict):
-            kind = response.headers.get_content_type() if body else "an empty body"
-            raise BadReply("the server answered with %s, not with JSON; is %s the "
-                           "right address?" % (kind, self.base.geturl()))
-        error = error_in(document, response.status, response.headers)
+            kind = response.headers.get_content_type() if body.strip() else "empty"
+            raise BadReply(f"the server's reply is {kind}, not JSON; is {self._shown} "
+                           "the right address?") from None
+        error = _error_in(document, response.status, response.headers)
         if error:
             raise error
         return document
 
 
+def _with_choices(document):
+    """A completion, which is refused if it answers nothing."""
+    if not isinstance(document, dict) or not isinstance(document.get("choices"), list):
+        raise BadReply("the server's reply has no choices")
+    return document
+
+
 # ------------------------------------------------------------------------------------
-# Showing an answer on standard output, and a request as a command for curl.
-
-def answered(ask, request):
-    """The chunks of an answer, be it streamed or not."""
-    answer = ask(**request)
-    if isinstance(answer, dict):
-        yield unfold(answer)
-    else:
-        yield from answer
+# Showing a reply on standard output, what its text does not show on standard error, and
+# a request as a command for curl.
 
 
-def show(chunks):
-    """Print an answer as it comes: text and refusals, then the tool calls as JSON."""
-    calls, end = [], ""
+def _asked(ask, request):
+    """The chunks of the reply to a request, be it streamed or not."""
+    reply = ask(**request)
+    yield from [_as_chunk(reply)] if isinstance(reply, dict) else reply
+
+
+def show(chunks, said):
+    """Print the first choice as it comes: text and refusals, then tool calls as JSON.
+    Its pieces are appended to `said`. If standard error is a terminal, the reasoning of
+    the model goes there, dim; a line about a reply that was cut short always does."""
+    kept = []
     try:
-        for chunk in chunks:
-            delta = delta_of(first_of(chunk))
-            if delta.get("tool_calls") or delta.get("function_call"):
-                calls.append(chunk)
-            piece = text_of(chunk) or delta.get("refusal")
-            if piece:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-                end = "" if piece.endswith("\n") else "\n"
-    finally:  # also after half an answer: what comes next begins a line
-        sys.stdout.write(end)
-    for choice in fold(calls)["choices"][:1]:
-        message = choice["message"]
-        for call in message.get("tool_calls") or [message.get("function_call")]:
+        with contextlib.closing(chunks):
+            for piece in filter(None, _whole_characters(_shown(chunks, kept))):
+                said.append(piece)
+                print(piece, end="", flush=True)
+    finally:  # also after half a reply: what comes next begins a line
+        if said and not said[-1].endswith("\n"):
+            print(flush=True)
+    choices = fold(kept)["choices"]
+    for choice in choices[:1]:
+        message = choice.get("message", {})
+        calls = [*message.get("tool_calls", ()), message.get("function_call")]
+        for call in filter(None, calls):
             print_json(call)
+        if choice["finish_reason"] in ("length", "content_filter"):
+            tell(f"the reply was cut short (finish_reason {choice['finish_reason']})")
+    if len(choices) > 1:
+        tell(f"the first of {len(choices)} choices is shown; --json prints them all")
+
+
+def _shown(chunks, kept):
+    """Yield the text and the refusal of the first choice, and print its reasoning. A
+    chunk that holds something else is appended to `kept`."""
+    thinking = False
+    for chunk in chunks:
+        choice = _first(chunk)
+        delta = _object(choice.get("delta"))
+        piece = _text(choice) or delta.get("refusal")
+        if not piece or choice.get("finish_reason") or len(delta) > 1:
+            kept.append(chunk)
+        reasoning = _reasoning(choice) if sys.stderr.isatty() else ""
+        if reasoning:
+            faint = reasoning if os.name == "nt" else f"\x1b[2m{reasoning}\x1b[0m"
+            print(faint, end="", file=sys.stderr, flush=True)
+        thinking = thinking or bool(reasoning)
+        if thinking and piece:
+            thinking = print(file=sys.stderr, flush=True)
+        if isinstance(piece, str):
+            yield piece
+    if thinking:
+        print(file=sys.stderr, flush=True)
 
 
 def print_json(value, indent=None):
-    print(as_json(value, sys.stdout.encoding, indent=indent), flush=True)
+    print(_as_json(value, sys.stdout.encoding, indent=indent), flush=True)
 
 
-def curl(client, path, request=None):
-    """The curl command that asks the same; the key only as $OPENAI_API_KEY."""
-    import shlex
-    words = ["curl", "-sS", "-N", shlex.quote(client.url(path))]
-    for name, value in client.headers.items():
-        if name == "Authorization":
-            words.append('-H "Authorization: Bearer $OPENAI_API_KEY"')
-        elif name != "User-Agent":
-            words.append("-H " + shlex.quote("%s: %s" % (name, value)))
-    if request is not None:
-        body = as_json(request, sys.stdout.encoding)
-        words += ["-H 'Content-Type: application/json'", "-d " + shlex.quote(body)]
-    return " ".join(words[:3]) + " " + " \\\n  ".join(words[3:])
-
-
-HINTS = {401: "--api-key or OPENAI_API_KEY gives the key",
-         404: "`client.py models` lists what is there",
-         429: "--retries lets it try longer"}
+def tell(text):
+    """Print one line on standard error."""
+    print(f"client.py: {' '.join(text.split()):.1000}", file=sys.stderr, flush=True)
 
 
 def complain(error):
-    """One line on standard error: what went wrong and, where known, what to do."""
-    hint = HINTS.get(getattr(error, "status", None))
-    text = " ".join(str(error).split()) + (" (%s)" % hint if hint else "")
-    print("client.py: " + text, file=sys.stderr, flush=True)
+    """Tell what went wrong and, where known, what to do."""
+    hint = {401: "--api-key or OPENAI_API_KEY gives the key",
+            404: "are --base-url and --model right?",
+            429: "--retries lets it try longer"}.get(getattr(error, "status", None))
+    tell(f"{error} ({hint})" if hint else str(error))
+
+
+def curl(client, path, request=None):
+    """The curl command that asks the same. The key appears as $OPENAI_API_KEY."""
+    import shlex
+    words, headers = [f"curl -sS -N {shlex.quote(client.url(path))}"], client.headers
+    words += [f"--cacert {shlex.quote(client.cafile)}"] if client.cafile else []
+    if request is not None:
+        headers = {**headers, "Content-Type": "application/json"}
+        words.append(f"-d {shlex.quote(_as_json(request, sys.stdout.encoding))}")
+    for name, value in headers.items():
+        if value == f"Bearer {client.api_key}":
+            words.append(f'-H "{name}: Bearer $OPENAI_API_KEY"')
+        elif name != "User-Agent":
+            words.append(f"-H {shlex.quote(f'{name}: {value}')}")
+    return " \\\n  ".join(words)
 
 
 # ------------------------------------------------------------------------------------
@@ -822,13 +1075,13 @@ def complain(error):
 # each question. A question that failed is taken back, so that it can be asked again.
 
 class Conversation:
-    """What is said on a terminal; a line that begins with / is a command:
+    """A line that begins with one of these words is a command, any other is asked:
 
       /system TEXT   what the model shall be (nothing: forget it)
       /model NAME    ask another model (nothing: list them)
       /reset         forget what was said
       /help          this
-      /quit          leave, as Ctrl-D; Ctrl-C only stops an answer
+      /quit          leave, as Ctrl-D; Ctrl-C only stops a reply
     """
 
     def __init__(self, client, request):
@@ -838,60 +1091,47 @@ class Conversation:
     def run(self):
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() line editing where it exists)
-        print("/help lists the commands, Ctrl-D leaves.")
+        print("/help lists the commands, Ctrl-D leaves.", file=sys.stderr, flush=True)
+        terminal = sys.stdout if sys.stdout.isatty() else sys.stderr
         while True:
             try:
-                line = input("> ").strip()
+                with contextlib.redirect_stdout(terminal):  # a file gets replies only
+                    line = input("> ")
+                self.obey(line)
             except KeyboardInterrupt:
-                print()
-                continue
+                print(file=sys.stderr)
+            except ClientError as error:
+                complain(error)
             except EOFError:
-                return print()
-            if line == "/quit":
-                return None
-            self.hear(line)
+                return print(file=sys.stderr)
 
-    def hear(self, line):
-        try:
-            if line.startswith("/"):
-                self.obey(*line.partition(" ")[::2])
-            elif line:
-                self.ask(line)
-        except KeyboardInterrupt:
-            print()
-        except ClientError as error:
-            complain(error)
-
-    def obey(self, command, text):
-        if command == "/system":
+    def obey(self, line):
+        word, _, text = line.partition(" ")
+        text = text.strip()
+        if word == "/system":
             self.system = [{"role": "system", "content": text}] if text else []
-        elif command == "/model" and text:
+        elif word == "/model" and text:
             self.request["model"] = text
-        elif command == "/model":
-            print(*self.client.models(), sep="\n")
-        elif command == "/reset":
+        elif word == "/model":
+            print(*map(_printable, self.client.models()), sep="\n")
+        elif word == "/reset":
             self.history = []
-        else:
-            print(self.__doc__.rstrip())
+        elif word == "/quit":
+            raise EOFError
+        elif word == "/help":
+            print((self.__doc__ or "").rstrip())
+        elif line.strip():
+            self.ask(line.strip())
 
     def ask(self, line):
-        question, heard = {"role": "user", "content": line}, []
+        question, said = {"role": "user", "content": line}, []
         self.request["messages"] = self.system + self.history + [question]
-        chunks = answered(self.client.chat_completions, self.request)
         try:
-            with contextlib.closing(chunks):
-                show(_noted(chunks, heard))
+            show(_asked(self.client.chat_completions, self.request), said)
         except KeyboardInterrupt:
-            print()
-        said = "".join(pieces(heard))
+            print(file=sys.stderr)
         if said:  # tool calls are only shown: nobody here could answer them
-            self.history += [question, {"role": "assistant", "content": said}]
-
-
-def _noted(chunks, heard):
-    for chunk in chunks:
-        heard.append(chunk)
-        yield chunk
+            self.history += [question, {"role": "assistant", "content": "".join(said)}]
 
 
 # ------------------------------------------------------------------------------------
@@ -899,133 +1139,151 @@ def _noted(chunks, heard):
 # connection. One process has one core's worth of Python, so it says when that was the
 # limit; a real load generator (wrk, ab) takes far less of the machine for itself.
 
-def bench(ask, request, requests, concurrency, progress=None):
+_THREADS = 1000  # at most, one for each request under way
+
+
+def bench(ask, request, requests, concurrency, progress=bool):
     """Ask `requests` times, `concurrency` at a time; a dict of what was measured.
 
     Times are in seconds. Events are chunks; a reply that is not streamed is one.
-    `progress` is called about five times a second with the exchanges so far.
+    `progress` is called about five times a second with what was measured so far. Ctrl-C
+    ends the measurement, and counts as requests what was done until then.
     """
     import threading
     todo, done = iter(range(requests)), []
-    lock = threading.Lock()
 
     def work():
-        while True:
-            with lock:
-                if next(todo, None) is None:
-                    return
+        while next(todo, None) is not None:
             done.append(_timed(ask, request))
 
+    threads = [threading.Thread(target=work, daemon=True)
+               for _ in range(min(requests, concurrency))]
     started, cpu = time.perf_counter(), time.process_time()
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(concurrency)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():  # in short steps, so that Ctrl-C is heard
-            thread.join(0.2)
-            if progress:
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():  # in short steps, so that Ctrl-C is heard
+                thread.join(0.2)
                 progress(done)
+    except KeyboardInterrupt:
+        todo = iter(())
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return _report(done, seconds, cpu / seconds, concurrency)
+    return _report(list(done), seconds, cpu / seconds, len(threads))
 
 
 def _timed(ask, request):
-    # -> (seconds from the start to each event, kind of the error or None)
-    started, times = time.perf_counter(), []
+    """(seconds to each event, seconds to the first text or None, the error or None).
+
+    The first event holds only a role on most servers. The first text, which people wait
+    for, is in the first chunk with text, reasoning or a part of a tool call."""
+    started, times, text, error = time.perf_counter(), [], None, None
     try:
-        for _ in answered(ask, request):
+        for chunk in _asked(ask, request):
             times.append(time.perf_counter() - started)
-    except ClientError as error:
-        return times, getattr(error, "kind", type(error).__name__)
-    return times, None
+            choice = _first(chunk)
+            delta = {**_object(choice.get("delta")), "role": None}
+            says = _text(choice) or any(delta.values())
+            text = times[-1] if says and text is None else text
+    except ClientError as failed:
+        error = getattr(failed, "kind", type(failed).__name__)
+    return times, text, error
 
 
 def _report(done, seconds, cpu, concurrency):
     # The client falsifies what it measures when its core is full, and also when its own
     # work is a good part of each request, which with few at a time needs no full core.
-    limit = cpu > 0.85 or cpu / concurrency > 0.2
-    good = [times for times, error in done if not error]
-    errors = [error for _, error in done if error]
+    good = [times for times, _, error in done if not error]
+    texts = [text for _, text, error in done if not error and text is not None]
+    errors = [error for _, _, error in done if error]
     gaps = [after - before for times in good for before, after in zip(times, times[1:])]
     return {"requests": len(done), "completed": len(good), "seconds": seconds,
             "requests_per_second": len(good) / seconds,
             "events_per_second": sum(map(len, good)) / seconds,
             "first_event": _spread([times[0] for times in good if times]),
-            "between_events": _spread(gaps),
+            "first_text": _spread(texts), "between_events": _spread(gaps),
             "errors": {error: errors.count(error) for error in sorted(set(errors))},
-            "client_cpu": cpu, "client_is_the_limit": limit}
+            "client_cpu": cpu,
+            "client_is_the_limit": cpu > 0.85 or cpu / concurrency > 0.2}
 
 
 def _spread(values):
-    # The nearest rank: a percentile is a value that was measured, not one in between.
-    values, last = sorted(values), len(values) - 1
-    at = {"median": 0.5, "p95": 0.95, "p99": 0.99} if values else {}
-    return {name: values[round(part * last)] for name, part in at.items()}
+    """The nearest rank: a percentile is a value that was measured, not one in between.
+
+    Example:
+        >>> _spread([0.5, 0.1, 0.2, 0.4, 0.3])
+        {'median': 0.3, 'p95': 0.5, 'p99': 0.5}
+    """
+    values, percents = sorted(values), {"median": 50, "p95": 95, "p99": 99}
+    return {name: values[-(-percent * len(values) // 100) - 1]
+            for name, percent in percents.items() if values}
 
 
 def print_report(report):
     """Print what bench measured, for people; times in milliseconds."""
-    print("requests      %(completed)d of %(requests)d completed in %(seconds).2f s"
-          % report)
-    print("requests/s    %(requests_per_second).1f" % report)
-    print("events/s      %(events_per_second).0f" % report)
-    for name, title in (("first_event", "first event"), ("between_events", "between")):
-        times = ("%s %.2f ms" % (name, 1000 * t) for name, t in report[name].items())
-        print("%-14s%s" % (title, "   ".join(times) or "-"))
+    print(f"requests      {report['completed']} of {report['requests']} completed "
+          f"in {report['seconds']:.2f} s")
+    print(f"requests/s    {report['requests_per_second']:.1f}")
+    print(f"events/s      {report['events_per_second']:.0f}")
+    for name in ("first_event", "first_text", "between_events"):
+        times = [f"{rank} {1000 * time:.2f} ms" for rank, time in report[name].items()]
+        print(f"{name.replace('_events', '').replace('_', ' '):<14}{'   '.join(times)}")
     for error, count in report["errors"].items():
-        print("%-14s%d x %s" % ("errors", count, error))
-    print("%-14s%.0f%% of a core" % ("client's CPU", 100 * report["client_cpu"]))
+        print(f"errors        {count} x {error}")
+    print(f"client's CPU  {100 * report['client_cpu']:.0f}% of a core")
     if report["client_is_the_limit"]:
         print("The client was the limit: the server may well be faster than this.")
 
 
 # ------------------------------------------------------------------------------------
 # The command line: a table of options, what becomes of them, and a function for each
-# command, which returns the exit status (None is 0).
+# command, which returns the exit status (None is 0). What makes no sense on the command
+# line is a plain ClientError, as it is in Client(): status 2.
 
-OPTIONS = (  # flag, default, what it takes (nothing: a switch), what it is
+_OPTIONS = (  # flag, default, what it takes (nothing: a switch), what it is
     ("--base-url", None, "URL", "the server, up to /v1; else OPENAI_BASE_URL"),
     ("--api-key", None, "KEY", "the key; else OPENAI_API_KEY, which ps does not show"),
+    ("-H", [], "HEADER", "send \"Name: value\", as Azure's api-key; may be repeated"),
     ("--config", None, "FILE", "INI file: [OpenAI] API_SECRET_KEY, MODEL, BASE_URL"),
     ("--cafile", None, "FILE", "authorities to trust, PEM; else SSL_CERT_FILE"),
     ("--timeout", 600, "SECONDS", "how long the server may stay silent"),
     ("--retries", None, "N", "how often to try again: 2, with bench 0"),
-    ("--model", None, "NAME", "the model; else the first that the server lists"),
+    ("--model", None, "NAME", "the model; else OPENAI_MODEL, or the server's first"),
     ("--system", None, "TEXT", "a system message"),
-    ("--max-tokens", None, "N", "the longest answer"),
-    ("--temperature", None, "T", "0 is the same answer each time, 2 is wild"),
-    ("--stop", [], "TEXT", "end the answer before this; may be repeated"),
+    ("--max-tokens", None, "N", "the longest reply"),
+    ("--temperature", None, "T", "0 is the same reply each time, 2 is wild"),
+    ("--stop", [], "TEXT", "end the reply before this text; may be repeated"),
     ("-p", [], "NAME=VALUE", "any parameter: JSON, else text; @FILE reads a file"),
-    ("--no-stream", False, None, "let the answer come in one piece"),
+    ("--no-stream", False, None, "let the reply come in one piece"),
     ("--json", False, None, "print the completion as one JSON document"),
-    ("--raw", False, None, "print the bytes of the answer as they come"),
+    ("--raw", False, None, "print the bytes of the reply as they come"),
     ("--curl", False, None, "print the curl command that asks the same, do not ask"),
     ("--prompt", None, "TEXT", "the PROMPT"),
     ("--requests", 100, "N", "bench: how many in all"),
-    ("--concurrency", 8, "N", "bench: how many at a time"),
+    ("--concurrency", 8, "N", f"bench: how many at a time, {_THREADS} at most"),
 )
-KINDS = {"N": int, "SECONDS": float, "T": float}
 
 
-class UsageError(Exception):
-    """The command line asks for what makes no sense: exit status 2."""
+def number(text):
+    """A number as JSON has them: neither nan nor an infinity."""
+    return float(json.dumps(float(text), allow_nan=False))
 
 
 def parsed(argv):
     """The parser and what it made of the arguments; options may stand anywhere."""
     import argparse
-    parser = argparse.ArgumentParser(prog="client.py",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("command", nargs="?", choices=COMMANDS, help="what to do")
-    parser.add_argument("words", nargs="?", metavar="PROMPT",
-                        help="- or a pipe: standard input; none: a conversation")
-    for flag, default, takes, about in OPTIONS:
-        if default is False:
-            parser.add_argument(flag, action="store_true", help=about)
-        else:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", nargs="?", choices=_COMMANDS, help="what to do")
+    parser.add_argument("words", nargs="*", metavar="PROMPT", help="the question; the "
+                        "word - is standard input; none: a pipe, or a conversation")
+    types = {"N": int, "SECONDS": float, "T": number}
+    for flag, default, takes, about in _OPTIONS:
+        if takes:
+            action = "append" if default == [] else "store"
             parser.add_argument(flag, default=default, metavar=takes, help=about,
-                                type=KINDS.get(takes),
-                                action="append" if default == [] else "store")
+                                type=types.get(takes), action=action)
+        else:
+            parser.add_argument(flag, action="store_true", help=about)
     return parser, parser.parse_intermixed_args(argv)
 
 
@@ -1035,96 +1293,106 @@ def read_text(path):
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, ValueError) as error:
-        raise UsageError("%s: %s" % (path, error)) from error
+        raise ClientError(f"{path}: {getattr(error, 'strerror', error)}") from error
 
 
 def configured(path):
-    """The base_url, api_key and model in an INI file, as far as it has them."""
+    """What an INI file says in its section [OpenAI], with the names in lower case."""
     import configparser
-    names = {"base_url": "BASE_URL", "api_key": "API_SECRET_KEY", "model": "MODEL"}
     parser = configparser.ConfigParser(interpolation=None)  # a key may hold a %
     try:
         parser.read_string(read_text(path))
-        section = parser["OpenAI"]
+        return dict(parser["OpenAI"])
     except (KeyError, configparser.Error):
-        raise UsageError("%s: no INI file with a section [OpenAI]" % path) from None
-    return {name: section.get(option) for name, option in names.items()}
+        raise ClientError(f"{path}: no INI file with a section [OpenAI]") from None
 
 
 def parameter(text):
-    """One `-p name=value` as a pair: JSON where the value parses as JSON, else text."""
+    """One `-p name=value` as a pair: JSON where the value is JSON, else text.
+
+    Example:
+        >>> parameter("seed=7"), parameter("user=me"), parameter("top_p=NaN")
+        (('seed', 7), ('user', 'me'), ('top_p', 'NaN'))
+    """
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise UsageError("-p takes NAME=VALUE, not %s" % text)
+        raise ClientError(f"-p takes NAME=VALUE, not {text}")
     if value.startswith("@"):
         value = read_text(value[1:])
-    try:
-        return name, json.loads(value, parse_constant=str)
-    except (ValueError, RecursionError):
-        return name, value
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(value, parse_float=number, parse_constant=number)
+    return name, value
 
 
 def prompted(args):
-    """The prompt: the argument, else standard input unless that is a terminal."""
-    prompt = args.words if args.prompt is None else args.prompt
-    if args.command != "bench" and (
-            prompt == "-" or prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace").rstrip("\r\n")
-        if not prompt:
-            raise UsageError("nothing on standard input: give a PROMPT")
-    return prompt
+    """The prompt: the words, in which - stands for standard input, else a pipe; None if
+    there is nothing of all this."""
+    words = args.words + [args.prompt] * (args.prompt is not None)
+    if not words and args.command != "bench" and not sys.stdin.isatty():
+        words = ["-"]
+    parts = [standard_input() if is_input else " ".join(group)
+             for is_input, group in itertools.groupby(words, "-".__eq__)]
+    return "\n\n".join(parts) if parts else None
+
+
+def standard_input():
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "replace").rstrip("\r\n")
+    if not text:
+        raise ClientError("nothing on standard input: give a PROMPT")
+    return text
 
 
 def requested(args, prompt):
     """The request that the arguments describe; `-p` has the last word."""
-    request = {"model": args.model}
+    request = {"model": args.model, "stream": not args.no_stream}
     if args.command == "complete":
         request["prompt"] = prompt
     else:
-        said = (("system", args.system), ("user", prompt))
-        request["messages"] = [{"role": role, "content": text} for role, text in said
-                               if text is not None]
-    request["stream"] = not args.no_stream
+        said = {"system": args.system, "user": prompt}
+        request["messages"] = [{"role": role, "content": text}
+                               for role, text in said.items() if text is not None]
     for name in ("max_tokens", "temperature", "stop"):
         if getattr(args, name) not in (None, []):
             request[name] = getattr(args, name)
+    request.update(args.p)
     if args.json and request["stream"] and args.command != "bench":
-        request["stream_options"] = {"include_usage": True}
-    return {**request, **args.p}
+        request.setdefault("stream_options", {"include_usage": True})
+    return request
 
 
 def ask(client, args):
     """`chat` and `complete`: one question, or a conversation on a terminal."""
-    chatting = args.command == "chat"
-    path, name = (("/chat/completions", "messages") if chatting
-                  else ("/completions", "prompt"))
+    asking, path, name = client.completions, "/completions", "prompt"
+    if args.command == "chat":
+        asking, path, name = client.chat_completions, "/chat/completions", "messages"
     prompt = None if name in args.p else prompted(args)
     request = requested(args, prompt)
     if prompt is None and name not in args.p:
-        if not chatting or args.json or args.raw or args.curl:
-            raise UsageError("nothing to ask: give a PROMPT")
-        return Conversation(client, request).run()
+        if args.command == "chat" and not (args.json or args.raw or args.curl):
+            return Conversation(client, request).run()
+        raise ClientError("nothing to ask: give a PROMPT")
     request["model"] = request["model"] or client.first_model()
     if args.curl:
         return print(curl(client, path, request))
     client.watch = emit if args.raw else None
-    asking = client.chat_completions if chatting else client.completions
-    with contextlib.closing(answered(asking, request)) as chunks:
-        if args.json:
-            print_json(fold(chunks), indent=2)
-        elif args.raw:
-            for _ in chunks:
-                pass
-        else:
-            show(chunks)
+    chunks = _asked(asking, request)
+    if args.json:
+        print_json(fold(chunks), indent=2)
+    elif args.raw:
+        for _ in chunks:  # `watch` prints
+            pass
+    else:
+        show(chunks, [])
 
 
 def emit(block):
+    """Write bytes to standard output at once."""
     sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()
 
 
 def models(client, args):
+    """`models`: the ids, one a line."""
     if args.curl:
         return print(curl(client, "/models"))
     client.watch = emit if args.raw else None
@@ -1132,67 +1400,69 @@ def models(client, args):
     if args.json:
         print_json(names, indent=2)
     elif not args.raw:
-        print(*names, sep="\n")
+        print(*map(_printable, names), sep="\n")
 
 
 def load(client, args):
-    if args.requests < 1 or args.concurrency < 1:
-        raise UsageError("bench needs at least one request at a time")
-    client.max_retries = args.retries or 0  # an error is to be counted, not hidden
+    """`bench`: the report, also of what was measured before Ctrl-C."""
+    if args.requests < 1 or not 1 <= args.concurrency <= _THREADS:
+        raise ClientError(f"bench takes 1 request or more, 1 to {_THREADS} at a time")
+    client.max_retries = args.retries or 0  # errors are counted
     request = requested(args, prompted(args) or "Hello!")
     request["model"] = request["model"] or client.first_model()
+    shows = sys.stderr.isatty() and not args.json
     report = bench(client.chat_completions, request, args.requests, args.concurrency,
-                   print_progress if sys.stderr.isatty() else None)
-    if args.json:
-        print_json(report, indent=2)
-    else:
-        print_report(report)
-    return 0 if report["completed"] else 1
+                   print_progress if shows else bool)
+    print_json(report, indent=2) if args.json else print_report(report)
+    return 130 if report["requests"] < args.requests else int(not report["completed"])
 
 
 def print_progress(done):
-    failed = sum(1 for _, error in done if error)
-    sys.stderr.write("%d done, %d failed\r" % (len(done), failed))
-    sys.stderr.flush()
+    failed = sum(1 for *_, error in done if error)
+    print(f"{len(done)} done, {failed} failed", end="\r", file=sys.stderr, flush=True)
 
 
-COMMANDS = {"chat": ask, "complete": ask, "models": models, "bench": load}
+_COMMANDS = {"chat": ask, "complete": ask, "models": models, "bench": load}
 
 
 def run(args):
     """Do what the arguments say, and --config where they say nothing."""
-    args.p = dict(map(parameter, args.p))
-    for name, value in (configured(args.config) if args.config else {}).items():
-        setattr(args, name, getattr(args, name) or value)
-    retries = 2 if args.retries is None else args.retries
-    try:
-        client = Client(args.base_url, args.api_key, args.timeout, retries, args.cafile)
-    except ClientError as error:
-        raise UsageError(str(error)) from error
-    return COMMANDS[args.command](client, args)
+    if args.json + args.raw + args.curl > (args.json if args.command == "bench" else 1):
+        raise ClientError("give one of --json, --raw and --curl; to bench only --json")
+    config = configured(args.config) if args.config else {}
+    args.p, args.model = dict(map(parameter, args.p)), args.model or config.get("model")
+    client = Client(args.base_url or config.get("base_url"),
+                    args.api_key or config.get("api_secret_key"), args.timeout,
+                    2 if args.retries is None else args.retries, args.cafile)
+    for header in args.H:
+        client.add_header(*map(str.strip, header.partition(":")[::2]))
+    client.retrying = lambda error, s: tell(f"{error} (trying again in {s:.1f} s)")
+    return _COMMANDS[args.command](client, args)
 
 
 def main(argv=None):
     """Run the command line; the exit status: 1 refused or unreachable, 2 usage, 130."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # not every terminal knows UTF-8
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed
+        with contextlib.suppress(AttributeError):  # not every terminal knows UTF-8
             stream.reconfigure(errors="replace")
+        setattr(sys, name, stream)
     parser, args = parsed(argv)
     if not args.command:
         return parser.print_help()
     try:
         status = run(args)
-        sys.stdout.flush()
-        return status
-    except UsageError as error:
-        parser.error(str(error))
+        return print(end="", flush=True) or status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough; the last flush is mute too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ClientError, OSError) as error:
+    except ClientError as error:
         complain(error)
-        return 1
+        return 2 if type(error) is ClientError else 1
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            complain(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush
+        return int(not isinstance(error, BrokenPipeError))
 
 
 if __name__ == "__main__":

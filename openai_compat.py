@@ -18,31 +18,62 @@ One exchange.  The body of a request to POST /v1/chat/completions:
 The body of the response: five server-sent events.  (An event is one line and a blank
 line; here the lines are broken to fit the page.)
 
-@@EVENTS@@
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},
+    "logprobs":null,"finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"content":"Hello"},"logprobs":null,
+    "finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{"content":" world"},"logprobs":null,
+    "finish_reason":null}]}
+
+    data: {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973",
+    "object":"chat.completion.chunk","created":1767225600,"model":"echo",
+    "system_fingerprint":"fp_openai_compat","service_tier":"default",
+    "choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}
+
+    data: [DONE]
 
 Without "stream" the same chunks are folded into one chat.completion:
 
-@@COMPLETION@@
+    {"id":"chatcmpl-d95baf2a4d27bdcf4bb99f4bea973","object":"chat.completion",
+    "created":1767225600,"model":"echo","system_fingerprint":"fp_openai_compat",
+    "service_tier":"default","choices":[{"index":0,"message":{"role":"assistant",
+    "content":"Hello world","refusal":null},"logprobs":null,
+    "finish_reason":"stop"}],"usage":{"prompt_tokens":2,"completion_tokens":2,
+    "total_tokens":4,"prompt_tokens_details":{"cached_tokens":0,"audio_tokens":0},
+    "completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,
+    "accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}
 
 The stages, in the order of this file.  Each is a small function over the one above:
 
     request bytes
-        | parse_chat, parse_completion        a dict, every known field checked
+        | parse_json                          a dict
+        | parse_chat, parse_completion        every known field checked
     request
         | backend                             pieces: str, ToolCall
     pieces
-        | up_to, until_stop                   cut short; the last says why it ended
+        | up_to, until_stop                   cut to the limits; the last says why
     sequences
-        | chat_chunks, completion_chunks      one dict per piece
+        | chat_chunks, completion_chunks      the chunks of each piece
     chunks ------ fold ------> completion     when "stream" is false
         | events                              server-sent events, then [DONE]
     writes
-        | quirk                               only where a test asks for a fault
-    transfer chunks
+        | quirk                               a deliberate fault, if a test wants one
+    transfer chunks                           HTTP's unit
 
 All stages meet in `Server.complete`.  The file has three parts:
 
-    PART 1  THE PROTOCOL: from a parsed body to the bytes of its events
+    PART 1  THE PROTOCOL: from the bytes of a body to the bytes of its events
     PART 2  BACKENDS: what answers, and deliberate faults
     PART 3  OVER HTTP: sockets, routes, keys, the page, the command line
 
@@ -52,9 +83,8 @@ A backend is any function of the request that returns text or yields it in piece
         for word in request["text"].split():
             yield word[::-1] + " "
 
-Not done here: running a model, embeddings (but see `routes`), images, audio, files,
-/v1/responses, HTTP/2.  Nothing is kept between two requests but the journal and a
-script's position.
+Not done here: running a model, images, audio, files, HTTP/2; embeddings and
+/v1/responses only where `Server(routes=...)` has a function for them.
 """
 import base64
 import codecs
@@ -91,8 +121,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote, urlsplit
 
 __version__ = "2.0.0"
-__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command", "Script",
-           "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
+__all__ = ["Server", "APIError", "Reply", "ToolCall", "echo", "say", "command",
+           "Script", "Relay", "Replay", "sample", "tokenize", "QUIRKS"]
 
 log = logging.getLogger("openai_compat")
 
@@ -100,8 +130,8 @@ log = logging.getLogger("openai_compat")
 # ==================================================================================
 # PART 1  THE PROTOCOL
 #
-# From a parsed body to the bytes of its events.  Everything here takes and returns
-# dicts, generators and bytes: there is no socket, no thread and no file.
+# From the bytes of a body to the bytes of its events.  Everything here takes and
+# returns dicts, generators and bytes: there is no socket, no thread and no file.
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
@@ -114,7 +144,8 @@ ERROR_KINDS = {  # status: (type, code); a hundred stands for its whole class
     500: ("server_error", None),
     503: ("service_unavailable_error", None),
 }
-FRAMING_HEADERS = {"connection", "content-length", "transfer-encoding"}
+HEADER_NAME = re.compile("(?!connection$|content-length$|transfer-encoding$)"
+                         r"[!#$%&'*+.^_`|~0-9a-z-]+")
 
 
 def header_fields(headers):
@@ -125,15 +156,15 @@ def header_fields(headers):
         {'retry-after': '3'}
 
     Raises ValueError for a malformed name, for a line end in a value (it would start
-    another header), and for the headers that say how long the body is.
+    another header), and for the headers that the server itself sets to frame the body.
     """
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9a-z-]+", name) or name in FRAMING_HEADERS:
+        if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a response header")
         if re.search("[\r\n\0]", value):
-            raise ValueError(f"the header {name!r} has a line end or a NUL in its value")
+            raise ValueError(f"the header {name!r} has a line end or a NUL in it")
     return fields
 
 
@@ -145,19 +176,20 @@ class APIError(Exception):
     response.
 
     Example:
-        >>> APIError(429, "Slow down.", headers={"retry-after": "1"}).body()["error"]
-        {'message': 'Slow down.', 'type': 'requests', 'param': None, 'code': 'rate_limit_exceeded'}
+        >>> error = APIError(404, "No such model.", code="model_not_found")
+        >>> print(to_json(error.body()).decode())
+        {"error":{"message":"No such model.","type":"invalid_request_error",...}}
     """
 
     def __init__(self, status, message, param=None, code=None, type=None, headers=None):
         super().__init__(status, message, param, code, type, headers)   # for pickle
         if not 400 <= int(status) <= 599:
             raise ValueError(f"the status of an error must be 400 to 599, not {status}")
-        usual = ERROR_KINDS.get(status, ERROR_KINDS[status // 100 * 100])
         self.status, self.message, self.param = int(status), message, param
+        usual = ERROR_KINDS.get(self.status, ERROR_KINDS[self.status // 100 * 100])
         self.code, self.type = code or usual[1], type or usual[0]
         self.headers = header_fields(headers)
-        if code == "insufficient_quota":        # SDKs would retry this 429 in vain
+        if code == "insufficient_quota":        # a retry would be in vain: tell SDKs so
             self.type = type or code
             self.headers.setdefault("x-should-retry", "false")
 
@@ -165,7 +197,7 @@ class APIError(Exception):
         return str(self.message)
 
     def body(self):
-        """The error envelope.  All four keys are always there: clients rely on it."""
+        """The error object as it is sent.  Clients rely on all four keys."""
         return {"error": {"message": self.message, "type": self.type,
                           "param": self.param, "code": self.code}}
 
@@ -190,20 +222,24 @@ class BackendFault(APIError):
 
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
-MOST_NESTED = 200               # levels; more could exhaust the stack when it is encoded
+MOST_NESTED = 200               # levels; more could exhaust the stack later
 
 
-def reject_constant(text):
-    raise ValueError(f"{text[:20]} is not a number in JSON")
+def reject_number(text):
+    raise ValueError(f"{text[:20]} is not a number in JSON, or too large")
 
 
 def finite(text):
     number = float(text)
-    return number if math.isfinite(number) else reject_constant(text)
+    if math.isinf(number):
+        reject_number(text)
+    return number
 
 
-# The standard parser also takes NaN, Infinity and 1e999, which JSON does not have.
-decode_json = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite).decode
+# The standard parser takes NaN and Infinity, which JSON does not have, and turns 1e999
+# into infinity, which could not be sent back.
+decode_json = json.JSONDecoder(parse_constant=reject_number,
+                               parse_float=finite).decode
 
 
 def nesting(value):
@@ -223,8 +259,8 @@ def nesting(value):
 
 
 def body_error(reason):
-    return APIError(400, "We could not parse the JSON body of your request. "
-                         f"(HINT: the body must be one JSON object in UTF-8; {reason}.)")
+    return APIError(400, "We could not parse the JSON body of your request. (HINT: the "
+                         f"body must be one JSON object in UTF-8; {reason}.)")
 
 
 def parse_json(body):
@@ -236,7 +272,7 @@ def parse_json(body):
     """
     try:
         text = body.decode()
-        value = decode_json(text[text.startswith("\ufeff"):])    # a byte order mark
+        value = decode_json(text[1:] if text.startswith("\ufeff") else text)
     except RecursionError:
         raise body_error("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -245,13 +281,15 @@ def parse_json(body):
         raise body_error(str(error)[:200]) from None
     if type(value) is not dict:
         raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
-    if text.count("[") + text.count("{") > MOST_NESTED and nesting(value) > MOST_NESTED:
+    brackets = text.count("[") + text.count("{")    # few ones cannot be nested deeply
+    if brackets > MOST_NESTED and nesting(value) > MOST_NESTED:
         raise body_error(f"it is nested more than {MOST_NESTED} levels deep")
     return value
 
 
 def copied(value):
-    """A copy of a JSON value; it shares nothing that can be changed.
+    """A copy of a JSON value that shares nothing with it that can be changed: a backend
+    may change its request.
 
     Example:
         >>> given = {"a": [1]}
@@ -269,7 +307,7 @@ def encode_json(value, ascii=False):
 
 
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
-NOT_FOR_UTF8 = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
+MUST_BE_ESCAPED = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
 
 def to_json(value):
@@ -283,10 +321,10 @@ def to_json(value):
     """
     try:
         text = encode_json(value)
-        if not text.isascii() and NOT_FOR_UTF8.search(text):
+        if not text.isascii() and MUST_BE_ESCAPED.search(text):
             text = encode_json(value, ascii=True)
     except RecursionError:
-        raise ValueError("this value is nested too deeply, or contains itself") from None
+        raise ValueError("the value is nested too deeply, or holds itself") from None
     return text.encode()
 
 
@@ -299,11 +337,15 @@ def to_json(value):
 #     "string"                    a type of JSON
 #     ("low", "high")             one of these words
 #     [spec]                      an array of values that fit the spec
-#     Object({"a": spec, ...})    an object; "a!" must be there, "a?" too but may be null
-#     Tagged, Either, Map, Bounded, and a function of where and value: see below
+#     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
+#                                 required but may be null
+#     Tagged, Either, Map, Bounded: see below
+#     a function                  of the path of the value in the body, and the value
+# The messages are the API's own, word for word.
 
-TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,),  # exact: bool is not int
-         "decimal": (int, float), "array": (list,), "object": (dict,)}
+TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
+    "string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
+    "array": (list,), "object": (dict,)}
 
 
 class Object:
@@ -311,8 +353,8 @@ class Object:
 
     def __init__(self, fields):
         self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
-        self.required = [name[:-1] for name in fields if name.endswith("!")]
-        self.present = [name[:-1] for name in fields if name.endswith("?")]
+        self.required = [name[:-1] for name in fields if name[-1] in "!?"]
+        self.nullable = [name[:-1] for name in fields if name[-1] == "?"]
 
 
 # An object of several shapes: the value of the field `tag` says which one it has.
@@ -322,7 +364,7 @@ Either = collections.namedtuple("Either", "text other")
 # An object with any keys: at most `pairs` of them, each at most `key` characters long.
 Map = collections.namedtuple("Map", "value key pairs")
 # A number within bounds, or something whose length is.
-Bounded = collections.namedtuple("Bounded", "spec least most")
+Bounded = collections.namedtuple("Bounded", "inner least most")
 
 
 def invalid(message, param, code=None):
@@ -339,21 +381,38 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def out_of_bounds(where, value, kind, limit, bound):
-    """The 400 for a number or a length beyond its limit, "minimum" or "maximum"."""
-    side = "below" if limit == "minimum" else "above"
-    code, name = f"{kind}_{side}_{limit[:3]}", JSON_NAMES[type(value)]
-    if kind in ("integer", "decimal"):
-        sign = ">=" if limit == "minimum" else "<="
-        fault, got, code = f"{kind} {side} {limit} value", value, f"{code}_value"
-        wanted = f"a value {sign} {bound}"
-    else:
-        wanted, code = f"{name} with {limit} length {bound}", f"{code}_length"
+def bad_number(where, value, kind, limit, bound):
+    """A number beyond its limit: the code is "integer_below_min_value" and the like."""
+    side, sign = ("below", ">=") if limit == "minimum" else ("above", "<=")
+    return invalid(f"Invalid '{where}': {kind} {side} {limit} value. Expected a value "
+                   f"{sign} {bound}, but got {value} instead.", where,
+                   f"{kind}_{side}_{limit[:3]}_value")
+
+
+def bad_length(where, value, kind, limit, bound):
+    """A length beyond its limit: the code is "empty_array", "string_above_max_length"
+    and the like."""
+    name = JSON_NAMES[type(value)]
+    if value:
         fault, got = f"{kind} too long", f"{name} with length {len(value)}"
-        if not value:
-            fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {wanted}, but got {got} "
-                   "instead.", where, code)
+        code = f"{kind}_above_max_length"
+    else:
+        fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
+    return invalid(f"Invalid '{where}': {fault}. Expected {name} with {limit} length "
+                   f"{bound}, but got {got} instead.", where, code)
+
+
+def check(where, value, spec):
+    """Raise a 400 unless the value fits the spec; `where` is its path in the body.
+
+    Example:
+        >>> check("messages[0].name", "Ann", "string")
+        >>> check("n", 0, Bounded("integer", 1, 128))
+        Traceback (most recent call last):
+        ...
+        openai_compat.APIError: Invalid 'n': integer below minimum value. ...
+    """
+    CHECKS[type(spec)](where, value, spec)
 
 
 def check_type(where, value, kind):
@@ -364,8 +423,8 @@ def check_type(where, value, kind):
 def check_word(where, value, words):
     check_type(where, value, "string")
     if value not in words:
-        *others, last = map(repr, words)
-        supported = f"{', '.join(others)}, and {last}" if others else last
+        *most, last = map(repr, words)
+        supported = f"{', '.join(most)}, and {last}" if most else last
         raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
                       f"{supported}.", where, "invalid_value")
 
@@ -379,10 +438,8 @@ def check_items(where, value, spec):
 def check_members(where, value, spec):
     check_type(where, value, "object")
     for name in spec.required:
-        if value.get(name) is None:
-            raise missing(f"{where}.{name}")
-    for name in spec.present:
-        if name not in value:
+        is_null = name in value and name in spec.nullable
+        if value.get(name) is None and not is_null:
             raise missing(f"{where}.{name}")
     for name, inner in spec.fields.items():
         if value.get(name) is not None:
@@ -413,13 +470,14 @@ def check_map(where, value, spec):
 
 
 def check_bounded(where, value, spec):
-    check(where, value, spec.spec)
-    size = value if type(value) in (int, float) else len(value)
-    kind = "array" if isinstance(spec.spec, list) else spec.spec
+    check(where, value, spec.inner)
+    kind = "array" if isinstance(spec.inner, list) else spec.inner
+    is_number = kind in ("integer", "decimal")
+    size, error = (value, bad_number) if is_number else (len(value), bad_length)
     if spec.least is not None and size < spec.least:
-        raise out_of_bounds(where, value, kind, "minimum", spec.least)
+        raise error(where, value, kind, "minimum", spec.least)
     if spec.most is not None and size > spec.most:
-        raise out_of_bounds(where, value, kind, "maximum", spec.most)
+        raise error(where, value, kind, "maximum", spec.most)
 
 
 def check_name(where, value):
@@ -437,48 +495,43 @@ CHECKS = {str: check_type, tuple: check_word, list: check_items, Object: check_m
           type(check_name): lambda where, value, function: function(where, value)}
 
 
-def check(where, value, spec):
-    """Raise a 400 unless the value at `where` in the body fits the spec.
-
-    Example:
-        >>> check("stop", ["a", 5], ["string"])
-        Traceback (most recent call last):
-        ...
-        openai_compat.APIError: Invalid type for 'stop[1]': expected a string, but got an integer instead.
-    """
-    CHECKS[type(spec)](where, value, spec)
-
-
-NAMED = Object({"name!": check_name})
-FUNCTION = Object({"name!": check_name, "description": "string", "parameters": "object",
-                   "strict": "boolean"})
+# {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+FUNCTION = Object({"name!": check_name, "description": "string",
+                   "parameters": "object", "strict": "boolean"})
 CUSTOM = Object({"name!": check_name, "description": "string", "format": "object"})
 TOOL = Tagged("type", {"function": Object({"function!": FUNCTION}),
                        "custom": Object({"custom!": CUSTOM})})
-CHOSEN = {"function": Object({"function!": NAMED}), "custom": Object({"custom!": NAMED})}
-ALLOWED = Object({"mode!": ("auto", "required"), "tools!": [Tagged("type", CHOSEN)]})
+# "required", or {"type": "function", "function": {"name": "now"}}, or
+# {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}
+NAME = Object({"name!": check_name})
+NAMED_TOOL = {"function": Object({"function!": NAME}),
+              "custom": Object({"custom!": NAME})}
+ALLOWED = Object({"mode!": ("auto", "required"),
+                  "tools!": [Tagged("type", NAMED_TOOL)]})
 TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
-    "type", {**CHOSEN, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
-CALLED = Object({"name!": "string"})
-CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
-                       "custom": Object({"id!": "string", "custom!": CALLED})})
-PART = Tagged("type", {
-    "text": Object({"text!": "string"}),
-    "refusal": Object({"refusal!": "string"}),
+    "type", {**NAMED_TOOL, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
+# {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+CALLED = Object({"name!": "string"})    # its input is checked with the conversation
+TOOL_CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
+                            "custom": Object({"id!": "string", "custom!": CALLED})})
+# "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
+AUDIO = Object({"data!": "string", "format!": ("wav", "mp3")})
+CONTENT = Either("string", [Tagged("type", {
+    "text": Object({"text!": "string"}), "refusal": Object({"refusal!": "string"}),
     "image_url": Object({"image_url!": Object({"url!": "string"})}),
-    "file": Object({"file!": "object"}),
-    "input_audio": Object({"input_audio!": Object({"data!": "string",
-                                                   "format!": ("wav", "mp3")})})})
-CONTENT = Either("string", [PART])
-SPOKEN = Object({"content?": CONTENT, "name": "string"})
+    "file": Object({"file!": "object"}), "input_audio": Object({"input_audio!": AUDIO}),
+})])
+# {"role": "user", "content": "Hello"}
+PLAIN_MESSAGE = Object({"content?": CONTENT, "name": "string"})
 MESSAGE = Tagged("role", {
-    "system": SPOKEN, "developer": SPOKEN, "user": SPOKEN,
+    "system": PLAIN_MESSAGE, "developer": PLAIN_MESSAGE, "user": PLAIN_MESSAGE,
     "assistant": Object({"content": CONTENT, "name": "string", "refusal": "string",
-                         "tool_calls": [CALL], "function_call": CALLED}),
+                         "tool_calls": [TOOL_CALL], "function_call": CALLED}),
     "tool": Object({"content?": CONTENT, "tool_call_id!": "string"}),
     "function": Object({"content?": "string", "name!": "string"})})
-JSON_SCHEMA = Object({"name!": check_name, "description": "string", "schema": "object",
-                      "strict": "boolean"})
+# {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
+JSON_SCHEMA = Object({"name!": check_name, "description": "string",
+                      "schema": "object", "strict": "boolean"})
 RESPONSE_FORMAT = Tagged("type", {
     "text": Object({}), "json_object": Object({}),
     "json_schema": Object({"json_schema!": JSON_SCHEMA})})
@@ -525,7 +578,7 @@ CHAT_FIELDS = Fields(
     ("functions",              [FUNCTION],                    (),       1,      128),
     ("tools",                  [TOOL],                        (),       None,   128),
     ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          Either(("none", "auto"), NAMED), None,   None,   None),
+    ("function_call",          Either(("none", "auto"), NAME), None,    None,   None),
     ("parallel_tool_calls",    "boolean",                     True,     None,   None),
     ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
     ("max_completion_tokens",  "integer",                     None,     1,      None),
@@ -554,23 +607,19 @@ COMPLETION_FIELDS = Fields(
     ("echo",                   "boolean",                     False,    None,   None),
     ("logprobs",               "integer",                     None,     0,      5),
     ("suffix",                 "string",                      None,     None,   None),
-)
-NEEDS = (  # a field, another that must be there and true, and what the API says otherwise
-    ("stream_options", "stream",
-     "The 'stream_options' parameter is only allowed when 'stream' is enabled."),
-    ("top_logprobs", "logprobs",
-     "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."),
-    ("tool_choice", "tools", "Invalid value for 'tool_choice': 'tool_choice' is only "
-     "allowed when 'tools' are specified."),
-    ("function_call", "functions", "Invalid value for 'function_call': 'function_call' "
-     "is only allowed when 'functions' are specified."),
+)                               # "prompt" has four forms: parse_prompts checks it
+ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
+SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
+NEEDS = (  # a field, another that must be there and true, and what the API says if not
+    ("stream_options", "stream", ENABLED), ("top_logprobs", "logprobs", ENABLED),
+    ("tool_choice", "tools", SPECIFIED), ("function_call", "functions", SPECIFIED),
 )
 
 
 def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
     given = {name: value for name, value in body.items() if value is not None}
-    if not given.get("model"):
+    if given.get("model", "") == "":    # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
     for name in fields.required:
         if name not in given:
@@ -580,53 +629,57 @@ def checked(body, fields):
             check(name, value, fields[name])
     for name, other, message in NEEDS:
         if name in fields and name in given and not given.get(other):
-            raise invalid(message, name)
-    stop = given.get("stop") or ()
-    given["stop"] = [stop] if type(stop) is str else list(filter(None, stop))
+            raise invalid(message.format(name, other), name)
+    stop = given.get("stop", [])        # a string or a list: always a list from here on
+    given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
     return {**body, **fields.defaults, **given}
 
 
 CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
 
 
-def called_ids(i, calls):
-    """The ids of the tool calls in message i; the input of each must be a string."""
+def check_inputs(i, calls):
+    """The input of each tool call in message i must be a string."""
     for j, call in enumerate(calls):
         kind = call["type"]
         check(f"messages[{i}].tool_calls[{j}].{kind}", call[kind],
               Object({f"{CALL_INPUT[kind]}!": "string"}))
-    return [call["id"] for call in calls]
 
 
-def check_answer(i, id, called):
-    """Refuse a tool message unless the turn before it made the call that it answers."""
+def check_answer(i, call_id, called):
+    """The tool message i must answer one of the calls of the turn before it."""
     if not called:
         raise invalid("Invalid parameter: messages with role 'tool' must be a response "
                       "to a preceeding message with 'tool_calls'.",
                       f"messages.[{i}].role")
-    if id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{id[:200]}' not found in "
-                      "'tool_calls' of previous message.",
+    if call_id not in called:
+        raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
+                      "found in 'tool_calls' of previous message.",
                       f"messages.[{i}].tool_call_id")
 
 
+def check_answered(i, unanswered):
+    """Where message i stands, or the conversation ends, all calls must be answered."""
+    if unanswered:
+        raise invalid("An assistant message with 'tool_calls' must be followed by tool "
+                      "messages responding to each 'tool_call_id'. The following "
+                      "tool_call_ids did not have response messages: "
+                      f"{', '.join(unanswered)[:1000]}", f"messages.[{i}].role")
+
+
 def check_conversation(messages):
-    """Each tool call must be answered in the messages that follow it, and each answer
-    must belong to such a call."""
-    called, unanswered = [], []         # ids of the last turn's calls
-    for i, message in enumerate([*messages, {"role": "end"}]):
+    """Refuse a tool call without its answer, and an answer without its call."""
+    called, unanswered = [], []         # the ids of the last turn's calls
+    for i, message in enumerate(messages):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered = [id for id in unanswered if id != message["tool_call_id"]]
             continue
-        if unanswered:
-            raise invalid("An assistant message with 'tool_calls' must be followed by "
-                          "tool messages responding to each 'tool_call_id'. The "
-                          "following tool_call_ids did not have response messages: "
-                          f"{', '.join(unanswered)[:1000]}",
-                          f"messages.[{min(i, len(messages) - 1)}].role")
-        is_turn = message["role"] == "assistant"
-        called = unanswered = called_ids(i, is_turn and message.get("tool_calls") or ())
+        check_answered(i, unanswered)
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        check_inputs(i, calls or ())
+        called = unanswered = [call["id"] for call in calls or ()]
+    check_answered(len(messages) - 1, unanswered)
 
 
 def tool_names(tools):
@@ -650,14 +703,13 @@ def chosen_tools(tool_choice):
 
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
-    known = tool_names(request["tools"])
     for name in tool_names(chosen_tools(request["tool_choice"])):
-        if name not in known:
+        if name not in tool_names(request["tools"]):
             raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
                           "tool_choice")
     call = request["function_call"]
-    known = [function["name"] for function in request["functions"]]
-    if type(call) is dict and call["name"] not in known:
+    if type(call) is dict and call["name"] not in [
+            function["name"] for function in request["functions"]]:
         raise invalid("Invalid value for 'function_call': no function named "
                       f"'{call['name']}' was specified in the 'functions' parameter.",
                       "function_call")
@@ -667,7 +719,7 @@ def text_of(content):
     """The text of a message's content: a string, a list of parts, or null.
 
     Example:
-        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "image_url", ...: ...}])
+        >>> text_of([{"type": "text", "text": "Look: "}, {"type": "file", "file": {}}])
         'Look: '
     """
     if type(content) is list:
@@ -683,11 +735,12 @@ def last_question(messages):
 
 
 def parse_chat(body, strict=True):
-    """Check the body of POST /v1/chat/completions -> the request that a backend gets.
+    """Check the body of POST /v1/chat/completions -> the request.
 
     Besides the fields of the body, each with its default, the request has `text` (what
-    is being asked), `prompt` (the same) and `endpoint`.
-    `strict` also checks that tool calls and their answers belong together.
+    is being asked), `prompt` (the same) and `endpoint`.  For each call of the backend
+    the server adds `id` and `index`.  `strict` also checks that tool calls and their
+    answers belong together.
 
     Example:
         >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -705,7 +758,8 @@ def parse_chat(body, strict=True):
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
     text = last_question(request["messages"])
-    return {**request, "endpoint": "chat", "prompt": text, "text": text}
+    request.update(endpoint="chat", prompt=text, text=text)
+    return request
 
 
 def is_token_ids(prompt):
@@ -717,12 +771,15 @@ def parse_prompts(prompt):
     """The four forms of "prompt" as one: a list with a str or a list of token ids each.
 
     Example:
-        >>> parse_prompts("a"), parse_prompts(["a", "b"]), parse_prompts([17, 18])
-        (['a'], ['a', 'b'], [[17, 18]])
+        >>> parse_prompts("a"), parse_prompts(["a", "b"])
+        (['a'], ['a', 'b'])
+        >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
+        ([[17, 18]], [[17], [18]])
     """
-    prompt = "<|endoftext|>" if prompt is None else prompt
+    if prompt is None:
+        prompt = "<|endoftext|>"        # the API's default: begin a new document
     if prompt == []:
-        raise out_of_bounds("prompt", prompt, "array", "minimum", 1)
+        raise bad_length("prompt", prompt, "array", "minimum", 1)
     is_one = type(prompt) is str or is_token_ids(prompt)
     prompts = [prompt] if is_one else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
@@ -733,10 +790,11 @@ def parse_prompts(prompt):
 
 
 def parse_completion(body, strict=True):
-    """Check the body of POST /v1/completions -> the request that a backend gets.
+    """Check the body of POST /v1/completions -> the request.
 
-    As `parse_chat`; besides, `prompts` is a list, whichever form "prompt" has, and
-    `best_of` is a number.
+    `prompts` is a list, whichever form "prompt" has, and `best_of` is a number.  For
+    each call of the backend the server adds `id`, `index`, and as `prompt` and `text`
+    the text of one prompt.  There is no conversation for `strict` to check.
 
     Example:
         >>> request = parse_completion({"model": "m", "prompt": "Once", "n": 2})
@@ -760,7 +818,8 @@ def parse_completion(body, strict=True):
         raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
                       "each are more than 128 choices.", "prompt",
                       "array_above_max_length")
-    return {**request, "endpoint": "completion", "best_of": best_of, "prompts": prompts}
+    request.update(endpoint="completion", best_of=best_of, prompts=prompts)
+    return request
 
 
 def count_choices(request):
@@ -771,16 +830,17 @@ def count_choices(request):
 
 
 # ----------------------------------------------------------------------------------
-# Pieces.  A backend yields pieces: texts and tool calls.  From here on each piece is a
-# pair of its kind and what it says, in tokens, so that it can be counted and cut:
+# Pieces.  A model reads and writes tokens: words, or parts of words.  Limits and bills
+# count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
+# one token.  `Server(tokenize=...)` takes a real tokenizer.
+#
+# A backend yields pieces: str and ToolCall.  `pieces_of` (in part 2) makes pairs of
+# them, a kind and what is said in tokens, so that a piece can be counted and cut:
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
 #     ("call", Call(name, id, ["{", "}"]))    a tool call; the tokens are its input
 #     ("end", "stop")                 always the last one: the finish_reason
-#
-# There is no vocabulary, so a token is about what a reader calls a word or a sign: a
-# stable estimate.  `Server(tokenize=...)` takes a real tokenizer.
 
 Call = collections.namedtuple("Call", "name id tokens")
 
@@ -828,8 +888,8 @@ def tokenize(text):
 def slices(text, size=65536):
     """Cut a long text into slices, before a space where there is one.
 
-    The tokens of a text take forty times its memory, so those of a long text are never
-    made all at once.
+    A list of tokens takes about forty times the memory of its text, so the tokens of a
+    long text are counted slice by slice.
     """
     start = 0
     while len(text) - start > size:
@@ -853,7 +913,7 @@ def split(text, tokenize, one_by_one=True):
     """
     for tokens in map(tokenize, slices(text)):
         if one_by_one:
-            yield from map(list, zip(tokens))
+            yield from ([token] for token in tokens)
         elif tokens:
             yield tokens
 
@@ -861,8 +921,7 @@ def split(text, tokenize, one_by_one=True):
 class Prompt:
     """A prompt, a str or a list of token ids, as its text and as its tokens.
 
-    A tokenizer may have a method `decode(id) -> str`; an id that nobody can decode
-    reads <|17|>.
+    A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
         >>> Prompt([17, 18], tokenize).text, Prompt("Once upon", tokenize).count()
@@ -902,11 +961,11 @@ def one_call(pieces):
     for kind, said in pieces:
         if not (called and kind == "call"):
             yield kind, said
-        called |= kind == "call"
+        called = called or kind == "call"
 
 
 def up_to(pieces, limit):
-    """At most `limit` tokens.  The tokens of a call's input count, but are never cut.
+    """At most `limit` tokens.  The input of a call counts, but is never cut.
 
     Example:
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
@@ -975,8 +1034,9 @@ def until_stop(pieces, stops):
     match) is held back until more is known.  Nothing of a stop ever goes out.
 
     Example:
-        >>> list(until_stop([("text", ["one E"]), ("text", ["ND two"])], ["END"]))
-        [('text', ['one ']), ('end', 'stop')]
+        >>> pieces = [("text", ["one"]), ("text", [" E"]), ("text", ["ND"])]
+        >>> list(until_stop(pieces, ["END"]))
+        [('text', ['one']), ('text', [' ']), ('end', 'stop')]
     """
     held = []                                   # tokens that may belong to a stop
     for kind, said in pieces:
@@ -1002,7 +1062,7 @@ def until_stop(pieces, stops):
 
 
 def is_legacy(request):
-    """Does the request have functions, as before there were tools?"""
+    """Does the request use `functions`, the older form of `tools`?"""
     return bool(request["functions"]) and not request["tools"]
 
 
@@ -1017,8 +1077,8 @@ def token_limit(request):
 def sequence(pieces, request):
     """The pieces of one choice -> the same, cut to the limits of the request.
 
-    These generators pass no close() on to the one that they read from.  The server
-    closes what a backend returned by itself, when the exchange ends.
+    To close the result does not close the backend's generator: the server does that
+    when the exchange ends.
     """
     if request["endpoint"] == "chat" and (
             not request["parallel_tool_calls"] or is_legacy(request)):
@@ -1032,9 +1092,9 @@ def sequence(pieces, request):
 
 
 # ----------------------------------------------------------------------------------
-# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common
-# (the envelope) and one choice object with what is new.  A completion that is not
-# streamed is `fold` of the very same chunks, so the two forms cannot disagree.
+# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common,
+# and one choice object with what is new.  A completion that is not streamed is `fold`
+# of the very same chunks, so the two forms cannot disagree.
 
 USAGE_DETAILS = {
     "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
@@ -1042,13 +1102,13 @@ USAGE_DETAILS = {
                                   "accepted_prediction_tokens": 0,
                                   "rejected_prediction_tokens": 0},
 }
-SERVED_TIERS = {"auto": "default", "fast": "priority"}   # the others are served as asked
+SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as asked
 
 
 class Usage:
     """Counts the tokens of a reply: each prompt once, and what all its choices say.
 
-    `corrections` replace counted fields.
+    `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
         >>> usage = Usage([Prompt("Once upon", tokenize)])
@@ -1061,17 +1121,13 @@ class Usage:
         self.prompts, self.corrections = prompts, dict(corrections or {})
         self.completion_tokens = 0
 
-    def counters(self):
-        prompt = self.corrections.get("prompt_tokens")
-        if prompt is None:
-            prompt = sum(prompt.count() for prompt in self.prompts)
-        completion = self.corrections.get("completion_tokens", self.completion_tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": completion,
-                "total_tokens": prompt + completion, **self.corrections}
-
-    def details(self):
-        """The counters of a chat, with the details that clients look into."""
-        return {**self.counters(), **USAGE_DETAILS, **self.corrections}
+    def counters(self, details=()):
+        said = self.corrections.get("completion_tokens", self.completion_tokens)
+        read = self.corrections.get("prompt_tokens")
+        if read is None:
+            read = sum(prompt.count() for prompt in self.prompts)
+        return {"prompt_tokens": read, "completion_tokens": said,
+                "total_tokens": read + said, **dict(details), **self.corrections}
 
 
 def wants_usage(request):
@@ -1079,9 +1135,9 @@ def wants_usage(request):
     return not request["stream"] or bool(options.get("include_usage"))
 
 
-def envelope(request, object):
+def common_fields(request, object_name):
     """What all chunks of a reply have in common."""
-    common = {"id": request["id"], "object": object, "created": int(time.time()),
+    common = {"id": request["id"], "object": object_name, "created": int(time.time()),
               "model": request["model"], "system_fingerprint": "fp_openai_compat"}
     if request["endpoint"] == "chat":
         tier = request["service_tier"]
@@ -1100,8 +1156,9 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    if len(generators) == 1:
+    if len(generators) == 1:            # the usual case, faster
         yield from generators[0]
+        return
     running = list(generators)
     while running:
         for items in list(running):
@@ -1138,8 +1195,7 @@ def chat_logprob(token, top):
 
 
 def chat_logprobs(tokens, top, field="content"):
-    """An object for each token, under the field that the tokens belong to; None
-    unless they were asked for."""
+    """An object for each token, under its field; None if nobody asked for them."""
     if top is None:
         return None
     return {"content": [], "refusal": None,
@@ -1147,9 +1203,10 @@ def chat_logprobs(tokens, top, field="content"):
 
 
 def text_logprobs(tokens, top, offset, is_prompt=False):
-    """Four parallel arrays, or None unless they were asked for.
+    """Four parallel arrays; None if nobody asked for them.
 
-    The first token of a prompt has no probability.
+    The token itself is always among the candidates, even for `top` 0.  The first token
+    of a prompt has no probability.
 
     Example:
         >>> text_logprobs(["Hi", " you"], 0, 10)["text_offset"]
@@ -1158,12 +1215,12 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
     if top is None:
         return None
     likely = [dict(candidates(token, top)) for token in tokens]
-    said = [entry[token] for token, entry in zip(tokens, likely)]
+    taken = [entry[token] for token, entry in zip(tokens, likely)]
     if is_prompt and tokens:
-        said[0] = likely[0] = None
-    ends = list(itertools.accumulate(map(len, tokens), initial=offset))
-    return {"tokens": tokens, "token_logprobs": said, "top_logprobs": likely,
-            "text_offset": ends[:-1]}
+        taken[0] = likely[0] = None
+    starts = list(itertools.accumulate(map(len, tokens), initial=offset))[:-1]
+    return {"tokens": tokens, "token_logprobs": taken, "top_logprobs": likely,
+            "text_offset": starts}
 
 
 def opening_delta(kind):
@@ -1179,20 +1236,22 @@ def custom_tools(request):
 
 
 def call_deltas(request, call, index):
-    """A tool call opens with its id, its name and no input; its input follows in
+    """A tool call opens with its id, its name and an empty input; its input follows in
     fragments that repeat only the index.
 
     Example:
         >>> request = {"tools": [], "functions": []}
-        >>> for delta in call_deltas(request, Call("now", "call_1", ["{}"]), 0):
-        ...     print(delta["tool_calls"])
-        [{'index': 0, 'id': 'call_1', 'type': 'function', 'function': {'name': 'now', 'arguments': ''}}]
-        [{'index': 0, 'function': {'arguments': '{}'}}]
+        >>> for delta in call_deltas(request, Call("now", "call_1", ["{", "}"]), 0):
+        ...     [fragment] = delta["tool_calls"]
+        ...     print(fragment.get("id"), fragment["index"], fragment["function"])
+        call_1 0 {'name': 'now', 'arguments': ''}
+        None 0 {'arguments': '{'}
+        None 0 {'arguments': '}'}
     """
     kind = "custom" if call.name in custom_tools(request) else "function"
-    field = CALL_INPUT[kind]
-    # Clients parse the arguments of a function as JSON, which "" is not.
-    tokens = call.tokens or ["{}"] * (kind == "function")
+    field, tokens = CALL_INPUT[kind], call.tokens
+    if kind == "function" and not tokens:
+        tokens = ["{}"]                 # clients parse it as JSON, which "" is not
     if is_legacy(request):
         yield {"function_call": {"name": call.name, "arguments": ""}}
         for token in tokens:
@@ -1212,8 +1271,9 @@ def chat_choice(index, delta, logprobs=None, finish_reason=None):
 def chat_choices(request, index, pieces, usage):
     """The choice object of each chunk of one sequence; the first one says who speaks.
 
-    The first piece is taken before that, so that a backend that fails at once gets an
-    HTTP status.  The price: a slow model's client sees nothing before the first piece.
+    That first one waits for the first piece.  The status 200 goes out with the first
+    chunk, so a backend that fails before its first piece can still get a status of its
+    own.  The price: the client of a slow model sees nothing before the first piece.
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
     calls = 0
@@ -1231,8 +1291,8 @@ def chat_choices(request, index, pieces, usage):
         else:
             usage.completion_tokens += len(said)
             field = "content" if kind == "text" else kind
-            logprobs = None if top is None else chat_logprobs(said, top, field)
-            yield chat_choice(index, {field: "".join(said)}, logprobs)
+            yield chat_choice(index, {field: "".join(said)},
+                              chat_logprobs(said, top, field))
 
 
 def chat_chunks(request, sequences, usage):
@@ -1243,20 +1303,21 @@ def chat_chunks(request, sequences, usage):
         >>> request = {**parse_chat({**body, "stream": True}), "id": "chatcmpl-1"}
         >>> pieces = [("text", ["Hello"]), ("text", ["!"]), ("end", "stop")]
         >>> for chunk in chat_chunks(request, [pieces], Usage()):
-        ...     print(chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"])
-        {'role': 'assistant', 'content': '', 'refusal': None} None
-        {'content': 'Hello'} None
-        {'content': '!'} None
-        {} stop
+        ...     [choice] = chunk["choices"]
+        ...     print(choice["index"], choice["delta"], choice["finish_reason"])
+        0 {'role': 'assistant', 'content': '', 'refusal': None} None
+        0 {'content': 'Hello'} None
+        0 {'content': '!'} None
+        0 {} stop
 
     The last chunk, where the usage is wanted, has it and no choices.
     """
-    common = envelope(request, "chat.completion.chunk")
+    common = common_fields(request, "chat.completion.chunk")
     for choice in in_turn([chat_choices(request, index, pieces, usage)
                            for index, pieces in enumerate(sequences)]):
         yield {**common, "choices": [choice]}
     if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.details()}
+        yield {**common, "choices": [], "usage": usage.counters(USAGE_DETAILS)}
 
 
 def text_choice(index, text, logprobs, finish_reason=None):
@@ -1269,7 +1330,7 @@ def text_choices(request, index, prompt, pieces, usage):
     offset, top = len(prompt.text), request["logprobs"]
     for number, (kind, said) in enumerate(pieces):
         if number == 0 and request["echo"]:
-            tokens = prompt.tokens()
+            tokens = prompt.tokens() if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind == "end":
@@ -1286,23 +1347,25 @@ def text_choices(request, index, prompt, pieces, usage):
 def completion_chunks(request, sequences, usage):
     """The sequences of a completion's choices -> its text_completion objects.
 
-    Each prompt has `best_of` sequences, of which the first `n` are shown.
+    Each prompt has `best_of` sequences.  The API shows the `n` likeliest; here all are
+    equally likely, so the first `n` are shown.
 
     Example:
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
         >>> request = {**parse_completion(body), "id": "cmpl-1"}
+        >>> pieces = [("text", [" two"]), ("end", "stop")]
         >>> usage = Usage(prompts_of(request, tokenize))
-        >>> for chunk in completion_chunks(request, [[("text", [" two"]), ("end", "stop")]], usage):
+        >>> for chunk in completion_chunks(request, [pieces], usage):
         ...     print(chunk["choices"])
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
         [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
     """
-    common = envelope(request, "text_completion")
+    common = common_fields(request, "text_completion")
     best_of, n, running = request["best_of"], request["n"], []
     for i, pieces in enumerate(sequences):
         number, rank = divmod(i, best_of)
-        index = number * n + rank if rank < n else None
-        running.append(text_choices(request, index, usage.prompts[number], pieces, usage))
+        index, prompt = number * n + rank if rank < n else None, usage.prompts[number]
+        running.append(text_choices(request, index, prompt, pieces, usage))
     for choice in in_turn(running):
         if choice["index"] is not None:
             yield {**common, "choices": [choice]}
@@ -1334,18 +1397,23 @@ def joined_logprobs(logprobs):
 
 
 def joined_calls(fragments):
-    """An opening for each call and fragments after it -> the calls, without indices."""
-    calls = {}
-    for fragment in itertools.chain.from_iterable(fragments):
-        kind = "custom" if "custom" in fragment else "function"
-        field = CALL_INPUT[kind]
-        call = calls.setdefault(fragment["index"], {**fragment, kind: {
-            **fragment[kind], field: []}})
-        call[kind][field].append(fragment[kind][field])
+    """The fragments of tool calls -> the calls, in order of their index.
+
+    Example:
+        >>> request = {"tools": [], "functions": []}
+        >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
+        >>> [call] = joined_calls(delta["tool_calls"][0] for delta in deltas)
+        >>> call["id"], call["function"]
+        ('call_1', {'name': 'now', 'arguments': '{}'})
+    """
+    calls = collections.defaultdict(list)
+    for fragment in fragments:
+        calls[fragment["index"]].append(fragment)
     for index in sorted(calls):
-        call = {name: value for name, value in calls[index].items() if name != "index"}
-        kind, field = call["type"], CALL_INPUT[call["type"]]
-        yield {**call, kind: {**call[kind], field: "".join(call[kind][field])}}
+        opening, kind = calls[index][0], calls[index][0]["type"]
+        text = "".join(fragment[kind][CALL_INPUT[kind]] for fragment in calls[index])
+        yield {"id": opening["id"], "type": kind,
+               kind: {**opening[kind], CALL_INPUT[kind]: text}}
 
 
 def folded_choice(index, said):
@@ -1357,7 +1425,8 @@ def folded_choice(index, said):
     message = {"role": "assistant", "content": joined(said.get("content", ())),
                "refusal": joined(said.get("refusal", ()))}
     if "tool_calls" in said:
-        message["tool_calls"] = list(joined_calls(said["tool_calls"]))
+        fragments = itertools.chain.from_iterable(said["tool_calls"])
+        message["tool_calls"] = list(joined_calls(fragments))
     if "function_call" in said:
         arguments = joined(call["arguments"] for call in said["function_call"])
         message["function_call"] = {**said["function_call"][0], "arguments": arguments}
@@ -1368,12 +1437,13 @@ def fold(chunks):
     """The chunks of one stream -> the completion that they spell.
 
     Example:
-        >>> choice = {"index": 0, "logprobs": None, "finish_reason": None}
         >>> completion = fold([
-        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "Hel"}}]},
-        ...     {"object": "chat.completion.chunk", "choices": [{**choice, "delta": {"content": "lo"}}]}])
-        >>> completion["object"], completion["choices"][0]["message"]["content"]
-        ('chat.completion', 'Hello')
+        ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
+        ...         chat_choice(0, {"role": "assistant", "content": "Hel"})]},
+        ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
+        ...         chat_choice(0, {"content": "lo"}, finish_reason="stop")]}])
+        >>> completion["object"], completion["choices"][0]["message"]
+        ('chat.completion', {'role': 'assistant', 'content': 'Hello', 'refusal': None})
 
     Raises ValueError without any chunk.
     """
@@ -1416,7 +1486,7 @@ def event(value):
 
 
 def events(chunks):
-    """Chunks -> their events, then [DONE]: the one proof that a stream is complete.
+    """Chunks -> their events, then [DONE].  A stream without [DONE] was cut off.
 
     Example:
         >>> list(events([{"n": 1}, {"n": 2}]))
@@ -1431,8 +1501,8 @@ class Response:
     """What goes out in reply to one request.
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
-    writes: bytes that go out at once, each in one send.  ready: no write has to be
-    waited for, so several may share a send.
+    writes, which are bytes that go out in one send each, as soon as they come.  ready:
+    nothing is still being made, so several writes may share a send.
     """
 
     def __init__(self, status, headers, body=b"", ready=False):
@@ -1457,9 +1527,8 @@ def error_response(error):
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
-# Waiting.  Each connection has a thread of its own.  `Connection` reads and writes its
-# socket, which never blocks; all waiting goes through a selector, together with the
-# client's socket, so that a client that leaves is noticed at once.
+# Waiting.  Each connection has a thread of its own.  Whatever waits in that thread also
+# watches the client's socket, so that a client that leaves is noticed at once.
 
 class EndReply(BaseException):
     """Ends a reply on purpose.  It is no Exception, so that no backend catches it."""
@@ -1469,10 +1538,9 @@ class ClientLeft(EndReply):
     """The client has closed its side of the connection."""
 
 
-LONGEST_SELECT = 3600.0         # seconds; the selectors take no arbitrarily long time
+LONGEST_WAIT = 10.0**6          # seconds; poll() counts milliseconds in 31 bits
 MOST_READ_AHEAD = 2**20         # bytes that are kept while nobody reads them
-NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError,
-           ssl.SSLWantWriteError)
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 # A selector that takes descriptors above 1,023, where the platform has one.
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -1481,24 +1549,21 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
 
     seconds: how long the client may take to read what was sent.  deadline: when the
-    request that is being read must be complete, on the clock time.monotonic.  alarm: a
-    socket that can be read as soon as the server is shutting down.
+    request that is being read must be complete, on the clock time.monotonic.
     """
 
-    def __init__(self, sock, seconds, alarm):
-        sock.setblocking(False)
+    def __init__(self, sock, seconds):
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
-        self.selector, self.watched, self.alarm = Selector(), True, alarm
-        for each in (sock, alarm):
-            self.selector.register(each, selectors.EVENT_READ)
+        self.stopping = False           # the server is about to close the connection
 
-    def receive(self):
-        """Read once what has arrived, without waiting -> whether there was anything."""
+    def receive(self, seconds):
+        """Wait so long for bytes, and read once -> did any come, or the end of them?"""
+        self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
         try:
             block = self.sock.recv(65536)
-        except NOT_NOW:
+        except (socket.timeout, *NOT_NOW):
             return False
         except OSError:
             block = b""
@@ -1508,78 +1573,56 @@ class Connection:
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
-        if not self.watched:
-            self.selector.register(self.sock, selectors.EVENT_READ)
-            self.watched = True
-        while True:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise APIError(408, "The request took too long to arrive.")
-            # TLS may hold bytes that it has read already: no selector sees those.
-            held = getattr(self.sock, "pending", int)()
-            if (held or self.select(left)) and self.receive():
-                break
+        if not self.receive(self.deadline - time.monotonic()):
+            raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
 
-    def select(self, seconds):
-        """The files that are ready, or [] when the time is over.
+    def is_full(self):
+        return len(self.buffer) > MOST_READ_AHEAD
 
-        What the client has sent, or that it has left, comes before the alarm.
-        """
-        ready = self.selector.select(max(min(seconds, LONGEST_SELECT), 0))
-        files = [key.fileobj for key, _ in ready]
-        if self.alarm in files and self.sock not in files:
+    def pause(self, seconds):
+        """Wait so long, and read ahead what the client sends early: the end of it says
+        that the client has left, or that the server is shutting down."""
+        end = time.monotonic() + seconds
+        while not self.ended and not self.is_full():
+            if not self.receive(end - time.monotonic()):
+                return
+        if self.ended and self.stopping and not self.client_closed():
             raise APIError(503, "The server is shutting down.",
                            headers={"retry-after": "1"})
-        return files
-
-    def read_ahead(self):
-        """Read what the client sends early: the end of it may be that it left."""
-        while not self.ended and self.receive():
-            if len(self.buffer) > MOST_READ_AHEAD:      # its end is noticed later then
-                self.selector.unregister(self.sock)
-                self.watched = False
-                return
         if self.ended:
             raise ClientLeft
+        while time.monotonic() < end and not self.stopping:     # noticed later, then
+            time.sleep(max(min(end - time.monotonic(), 1), 0))
 
-    def wait(self, seconds, source=None):
-        """Wait so long, or until the file `source` can be read; ClientLeft if the client
-        leaves first."""
-        if self.ended:
-            raise ClientLeft
-        if source is not None:
-            self.selector.register(source, selectors.EVENT_READ)
-        try:
-            end = time.monotonic() + seconds
-            while True:
-                ready = self.select(seconds)
-                if self.sock in ready:
-                    self.read_ahead()
-                seconds = end - time.monotonic()
-                if source in ready or seconds <= 0:
-                    return
-        finally:
-            if source is not None:
-                self.selector.unregister(source)
+    def client_closed(self):
+        """Did the client close before the server did?  Only Linux can tell."""
+        with suppress(OSError, AttributeError):
+            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            return state == b"\x08"        # TCP_CLOSE_WAIT
+
+    def wait_for(self, source):
+        """Wait until the file `source` can be read, or as `pause` for the client."""
+        ready = ()
+        while source not in ready:
+            self.pause(0)
+            with Selector() as selector:
+                for file in (source,) if self.is_full() else (source, self.sock):
+                    selector.register(file, selectors.EVENT_READ)
+                ready = [key.fileobj for key, _ in selector.select()]
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
         view = memoryview(block)
+        self.sock.settimeout(0)         # most of the time there is nothing to wait for
         while view:
             try:
                 view = view[self.sock.send(view):]
             except NOT_NOW:
-                self.wait_to_send()
-            except OSError:
+                self.sock.settimeout(min(self.seconds, LONGEST_WAIT))
+            except OSError:             # also the timeout
                 raise ClientLeft from None
-
-    def wait_to_send(self):
-        with Selector() as selector:
-            selector.register(self.sock, selectors.EVENT_WRITE)
-            if not selector.select(min(self.seconds, LONGEST_SELECT)):
-                raise ClientLeft
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -1588,7 +1631,6 @@ class Connection:
             socket.socket.shutdown(self.sock, how)
 
     def close(self):
-        self.selector.close()
         self.sock.close()
 
 
@@ -1603,14 +1645,14 @@ def pause(seconds):
     if connection is None:              # a backend that is called without a server
         time.sleep(seconds)
     else:
-        connection.wait(seconds)
+        connection.pause(seconds)
 
 
 def wait_for(source):
-    """Wait until the file `source` can be read; ClientLeft if the client leaves first."""
+    """Wait until the file `source` can be read; ClientLeft if the client leaves."""
     connection = getattr(this_thread, "connection", None)
     if connection is not None:
-        connection.wait(math.inf, source)
+        connection.wait_for(source)
 
 
 # ----------------------------------------------------------------------------------
@@ -1660,7 +1702,7 @@ def calls_in(choice):
 
 
 def usage_always(chunks, k):
-    """A usage in every chunk and in a chunk of its own, although nobody asked for it."""
+    """A usage in every chunk and in a chunk of its own, though nobody asked for it."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for chunk in chunks:
         usage = chunk.get("usage") or usage
@@ -1739,7 +1781,6 @@ def html_502(writes, k):
     """An HTML page with status 502, as a proxy would send it."""
     raise Instead(Response(502, {"content-type": "text/html"},
                            b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
-    yield
 
 
 WRITE_QUIRKS = {
@@ -1807,9 +1848,8 @@ def parse_quirk(text):
 
 SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
-
-JSON_TYPES = {"object": dict, "array": list, "string": str, "boolean": bool,
-              "null": type(None), "integer": (int, float), "number": (int, float)}
+JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
+              type(None): ["null"], int: ["integer", "number"], float: ["number"]}
 CONSTANTS = {"boolean": [False, True], "null": [None]}
 FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
@@ -1821,35 +1861,36 @@ FORMATS = {  # None: any string
 }
 
 
+def canonical(value):
+    """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
+
+    Example:
+        >>> canonical({"b": 0.0, "a": True})
+        '{"a": true, "b": 0}'
+    """
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
+
+
 def _unsatisfiable(keyword, why="it cannot be satisfied"):
     return APIError(400, f"No instance of this schema can be made, for its keyword "
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def _is_a(value, kind):
-    """Is a value of this JSON type, or of one of these?  true is not an integer."""
-    if isinstance(kind, list):
-        return any(_is_a(value, each) for each in kind)
-    if type(value) is bool or kind == "any":
-        return kind in ("any", "boolean")
-    return isinstance(value, JSON_TYPES[kind]) and (kind != "integer" or value % 1 == 0)
+def _types(value):
+    """The JSON types of a value.  A number without a fraction is an integer.
 
-
-def _key(value):
-    """Text that equal JSON values share: 1 and 1.0 do, 1 and true do not."""
-    return json.dumps(json.loads(to_json(value), parse_int=float), sort_keys=True)
+    Example:
+        >>> _types(1.0), _types(True)
+        (['number', 'integer'], ['boolean'])
+    """
+    is_whole = type(value) is float and value % 1 == 0
+    return JSON_TYPES[type(value)] + ["integer"] * is_whole
 
 
 def _is_one(value, values):
-    return any(value == each and _key(value) == _key(each) for each in values)
-
-
-def _at_least(value, length):
-    return len(value) >= length
-
-
-def _at_most(value, length):
-    return len(value) <= length
+    return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
 def _rows(kind, keywords, rule):
@@ -1857,26 +1898,24 @@ def _rows(kind, keywords, rule):
 
 
 RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobody knows)
-    **_rows("any", "not if $id $dynamicRef $recursiveRef", lambda *_: None),
-    "type": ("any", _is_a), "enum": ("any", _is_one),
-    "const": ("any", lambda value, constant: _is_one(value, [constant])),
-
+    **_rows("any", "not if $id $dynamicRef", lambda *_: None),
+    "type": ("any", lambda value, kinds: not set(_types(value)).isdisjoint(
+        [kinds] if isinstance(kinds, str) else kinds)),
+    "enum": ("any", _is_one), "const": ("any", lambda value, it: _is_one(value, [it])),
     "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
     "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
     "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
         value % step if isinstance(step, int) else value / step % 1) == 0),
-
-    "minLength": ("string", _at_least), "maxLength": ("string", _at_most),
+    **{f"{bound}{noun}": (kind, rule) for noun, kind in (
+        ("Length", "string"), ("Items", "array"), ("Properties", "object"))
+       for bound, rule in (("min", lambda value, least: len(value) >= least),
+                           ("max", lambda value, most: len(value) <= most))},
     "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    **_rows("string", "pattern contentEncoding contentMediaType", lambda *_: None),
-
-    "minItems": ("array", _at_least), "maxItems": ("array", _at_most),
+    **_rows("string", "pattern", lambda *_: None),
     "uniqueItems": ("array", lambda value, on: (
-        not on or len(set(map(_key, value))) == len(value))),
+        not on or len(set(map(canonical, value))) == len(value))),
     **_rows("array", "items prefixItems", lambda *_: True),     # see `_Sampler.parts`
     **_rows("array", "contains additionalItems unevaluatedItems", lambda *_: None),
-
-    "minProperties": ("object", _at_least), "maxProperties": ("object", _at_most),
     "required": ("object", lambda value, names: value.keys() >= set(names)),
     **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
     **_rows("object", "patternProperties dependencies dependentRequired "
@@ -1905,8 +1944,8 @@ class _Sampler:
     """One sample in the making: the root of its schema, and the work that is left."""
 
     def __init__(self, root):
-        self.root, self.left, self.fault = root, SAMPLE_WORK, None
-        self.trusting, self.trusted = False, set()
+        self.root, self.left = root, SAMPLE_WORK
+        self.trusting, self.trusted = False, set()  # an author's example; its strings
 
     def spend(self, work, keyword="$ref"):
         self.left -= work
@@ -1941,7 +1980,7 @@ class _Sampler:
         self.spend(len(schema) + sum(map(len, lists)))
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
-            verdict = not _is_a(value, kind) or rule(value, argument)
+            verdict = kind not in ["any", *_types(value)] or rule(value, argument)
             claim = verdict is None and kind == "string" and (value, keyword, argument)
             if claim and self.trusting:
                 self.trusted.add(claim)
@@ -1949,8 +1988,8 @@ class _Sampler:
                 raise _unsatisfiable(keyword, "it is not known here")
             if verdict is False:
                 return keyword
-        parts = itertools.starmap(self.broken, self.parts(value, schema))
-        return next(filter(None, parts), None)
+        return next(filter(None, itertools.starmap(
+            self.broken, self.parts(value, schema))), None)
 
     def parts(self, value, schema):
         """(a value, its schema, keyword) for the value itself and for what is in it."""
@@ -1969,20 +2008,22 @@ class _Sampler:
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
         schemas = [each for each in schemas if each is not False]  # seen further out
-        self.fault = _unsatisfiable("$ref", "it contains itself without an end")
-        for self.trusting, value in self.candidates(schemas, name, above):
+        fault = _unsatisfiable("$ref", "it contains itself without an end")
+        for trusting, values in self.candidates(schemas, name, above):
             try:
-                self.spend(len(to_json(value)))
-                keyword = self.broken(value, {"allOf": schemas})
-                if not keyword and not _is_one(value, others):
-                    return value
-                raise _unsatisfiable(keyword or "uniqueItems")
-            except APIError as fault:
-                self.fault = fault
-        raise self.fault
+                for value in values:
+                    self.trusting = trusting
+                    self.spend(len(to_json(value)))
+                    keyword = self.broken(value, {"allOf": schemas})
+                    if not keyword and not _is_one(value, others):
+                        return value
+                    fault = _unsatisfiable(keyword or "uniqueItems")
+            except APIError as error:
+                fault = error
+        raise fault
 
     def candidates(self, todo, name, above, here=()):
-        """Each (is it an author's example?, value), reading the schemas `todo` in turn.
+        """(is it an author's example?, values), reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -2000,20 +2041,17 @@ class _Sampler:
                 yield from self.candidates(both, name, above, (*here, schema))
 
     def values(self, here, name, inside):
-        """The candidates of one reading: what its schemas list or a type makes."""
+        """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in _said(here, "examples") if each]
-        yield from ((True, value) for value in _said(here, "default") + examples)
+        yield from ((True, [value]) for value in _said(here, "default") + examples)
         listed = _said(here, "const") + sum(_said(here, "enum"), [])
+        yield from ((False, [value]) for value in listed)
         types = (kind if type(kind) is list else [kind] for kind in _said(here, "type"))
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
-        for kind in dict.fromkeys(kinds) or ["object"]:
-            try:
-                make = getattr(self, f"make_{kind}", None)
-                made = listed or CONSTANTS.get(kind) or make(here, name, inside)
-                yield from ((False, value) for value in made)
-            except APIError as fault:
-                self.fault = fault
+        for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
+            yield False, CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
+                here, name, inside)
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
@@ -2038,9 +2076,8 @@ class _Sampler:
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        name, low = name or "text", max(_said(here, "minLength"), default=0)
-        high = min(_said(here, "maxLength"), default=SAMPLE_WORK)
-        self.spend(low, "minLength")
+        name, high = name or "text", min(_said(here, "maxLength"), default=SAMPLE_WORK)
+        low = min(max(_said(here, "minLength"), default=0), SAMPLE_WORK)
         yield from filter(None, map(FORMATS.get, _said(here, "format")))
         for mark in ("", *map(str, range(2, 100))):
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
@@ -2069,10 +2106,11 @@ def sample(schema):
         ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
         {'city': 'city', 'days': 3}
     """
-    if isinstance(schema, dict):        # an $id says nothing at the root
-        schema = {key: each for key, each in schema.items() if key != "$id"}
     try:
-        return json.loads(to_json(_Sampler(schema).make([{"allOf": [schema]}], "text")))
+        schema = json.loads(to_json(schema))        # a copy that has no other types
+        if isinstance(schema, dict):
+            schema.pop("$id", None)                 # it says nothing at the root
+        return _Sampler(schema).make([{"allOf": [schema]}], "text")
     except RecursionError:
         raise _unsatisfiable("$ref", "it is nested too deeply") from None
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
@@ -2102,48 +2140,55 @@ class ToolCall:
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def is_delay(value):
-    """A number of seconds, or two of them: before the first piece, and between pieces."""
-    if isinstance(value, (list, tuple)):
-        return len(value) == 2 and all(map(is_number, value))
-    return is_number(value)
+def delay_pair(delay):
+    """Seconds before the first piece, and between pieces.
+
+    Example:
+        >>> delay_pair(0.1), delay_pair((1, 0))
+        ((0.1, 0.1), (1, 0))
+    """
+    pair = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    if len(pair) != 2 or not all(map(is_number, pair)):
+        raise TypeError(f"a delay must be seconds, or (first, between), not {delay!r}")
+    return pair
 
 
 REPLY_TYPES = {
     "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
-    "finish_reason": str, "usage": dict, "delay": (int, float, list, tuple),
-    "quirk": str, "headers": dict, "error": APIError,
+    "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
+    "error": APIError,
 }
 
 
 class Reply:
     """What a backend says, with everything that can be said about it.
 
-    text: a str, or a list of the pieces to send.  usage: fields that replace the counted
-    ones.  delay: seconds between pieces, or (first, between).  quirk: a name of QUIRKS.
-    headers: go out with the response.  error: an APIError to answer with, after the
-    delay and the text.  expect: see Script.
+    text: a str, or a list of the pieces to send.  usage: fields that replace those
+    that were counted.  delay: seconds between pieces, or (first, between).  quirk: a
+    name of QUIRKS.  headers: go out with the response.  error: an APIError to answer
+    with, after the delay and the text.  expect: see Script.
 
     Raises TypeError or ValueError for a value that cannot be used.
     """
 
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
-                 usage=None, delay=0, quirk=None, headers=None, error=None, expect=None):
+                 usage=None, delay=0, quirk=None, headers=None, error=None,
+                 expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
         self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
-        for name, value in vars(self).items():
-            if value is not None and not isinstance(value, REPLY_TYPES[name]):
+        for name, types in REPLY_TYPES.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, types):
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
-        if not (all(isinstance(call, ToolCall) for call in self.tool_calls)
-                and is_delay(delay)):
-            raise TypeError("tool_calls must be ToolCalls, and a delay must be seconds "
-                            f"or (first, between), not {self.tool_calls!r} and {delay!r}")
+        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
+            raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
+        delay_pair(delay)
         parse_quirk(quirk)
         self.headers, self.expect = header_fields(headers), expect
 
@@ -2158,8 +2203,6 @@ class Reply:
 
 def as_reply(result):
     """What a backend returned, as a Reply; its `text` may be any iterable of pieces."""
-    if isinstance(result, (str, list, tuple)):
-        return Reply(result)
     if isinstance(result, Reply):
         return result
     if isinstance(result, ToolCall):
@@ -2186,38 +2229,34 @@ def each_piece(text):
 def pieces_of(reply, tokenize, make_id, one_by_one):
     """What a reply says, as pairs of kind and tokens; see the section on pieces."""
     reason, text = "stop", reply.text
-    for tokens in split(reply.refusal or "", tokenize, one_by_one):
-        yield "refusal", tokens
-    if isinstance(text, str):
-        for tokens in split(text, tokenize, one_by_one):
-            yield "text", tokens
-        text = ()
-    for piece in itertools.chain(each_piece(text), reply.tool_calls):
+    for kind, whole in (("refusal", reply.refusal), ("text", text)):
+        if isinstance(whole, str):
+            for tokens in split(whole, tokenize, one_by_one):
+                yield kind, tokens
+    pieces = each_piece(() if isinstance(text, str) else text)
+    for piece in itertools.chain(pieces, reply.tool_calls):
         if isinstance(piece, ToolCall):
             reason = "tool_calls"
-            yield "call", Call(piece.name, piece.id or make_id(), tokenize(piece.arguments))
+            id, arguments = piece.id or make_id(), tokenize(piece.arguments)
+            yield "call", Call(piece.name, id, arguments)
         elif piece:
             yield "text", tokenize(piece)
-    yield ("error", reply.error) if reply.error else ("end", reply.finish_reason or reason)
+    if reply.error:
+        yield "error", reply.error
+    yield "end", reply.finish_reason or reason
 
 
 def paced(pieces, delay):
-    """Each piece so many seconds after the one before; delay: a number, or (first,
-    between)."""
-    seconds, between = delay if isinstance(delay, (list, tuple)) else (delay, delay)
+    """Each piece so many seconds after the one before.  The error that a reply ends
+    with is raised here."""
+    seconds, between = delay_pair(delay)
     for kind, said in pieces:
         if kind != "end":
             pause(seconds)
-        yield kind, said
-        seconds = between
-
-
-def raising(pieces):
-    """Raise the error that a Reply ends with."""
-    for kind, said in pieces:
         if kind == "error":
             raise said
         yield kind, said
+        seconds = between
 
 
 def forced_tool(request):
@@ -2232,13 +2271,12 @@ def forced_tool(request):
 
 def sample_input(request, name):
     """Arguments that fit the schema of the tool of that name; text for a custom one."""
-    if name in custom_tools(request):
-        return request["text"]
-    functions = [tool["function"] for tool in request["tools"]
-                 if tool["type"] == "function"] + list(request["functions"])
-    schemas = (function.get("parameters") for function in functions
-               if function["name"] == name)
-    return sample(next(schemas) or {"type": "object"})
+    tools = [*request["tools"], *({"function": each} for each in request["functions"])]
+    for tool in tools:
+        function = tool.get("function", {})
+        if function.get("name") == name:
+            return sample(function.get("parameters") or {"type": "object"})
+    return request["text"]
 
 
 def echo(request):
@@ -2278,75 +2316,55 @@ COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE, inspect.CO_ASYNC_GENERAT
 def as_backend(value):
     """A backend from one, or from a constant; TypeError for anything else."""
     if isinstance(value, APIError):
-        return constant(Reply(error=value))
+        value = Reply(error=value)
     if isinstance(value, (str, Reply, ToolCall)):
         return constant(as_reply(value))
-    code = getattr(value, "__code__", None)
-    is_async = bool(getattr(code, "co_flags", 0) & COROUTINE)
+    is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
     if isinstance(value, PassingOn) or callable(value) and not is_async:
         return value
-    what = "a coroutine function" if is_async else repr(value)
+    what = "a coroutine function" if is_async else repr(value)[:200]
     raise TypeError("a backend must be a function of the request, a str, a Reply, a "
-                    f"ToolCall or an APIError, not {what[:200]}; say(...) says pieces, "
+                    f"ToolCall or an APIError, not {what}; say(...) says pieces, "
                     "Script(...) takes a step per request")
 
 
 def model_name(backend):
     """The name that /v1/models lists for a backend."""
-    names = (getattr(backend, "model", None), getattr(backend, "__name__", None))
-    return next((name for name in names if isinstance(name, str) and name),
-                type(backend).__name__)
+    names = (getattr(backend, "model", None), getattr(backend, "__name__", None),
+             type(backend).__name__)
+    return next(name for name in names if isinstance(name, str) and name)
 
 
 # ------ Script: a step per request, and what each request must be
 
-def brief(value, around=0):
-    """A value in few words; of a long text, what stands around a position.
-
-    Example:
-        >>> brief("x" * 200 + "here" + "y" * 200, around=200)
-        "...'xxx...xxxhereyyy...yyy'..."
-    """
-    if value is ABSENT:
-        return "absent"
-    if isinstance(value, str):
-        start, end = max(around - 40, 0), around + 80
-        before, after = "..." * (start > 0), "..." * (end < len(value))
-        return f"{before}{value[start:end]!r}{after}"
-    text = repr(value)
-    return text if len(text) <= 300 else text[:290] + "..."
-
-
 ABSENT = object()
 
 
-def both(got, expected):
-    """Two values that differ, in words; of texts, what stands around the difference.
+def brief(value, around=0):
+    """A value as Python writes it; of a long one, what stands around a position.
 
     Example:
-        >>> both("Hello", "Help")
-        "'Hello', expected 'Help'"
+        >>> brief("x" * 80 + "here" + "y" * 400, around=80)[:20], brief(ABSENT)
+        ('...xxxxxxxxxxxxxxxxx', 'absent')
     """
-    place = 0
-    if isinstance(got, str) and isinstance(expected, str):
-        place = len(os.path.commonprefix([got, expected]))
-    return f"{brief(got, place)}, expected {brief(expected, place)}"
+    text = "absent" if value is ABSENT else repr(value)
+    start = max(around - 40, 0)
+    end = start + 180
+    return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
 def refused_by(function, value):
     """Why a function in an `expect` says no to a value; None if it says yes."""
-    name = getattr(function, "__name__", repr(function))
     try:
         result = function(None if value is ABSENT else value)
+        says = "no" if result is not None else "None (to say yes, it must return True)"
     except AssertionError as error:
-        return f"{brief(value)}, and {name} says: {str(error) or 'assertion failed'}"
-    if result:
-        return None
-    hint = " (it returned None; it must return True)" if result is None else ""
-    return f"{brief(value)}, to which {name} says no{hint}"
+        result, says = False, str(error) or "assertion failed"
+    name = getattr(function, "__name__", repr(function))
+    return None if result else f"{brief(value)}, to which {name} says: {says}"
 
 
-def difference(expected, value, path="the body"):
+def difference(expected, value, path=""):
     """The path of the first difference and what it is, or None.
 
     Example:
@@ -2354,21 +2372,22 @@ def difference(expected, value, path="the body"):
         ...            {"messages": [{"role": "user", "content": "Ho"}], "n": 1})
         "messages[0].content is 'Ho', expected 'Hi'"
     """
+    at = path or "the body"
     if callable(expected):
         fault = refused_by(expected, value)
-        return fault and f"{path} is {fault}"
+        return fault and f"{at} is {fault}"
     if isinstance(expected, dict) and isinstance(value, dict):
-        prefix = "" if path == "the body" else f"{path}."
-        pairs = [(each, value.get(name, ABSENT), f"{prefix}{name}")
+        pairs = [(each, value.get(name, ABSENT), f"{path}.{name}" if path else name)
                  for name, each in expected.items()]
     elif isinstance(expected, list) and isinstance(value, list):
         if len(expected) != len(value):
-            return f"{path} has {len(value)} items, expected {len(expected)}"
-        pairs = [(each, value[i], f"{path}[{i}]") for i, each in enumerate(expected)]
+            return f"{at} has {len(value)} items, expected {len(expected)}"
+        pairs = [(*pair, f"{path}[{i}]") for i, pair in enumerate(zip(expected, value))]
     elif expected == value or expected is None and value is ABSENT:
         return None
     else:
-        return f"{path} is {both(value, expected)}"
+        place = len(os.path.commonprefix([repr(value), repr(expected)]))
+        return f"{at} is {brief(value, place)}, expected {brief(expected, place)}"
     return next(filter(None, (difference(*pair) for pair in pairs)), None)
 
 
@@ -2387,14 +2406,17 @@ def reply_from_json(step):
     return Reply(**fields)
 
 
+Step = collections.namedtuple("Step", "number expect backend given")
+
+
 def as_step(number, step):
-    """A step as a backend with its `expect`; what cannot be a step is refused."""
+    """A step of a script, from any of its forms; what cannot be a step is refused."""
     try:
-        if isinstance(step, dict):
-            step = reply_from_json(step)
-        if isinstance(step, (list, tuple)):
-            step = Reply(tool_calls=step)
-        return getattr(step, "expect", None), as_backend(step)
+        given = reply_from_json(step) if isinstance(step, dict) else step
+        if isinstance(given, (list, tuple)):
+            given = Reply(tool_calls=given)
+        expect = given.expect if isinstance(given, Reply) else None
+        return Step(number, expect, as_backend(given), step)
     except (TypeError, ValueError) as error:
         raise type(error)(f"step {number} of the script: {error}") from None
 
@@ -2404,9 +2426,9 @@ class Script:
 
     A step is a str, a ToolCall or a list of them, a Reply, an APIError, a dict as in a
     JSON script, or a function of the request.  All choices of a request say the same.
-    any_order: a request takes the first step whose `expect` it meets, and a step without
-    `expect` only if there is none.  otherwise: a backend for requests that no step is
-    for.
+    any_order: a request takes the first step whose `expect` it meets, and a step
+    without `expect` only if there is none.  otherwise: a backend for requests that no
+    step is for.
 
     `Reply(expect=...)` is compared with the body as it was sent.  A dict names the
     fields that matter; a list must have as many items as the body's; a function tests
@@ -2419,8 +2441,7 @@ class Script:
     model = "script"
 
     def __init__(self, *steps, any_order=False, otherwise=None):
-        self.steps = [(number, *as_step(number, step), step)
-                      for number, step in enumerate(steps, 1)]     # those not yet taken
+        self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         self.count, self.any_order = len(steps), any_order
         self.otherwise = None if otherwise is None else as_backend(otherwise)
         if isinstance(self.otherwise, PassingOn):
@@ -2430,18 +2451,14 @@ class Script:
 
     @classmethod
     def from_file(cls, path):
-        """A script from a JSON list of steps: a str, or an object with Reply's fields."""
-        with open(path, encoding="utf-8") as file:
-            try:
+        """A script from a JSON list of steps: strings, objects with Reply's fields."""
+        try:
+            with open(path, "rb") as file:
                 steps = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
         if type(steps) is not list:
             raise ValueError(f"{path}: a script must be a JSON list of steps")
-        for number, step in enumerate(steps, 1):
-            if type(step) not in (str, dict):
-                raise ValueError(f"step {number} of the script must be a string or an "
-                                 "object")
         return cls(*steps)
 
     def __call__(self, request):
@@ -2451,11 +2468,12 @@ class Script:
         return self.current.step(request)
 
     def take(self, body):
-        """The step for a request; it is used up."""
+        """The backend of the step that a request uses up."""
         with self.lock:
-            place, fault = self.match(body)
-            if fault is None:
-                return self.steps.pop(place)[2]
+            step, fault = self.match(body)
+            if step is not None:
+                self.steps.remove(step)
+                return step.backend
             if self.otherwise is not None:
                 self.last_unmatched = fault
                 return self.otherwise
@@ -2464,40 +2482,34 @@ class Script:
                        headers={"x-should-retry": "false"})
 
     def match(self, body):
-        """(the place of the step for a request, None), or (None, why there is none)."""
-        if not self.steps:
-            return None, (f"step {self.count + 1} was asked for, but the script has "
-                          f"{self.count}; the request: {brief(body)}")
-        if not self.any_order:
-            number, expect, *_ = self.steps[0]
-            fault = None if expect is None else difference(expect, body)
-            return 0, fault and f"step {number} was not as expected: {fault}"
-        faults, free = [], None
-        for place, (number, expect, *_) in enumerate(self.steps):
-            if expect is None:
-                free = place if free is None else free
-                continue
-            fault = difference(expect, body)
+        """(the step for a request, None), or (None, why there is none)."""
+        steps, faults = self.steps[:1], []
+        if self.any_order:              # those without an `expect` come last
+            steps = sorted(self.steps, key=lambda step: step.expect is None)
+        for step in steps:
+            fault = None if step.expect is None else difference(step.expect, body)
             if fault is None:
-                return place, None
-            faults.append(f"step {number}: {fault}")
-        return free, None if free is not None else (
-            f"no step is for this request: {'; '.join(faults)}")
+                return step, None
+            faults.append(f"step {step.number} is not for this request: {fault}")
+        return None, "; ".join(faults) or (
+            f"step {self.count + 1} was asked for, but the script has {self.count}; "
+            f"the request: {brief(body)}")
 
     def check(self, error=None):
         """Raise AssertionError unless every request followed the script.
 
         Remaining steps count only if there was no other error.
         """
-        if self.faults:
-            raise AssertionError("Script: " + "; ".join(self.faults))
-        if self.steps and error is None:
-            number, *_, step = self.steps[0]
-            why = self.last_unmatched
-            raise AssertionError(
-                f"Script: {len(self.steps)} of {self.count} steps remain, from step "
-                f"{number} on: {brief(step)}" + (f"; the last request that no step was "
-                                                 f"for: {why}" if why else ""))
+        faults = list(self.faults)
+        if self.steps and not faults and error is None:
+            number, *_, given = self.steps[0]
+            faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
+                          f"{number} on: {brief(given)}")
+            if self.last_unmatched:
+                faults.append(f"of the last request that no step was for, "
+                              f"{self.last_unmatched}")
+        if faults:
+            raise AssertionError("Script: " + "; ".join(faults))
 
 
 # ------ command: a program per choice
@@ -2509,7 +2521,7 @@ def start_program(program, request, files):
     """The process; it leads a group of its own, so that its children end with it."""
     import subprocess           # only for those who run programs, here and below
     texts = {"{prompt}": request["text"], "{transcript}": transcript(request)}
-    arguments = [re.sub(r"\{prompt\}|\{transcript\}", lambda match: texts[match[0]], each)
+    arguments = [re.sub("{prompt}|{transcript}", lambda match: texts[match[0]], each)
                  for each in program]
     try:
         "".join(arguments).encode()     # a lone surrogate cannot be an argument
@@ -2527,7 +2539,8 @@ def transcript(request):
 
     Example:
         >>> transcript({"endpoint": "chat", "messages": [
-        ...     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]})
+        ...     {"role": "system", "content": "Be brief."},
+        ...     {"role": "user", "content": "Hi"}]})
         'system: Be brief.\\nuser: Hi'
     """
     if request["endpoint"] == "completion":
@@ -2537,10 +2550,8 @@ def transcript(request):
 
 
 def end_program(process):
-    """Stop a program that has not ended by itself, and its children."""
+    """Stop a program and its children."""
     import subprocess
-    if process.stdout.closed and process.poll() is not None:
-        return
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -2550,24 +2561,29 @@ def end_program(process):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)
             os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
 
 
-def decoded(pipe):
-    """The text that comes through a pipe, no character split; closes it at its end.
+def read_block(pipe):
+    """What has come through a pipe; b"" at its end.
 
-    On Windows no selector takes a pipe: a client that leaves is noticed at the next text.
+    On Windows no selector takes a pipe, so that a client that leaves is noticed at the
+    next text.
     """
-    decoder, block = codecs.getincrementaldecoder("utf-8")("replace"), None
-    while block != b"":
-        if os.name != "nt":
-            wait_for(pipe)
-        block = os.read(pipe.fileno(), 65536)
-        text = decoder.decode(block, final=not block)
-        if text:
-            yield text
-    pipe.close()
+    if os.name != "nt":
+        wait_for(pipe)
+    return os.read(pipe.fileno(), 65536)
+
+
+def output_of(process):
+    """The text that a program writes, as it writes it, until the program has ended."""
+    blocks = iter(functools.partial(read_block, process.stdout), b"")
+    try:
+        yield from codecs.iterdecode(blocks, "utf-8", "replace")
+        while process.poll() is None:   # it has closed its output, and goes on
+            pause(0.02)
+    except BaseException:
+        end_program(process)
+        raise
 
 
 def last_line(file):
@@ -2588,23 +2604,20 @@ def run_program(program, request, places):
         files[0].write(to_json({name: request[name] for name in request
                                 if name != "body"}))
         files[0].seek(0)
-        process = start_program(program, request, files)
-        stack.callback(end_program, process)
-        yield from decoded(process.stdout)
-        while process.poll() is None:   # it has closed its output, and goes on
-            pause(0.02)
+        process = stack.enter_context(start_program(program, request, files))
+        yield from output_of(process)
         if process.returncode:
             raise APIError(500, f"{program[0]} ended with status {process.returncode}: "
                                 f"{last_line(files[1])}")
 
 
 def command(program, at_once=1):
-    """A backend that runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
+    """Runs a program per choice: command(["llama-cli", "-p", "{prompt}"]).
 
-    There is no shell.  In an argument {prompt} becomes request["text"], {transcript} the
-    whole conversation.  Standard input gets the request as one JSON document; what the
-    program writes to standard output is the reply.  At most `at_once` programs run at a
-    time; the others wait.  The program ends when the client leaves.
+    There is no shell.  In an argument {prompt} becomes request["text"], {transcript}
+    the whole conversation.  Standard input gets the request as one JSON document; what
+    the program writes to standard output is the reply.  At most `at_once` programs run
+    at a time; the others wait.  The program ends when the client leaves.
 
     Raises ValueError for a program that is not there.
     """
@@ -2640,7 +2653,12 @@ RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
-DONE_EVENT = re.compile(rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+LINE_START = rb"(?:\A|(?<=[\r\n]))"
+DONE_EVENT = re.compile(
+    LINE_START + rb"data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
+# The end of a block that may go on as [DONE] in the next one.
+DONE_BEGUN = re.compile(
+    LINE_START + rb"(?:da?t?a?:? ?\[?D?O?N?E?|data: ?\[DONE\][ \t\r\n]*)\Z")
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
@@ -2674,15 +2692,12 @@ class Upstream(io.RawIOBase):
 
 def blocks_of(response):
     """The body of an upstream's response as it arrives; if it is cut, so are we."""
-    while True:
-        pause(0)
-        try:
-            block = response.read1(65536)
-        except (OSError, http.client.HTTPException):
-            raise Cut("fin") from None
-        if not block:
-            break
-        yield block
+    try:
+        for block in iter(functools.partial(response.read1, 65536), b""):
+            yield block
+            pause(0)
+    except (OSError, http.client.HTTPException):
+        raise Cut("fin") from None
     if response.length:                 # that many bytes were promised and did not come
         raise Cut("fin")
 
@@ -2702,15 +2717,11 @@ def until_done(blocks):
         if done:
             yield held[:done.end()]
             return
-        lines = held.rstrip(b"\r\n")
-        start = max(lines.rfind(b"\n"), lines.rfind(b"\r")) + 1       # of the last one
-        last = re.sub(rb"\r\n?", b"\n", held[start:].replace(b" ", b""))
-        if not b"data:[DONE]\n\n".startswith(last):
-            start = len(held)
-        yield held[:start]
-        held = held[start:]
-    if held:
-        yield held
+        begun = DONE_BEGUN.search(held)
+        end = begun.start() if begun else len(held)
+        yield held[:end]
+        held = held[end:]
+    yield held
 
 
 def as_text(write):
@@ -2728,41 +2739,27 @@ def as_bytes(text):
 class Relay(PassingOn):
     """Passes requests on to another server: Relay("http://gpu:8000/v1").
 
-    api_key: for that server; without one the client's own key is passed on, unless it is
-    one of ours.  record: the path of a tape, to which complete exchanges are appended.
-    paths: further endpoints that are passed on, such as "/embeddings".
+    api_key: for that server; without one the client's own key is passed on, unless it
+    is one of ours.  record: the path of a tape, to which complete exchanges are
+    appended.  paths: further endpoints that are passed on, such as "/embeddings".
 
     The upstream's path is built from the route, never taken from the client.
     """
 
     model = "relay"
+    CONNECTIONS = {"http": http.client.HTTPConnection,
+                   "https": http.client.HTTPSConnection}
 
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        if self.upstream.scheme not in ("http", "https") or not self.upstream.hostname:
+        if self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname:
             raise ValueError(f"{base_url!r} is not the URL of a server")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
-
-    def unreachable(self, error):
-        return APIError(502, f"The upstream at {self.base_url} cannot be reached: "
-                             f"{error}.", code="upstream_unreachable")
-
-    def connect(self, incoming):
-        kind = (http.client.HTTPSConnection if self.upstream.scheme == "https"
-                else http.client.HTTPConnection)
-        connection = kind(self.upstream.hostname, self.upstream.port, timeout=10)
-        try:
-            connection.connect()
-        except OSError as error:
-            raise self.unreachable(error) from None
-        incoming.cleanup.callback(connection.sock.close)
-        connection.sock.settimeout(600)
-        return connection
 
     def headers(self, incoming):
         fields = {name: value for name, value in incoming.fields.items()
@@ -2786,57 +2783,62 @@ class Relay(PassingOn):
         _, mark, query = incoming.target.partition("?")
         return f"{self.upstream.path}{path}{mark}{query}"
 
-    def ask(self, target, incoming):
+    def ask(self, incoming):
         """Send the request -> the head of the upstream's response."""
-        connection = self.connect(incoming)
+        target, headers = self.target(incoming), self.headers(incoming)
+        connection = self.CONNECTIONS[self.upstream.scheme](
+            self.upstream.hostname, self.upstream.port, timeout=10)
         try:
+            connection.connect()
+            incoming.cleanup.callback(connection.sock.close)
+            connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
-                               self.headers(incoming))
+                               headers)
             connection.sock = upstream = Upstream(connection.sock)
             response = connection.getresponse()
             if upstream.ended:          # http.client takes half a head for a whole one
                 raise OSError("the connection was cut")
             return response
         except (OSError, http.client.HTTPException) as error:
-            raise self.unreachable(error) from None
+            raise APIError(502, f"The upstream at {self.base_url} cannot be reached: "
+                                f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        target = self.target(incoming)
         try:
-            response = self.ask(target, incoming)
+            response = self.ask(incoming)
         except (ClientLeft, APIError) as error:
             self.miss(error)
             raise
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
-        is_stream = headers.get("content-type", "").startswith("text/event-stream")
-        if is_stream:
+        if headers.get("content-type", "").startswith("text/event-stream"):
             headers = {**EVENT_STREAM, **headers}
-        if is_stream and "content-encoding" not in headers:
-            writes = until_done(writes)
+            if "content-encoding" not in headers:
+                writes = until_done(writes)
         if self.tape:
             writes = self.recorded(writes, incoming, response.status, headers)
             incoming.cleanup.callback(writes.close)
         return Response(response.status, headers, incoming.counted(writes))
 
     def recorded(self, writes, incoming, status, headers):
-        """The same writes.  The exchange is on the tape before the last one goes out."""
-        kept, last, end = [], time.monotonic(), b""
+        """The same writes.  The exchange is on the tape before the last goes out."""
+        kept, last = [], time.monotonic()
         try:
-            for write in writes:
+            for write in filter(None, writes):
                 kept.append([round(time.monotonic() - last, 4), as_text(write)])
                 if DONE_EVENT.search(write):
-                    end = write
                     break
                 yield write
                 last = time.monotonic()
+            else:                       # everything went out; the end is an empty write
+                write = b""
         except (Cut, ClientLeft, GeneratorExit) as error:
             self.miss(error)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
-        yield end
+        yield write
 
     def miss(self, error):
         """Say why an exchange is not on the tape."""
@@ -2846,36 +2848,19 @@ class Relay(PassingOn):
             log.warning("An exchange was not recorded on %s: %s", self.tape, why)
 
     def append(self, recording):
-        line = to_json(recording) + b"\n"
         try:
-            with self.lock, open(self.tape, "ab", buffering=0) as tape:
-                if tape.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with self.lock, open(self.tape, "ab") as tape:
+                tape.write(to_json(recording) + b"\n")
         except OSError as error:
             self.miss(error)
         if self.on_record:
             self.on_record(recording)
 
 
-def match_key(method, path, body):
-    """What tells one request from another on a tape: in it 0 and 0.0 are equal.
-
-    Example:
-        >>> match_key("POST", "/completions", {"temperature": 0.0})
-        ('POST', '/completions', '{"temperature": 0}')
-    """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    body = json.loads(to_json(body), parse_float=number)
-    return method, path, json.dumps(body, sort_keys=True)
-
-
 def likeness(a, b):
-    """How many fields of the body two requests have in common."""
-    fields, others = a["body"], b["body"]
-    if a["path"] != b["path"] or not type(fields) is type(others) is dict:
-        return 0
-    return 1 + sum(others.get(name, ABSENT) == fields[name] for name in fields)
+    """How much two requests have in common: the path, then lines of the JSON text."""
+    lines = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
+    return a["path"] == b["path"], len(lines)
 
 
 class Replay(PassingOn):
@@ -2894,6 +2879,7 @@ class Replay(PassingOn):
         if not is_number(speed) or not isinstance(relay, (Relay, type(None))):
             raise TypeError("the speed of a Replay must be a number, its relay a Relay")
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
+        self.lines = itertools.count(1)         # a recording is a line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         if relay is not None:
             relay.tape = relay.tape or tape
@@ -2914,19 +2900,19 @@ class Replay(PassingOn):
                                      "recording") from None
 
     def add(self, recording):
-        self.recordings[match_key(**recording["request"])].append(recording)
+        recording["line"] = next(self.lines)
+        self.recordings[canonical(recording["request"])].append(recording)
 
     def unknown(self, asked):
-        """A 404 that names the nearest recording, and how the request differs from it."""
-        recorded = list(itertools.chain(*self.recordings.values()))
+        """A 404 that tells how the nearest recording differs."""
+        recorded = sum(self.recordings.values(), [])
         if not recorded:
             return APIError(404, "The tape is empty.", code="not_recorded")
         nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
-        given = nearest["request"]
-        fault = difference(given, asked)
+        fault = difference(nearest["request"], asked)
         if fault is None:               # null is like absent there, and true like 1
-            other = difference(asked, given) or "a null or a boolean differs"
-            fault = f"on the tape {other}"
+            other = difference(asked, nearest["request"])
+            fault = f"on the tape {other or 'a null or a boolean differs'}"
         return APIError(404, "There is no recording of this request.  The nearest one is "
                              f"line {nearest['line']} of {self.tape}: {fault}.",
                         code="not_recorded")
@@ -2939,8 +2925,8 @@ class Replay(PassingOn):
     def respond(self, incoming):
         asked = incoming.asked()
         with self.lock:
-            queue = self.recordings.get(match_key(**asked), ())
-            recording = queue.pop(0) if len(queue) > 1 else next(iter(queue), None)
+            queue = self.recordings.get(canonical(asked), [None])
+            recording = queue.pop(0) if len(queue) > 1 else queue[0]
         if recording is None and self.relay is not None:
             return self.relay.respond(incoming)
         if recording is None:
@@ -3080,13 +3066,8 @@ class RequestReader(Connection):
 
     def handshake(self, seconds):
         """Agree on TLS; a client that is silent holds up only its own thread."""
-        self.deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return self.sock.do_handshake()
-            except ssl.SSLWantReadError:
-                if not self.select(self.deadline - time.monotonic()):
-                    raise ClientLeft from None
+        self.sock.settimeout(min(seconds, LONGEST_WAIT))
+        self.sock.do_handshake()
 
     def wait_for_request(self, seconds):
         """Wait until a request begins; a connection is not idle for ever."""
@@ -3509,7 +3490,7 @@ class Handler(BaseHTTPRequestHandler):
         if how == "stall":
             self.flush(incoming)
             with suppress(APIError):                # the server is shutting down
-                self.reader.wait(math.inf)
+                self.reader.pause(math.inf)
         incoming.failed = True
         incoming.end()
         self.flush(incoming)
@@ -3936,7 +3917,6 @@ class Server(ThreadingHTTPServer):
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
-        self.alarm = socket.socketpair()    # what is sent to [1] can be read from [0]
 
     @property
     def backend(self):
@@ -4014,7 +3994,7 @@ class Server(ThreadingHTTPServer):
         if self.tls:
             sock = self.tls.wrap_socket(sock, server_side=True,
                                         do_handshake_on_connect=False)
-        reader = RequestReader(sock, self.request_timeout, self.alarm[0])
+        reader = RequestReader(sock, self.request_timeout)
         if self.trace:
             reader.trace = functools.partial(self.print_block, next(self.numbers))
         return reader, address
@@ -4064,13 +4044,12 @@ class Server(ThreadingHTTPServer):
             thread.join(max(end - time.monotonic(), 0))
 
     def cut_connections(self):
-        """End what waits, with a word to the client; then whatever else there is."""
-        with suppress(OSError):             # it is closed already
-            self.alarm[1].send(b"!")
-        self.join_connections(0.25)
-        for reader in list(self.connections.values()):
-            reader.shut(socket.SHUT_RDWR)
-        self.join_connections(0.25)
+        """End what waits: first nothing more can come, then nothing more can go."""
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            for reader in list(self.connections.values()):
+                reader.stopping = True
+                reader.shut(how)
+            self.join_connections(0.25)
 
     def close(self, grace=0, error=None):
         """Stop, close every connection, and raise what failed: see `check`.
@@ -4089,8 +4068,6 @@ class Server(ThreadingHTTPServer):
         if set(self.connections) - {threading.current_thread()}:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
-        for each in self.alarm:
-            each.close()
         self.check(error)
 
     def check(self, error=None):
@@ -4216,12 +4193,14 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice; each call gets its own copy of the request."""
         is_chat, backend = request["endpoint"] == "chat", self.backend
+        texts = ([request["text"]] if is_chat else
+                 [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index in range(count_choices(request)):
-            text = request["text"] if is_chat else prompts[index // request["best_of"]].text
-            body = parse_json(incoming.content)
-            given = {name: copied(request[name])
-                     for name in {*body, "stop", "prompts"}.intersection(request)}
-            reply = as_reply(backend({**request, **given, "body": body, "index": index,
+            text, body = texts[index % len(texts)], parse_json(incoming.content)
+            own = {name: copied(request[name]) for name in (*body, "stop")}
+            if not is_chat:
+                own["prompts"] = copied(request["prompts"])
+            reply = as_reply(backend({**request, **own, "body": body, "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.cleanup.callback(reply.text.close)
@@ -4232,10 +4211,8 @@ class Server(ThreadingHTTPServer):
         delay = reply.delay or self.delay
         pieces = pieces_of(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
                            one_by_one=request["stream"] or bool(delay))
-        if delay:
+        if delay or reply.error:
             pieces = paced(pieces, delay)
-        if reply.error:
-            pieces = raising(pieces)
         return sequence(pieces, request)
 
     def complete(self, request, incoming):
@@ -4243,7 +4220,7 @@ class Server(ThreadingHTTPServer):
         is_chat = request["endpoint"] == "chat"
         prefix, make_chunks = (("chatcmpl-", chat_chunks) if is_chat
                                else ("cmpl-", completion_chunks))
-        request = {**request, "id": prefix + self.random_name(29)}
+        request["id"] = prefix + self.random_name(29)
         quirk = self.quirk_asked(incoming.fields)
         prompts = prompts_of(request, self.tokenize)
         replies = list(self.replies(request, prompts, incoming))
