@@ -997,6 +997,43 @@ def test_the_models_byte_for_byte():
 
 
 # ----------------------------------------------------------------------------------
+# What the module says of itself: the examples in its docstrings, and its opening page.
+
+def test_every_example_of_the_server_is_true():
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(
+        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL)
+    tests = [each for each in finder.find(openai_compat) if each.examples]
+    told = []
+    for each in tests:
+        runner.run(each, out=told.append)
+    marks = sum((value.__doc__ or "").count("Example:\n") for value in documented(openai_compat))
+    assert len(tests) >= marks > 30 and runner.summarize(verbose=False).failed == 0, "".join(told)
+
+
+def documented(module):
+    """All that is defined in a module, and the methods of its classes."""
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) == module.__name__ and callable(value):
+            value = inspect.unwrap(value)
+            yield value
+            yield from filter(inspect.isfunction, vars(value).values() if inspect.isclass(value) else ())
+
+
+def test_the_exchange_on_the_opening_page_is_what_is_sent():
+    """Its lines are broken to fit the page, its id and time are those of one day."""
+    def told(text):
+        text = re.sub(r'"id":"[^"]*"', '"id":""', re.sub(r'"created":\d+', '"created":0', text))
+        return re.sub(r"\s+", "", text)
+    page = told(openai_compat.__doc__)
+    body = re.search(r'\{"model": "echo", "stream": true,.*?\]\}', openai_compat.__doc__, re.S)[0]
+    with Server() as server:
+        streamed = post(server, CHAT_PATH, body).body.decode()
+        whole = post(server, CHAT_PATH, body.replace("true", "false")).body.decode()
+    assert told(streamed) in page and told(whole) in page
+    assert page.count('data:{"id"') == streamed.count("data: {")
+
+
+# ----------------------------------------------------------------------------------
 # Requests.  What a body may hold, and the refusal of everything else.
 
 def parsed(path=CHAT_PATH, **fields):
@@ -1389,6 +1426,40 @@ def test_leniency_turns_off_nothing_else():
         assert post(server, CHAT_PATH, {**HI, "messages": user(1)}).status == 400
 
 
+@pytest.mark.parametrize("messages, asked", [
+    ([{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}], "b"),
+    ([{"role": "system", "content": "a"}, {"role": "assistant", "content": "c"}], "c")])
+def test_without_a_user_the_last_message_is_what_is_asked(messages, asked):
+    assert ask(echo, messages=messages).text == asked
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"model": ("v" * 20000)}, None), ({"tool_choice": ("v" * 20000), "tools": []}, "tool_choice"),
+    ({"reasoning_effort": ("v" * 20000)}, "reasoning_effort"), ({"service_tier": ("v" * 20000)}, "service_tier"),
+    ({"messages": [{"role": ("v" * 20000)}]}, "messages[0].role"), ({"n": 10**4000}, "n"),
+    ({"messages": [*user("x"), {"role": "tool", "content": "x", "tool_call_id": ("v" * 20000)}]}, "messages.[1].role"),
+    ({"logit_bias": {("v" * 20000): 200}}, "logit_bias.")])
+def test_no_refusal_repeats_a_long_value_whole(fields, param):
+    with Server(models=["m"]) as server:
+        got = post(server, CHAT_PATH, {**HI, **fields})
+    assert got.status in (400, 404) and len(got.body) < 5000
+    assert param is None or got.error["param"].startswith(param)
+
+
+@both
+def test_stream_options_are_for_streams_alone(stream):
+    got = ask(echo, stream=stream, stream_options={"include_usage": True})
+    assert got.status == (200 if stream else 400)
+    assert stream or got.error["param"] == "stream_options"
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_a_field_that_nobody_knows_passes_as_it_is_null_or_not(path):
+    seen = []
+    ask(lambda request: seen.append((request["odd"], request["x"])) or "", path, odd=None, x={"a": [None]})
+    assert seen == [(None, {"a": [None]})]
+
+
 @pytest.mark.parametrize("path", BOTH)
 def test_every_known_field_is_present_in_a_request(path):
     assert {field for field, paths, *_ in TYPES if path in paths} <= parsed(path).keys()
@@ -1472,6 +1543,14 @@ def test_one_of_its_tokens_may_be_empty(path):
             assert post(server, path, {**body, "stream": True}).chunks
 
 
+@both
+@pytest.mark.parametrize("path", BOTH)
+def test_a_tokenizer_that_makes_tokens_of_nothing_changes_no_reply(path, stream):
+    with Server("", tokenize=lambda text: [text]) as server:
+        got = post(server, path, {**HI, **PROMPT, "stream": stream, "stop": "x"})
+        assert got.text == "" and b'"refusal":""' not in got.body
+
+
 @pytest.mark.parametrize("text", [
     "one two  three\n" * 20000, "世" * 70000,
     *("世" * length + "e\u0301\u0301\U0001f469\u200d\U0001f469 x"
@@ -1480,6 +1559,12 @@ def test_a_long_text_has_the_tokens_that_it_has(text):
     got = ask(always(text), TEXT_PATH)
     assert got.text == text
     assert got.json["usage"]["completion_tokens"] == len(tokenize(text))
+
+
+@pytest.mark.parametrize("text", ["a " + "b" * 200000, " " + "b" * 200000 + " c", "b" * 65537, " " * 200000])
+def test_a_word_longer_than_a_slice_ends_wherever_a_space_stands(text):
+    parts = list(openai_compat.slices(text))
+    assert "".join(parts) == text and "" not in parts and max(map(len, parts)) <= 65537
 
 
 def test_a_word_of_any_length_is_said():
@@ -2181,6 +2266,15 @@ def test_a_reply_may_correct_its_usage(corrections, total):
     assert usage["total_tokens"] == total and corrections.items() <= usage.items()
 
 
+@both
+@pytest.mark.parametrize("path", BOTH)
+def test_a_count_may_be_corrected_to_nothing(path, stream):
+    fields = {"stream_options": {"include_usage": True}} if stream else {}
+    got = ask(Reply("a b", usage={"prompt_tokens": 0}), path, stream=stream, **fields)
+    usage = got.chunks[-1]["usage"] if stream else got.json["usage"]
+    assert [usage[name] for name in COUNTERS] == [0, 2, 2]
+
+
 @pytest.mark.parametrize("asked, told", [(None, "default"), ("auto", "default"),
                                          ("default", "default"), ("flex", "flex"),
                                          ("fast", "priority"), ("priority", "priority")])
@@ -2374,6 +2468,19 @@ def test_a_call_is_streamed_as_an_opening_and_fragments():
     assert all(fragment["tool_calls"][0].keys() == {"index", "function"}
                and fragment["tool_calls"][0]["function"].keys() == {"arguments"}
                for fragment in fragments)
+
+
+@both
+@pytest.mark.parametrize("fields", [TOOLS, FUNCTIONS], ids=["tools", "functions"])
+def test_a_call_without_arguments_has_json_all_the_same(fields, stream):
+    got = ask(always(ToolCall("f", "")), stream=stream, **fields)
+    if stream:
+        [said] = said_in_turn(got.chunks).values()
+        assert (said["calls"] or [said["function"]]) == [("f", "{}")]
+    else:
+        told = got.json["choices"][0]["message"]
+        call = told["tool_calls"][0]["function"] if "tool_calls" in told else told["function_call"]
+        assert call == {"name": "f", "arguments": "{}"}
 
 
 def test_a_legacy_call_is_streamed_as_an_opening_and_fragments():
@@ -2839,6 +2946,9 @@ def test_a_reply_may_bring_headers_which_are_text_whatever_they_are_made_of(stre
 def test_a_header_cannot_smuggle_another(make, value):
     with pytest.raises(ValueError):
         make({"x-mine": value})
+    for name in ("a b", "a:", "", "\xe4", "a\r\nb", "Content-Length", "transfer-encoding", "connection"):
+        with pytest.raises(ValueError, match="cannot be the name of a response header"):
+            make({name: "1"})
 
 
 def test_every_reply_has_a_request_id_of_its_own():
@@ -3427,6 +3537,28 @@ def test_quirks_touch_the_two_endpoints_only(method, path):
     with Server(quirk="html_502", quirk_header=True) as server:
         got = call(server, method, path, headers={"X-Quirk": "reset"})
     assert got.status in (200, 204, 404)
+
+
+@pytest.mark.parametrize("place", ["server", "reply", "header"])
+def test_split_bytes_on_a_whole_reply_is_one_byte_a_transfer_chunk(place):
+    with Server(Reply("a", quirk="split_bytes" if place == "reply" else None), quirk_header=True,
+                quirk="split_bytes" if place == "server" else None) as server, dial(server) as client:
+        client.sendall(request_bytes(headers={"X-Quirk": "split_bytes"} if place == "header" else {}))
+        found, rest = transfer_chunks(read_to_end(client).partition(b"\r\n\r\n")[2])
+        assert rest == b"" and {len(each) for each in found} == {1} and loads(b"".join(found))
+        assert outcome(server) == "quirk"
+
+
+@pytest.mark.parametrize("quirk, stream, ended", [
+    ("truncate@99", True, "complete"), ("bad_json@99", True, "complete"), ("role_every", True, "quirk"),
+    ("one_write", True, "quirk"), ("comment", False, "complete"), ("no_done", False, "complete"),
+    ("missing_tool_index", True, "complete"), ("usage_always", True, "quirk"), ("error_event@0", True, "quirk")])
+def test_the_outcome_is_quirk_only_where_something_was_bent(quirk, stream, ended):
+    with Server(say("a", "b"), quirk=quirk) as server:
+        got = chat(server, stream=stream)
+        assert got.status == 200 and outcome(server) == ended
+        if quirk == "error_event@0":
+            assert got.error["type"] == "server_error" and got.body.count(b"data:") == 1
 
 
 def test_a_scripts_reply_may_have_a_quirk():
@@ -4920,9 +5052,39 @@ def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body):
         for value in dice.sample(STRANGE, min(CASES // 50, len(STRANGE)))])
 
 
-def test_nested_noise_gets_a_sound_reply(roomy, calm):
+FOREIGN = sorted({*openai_compat.CHAT_FIELDS, *openai_compat.COMPLETION_FIELDS, "prompts", "text", "index",
+                  "id", "endpoint", "body", "prompt", "messages", "best_of", "input", "stop_sequences"})
+
+
+@pytest.mark.parametrize("path, body", [(CHAT_PATH, HI), (TEXT_PATH, PROMPT)], ids=["chat", "text"])
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.stress)])
+def test_any_value_in_a_field_of_the_other_endpoint_gets_a_sound_reply(roomy, calm, path, body, share):
     dice = random.Random(SEED)
-    cases = [dice.choice(FULL) for _ in range(CASES)]
+    check_all(roomy, [
+        (path, {**body, "stream": stream, name: value}) for name in FOREIGN for stream in (False, True)
+        for value in STRANGE if dice.random() < share])
+
+
+FOREIGN_FIELDS = [  # each was a 500
+    (CHAT_PATH, {"prompts": 5}), (TEXT_PATH, {"max_completion_tokens": "5"}),
+    (TEXT_PATH, {"max_completion_tokens": -1}), (TEXT_PATH, {"functions": [TOOL_F["function"]]}),
+    (TEXT_PATH, {"response_format": "json"}), (TEXT_PATH, {"response_format": {"type": "json_schema"}}),
+    (TEXT_PATH, {"tools": [TOOL_F], "tool_choice": "required"}), (TEXT_PATH, {"messages": 5}),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "u"}, "text": 5}]}]})]
+
+
+@both
+@pytest.mark.parametrize("path, fields", FOREIGN_FIELDS, ids=[str(list(each[1])) for each in FOREIGN_FIELDS])
+def test_a_field_that_means_nothing_here_is_passed_over(roomy, calm, path, fields, stream):
+    body = {"model": "m", "prompt": "Hi", "messages": user("Hi"), "stream": stream, **fields}
+    assert post(roomy, path, body).text == "Hi"
+
+
+@pytest.mark.parametrize("count", [CASES, pytest.param(50000, marks=pytest.mark.stress)])
+def test_nested_noise_gets_a_sound_reply(roomy, calm, count):
+    dice = random.Random(SEED)
+    cases = [dice.choice(FULL) for _ in range(count)]
     check_all(roomy, [(path, changed(body, dice.choice(list(places(body))), noise(dice)))
                       for path, body in cases])
 
@@ -6947,6 +7109,29 @@ def test_a_program_that_cannot_be_run_is_named_in_a_500(tmp_path, remains, strea
             assert got.status == 500 and str(path) in got.error["message"]
 
 
+def test_the_end_of_a_long_complaint_is_told(gate):
+    fails = program("sys.stderr.write('x' * 2**20 + '\\nthe last line\\n'); sys.exit(1)")
+    with Server(command(fails)) as server:
+        got = chat(server)
+    assert got.status == 500 and got.error["message"].endswith("the last line")
+
+
+def test_half_a_character_at_the_end_of_a_program_is_replaced():
+    with Server(command(program("sys.stdout.buffer.write('a\u4e16'.encode()[:-1])"))) as server:
+        assert chat(server).text == "a\ufffd" and chat(server, stream=True).text == "a\ufffd"
+
+
+def test_the_pipe_of_a_program_is_closed_by_the_server_itself(monkeypatch):
+    kept, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen",
+                        lambda *words, **options: kept.append(popen(*words, **options)) or kept[-1])
+    with Server(command(program("print('a' * 10**6)"))) as server:
+        chat(server), chat(server, max_tokens=1, stream=True)
+        leave(server, CHAT_PATH, {**HI, "stream": True}, after=1)
+        until(lambda: len(kept) == 3 and all(
+            each.stdout.closed and each.returncode is not None for each in kept))
+
+
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "a\udc80b", "long " * 2 ** 20],
                          ids=["NUL", "surrogate", "low surrogate", "too long"])
 def test_a_prompt_that_cannot_be_an_argument_is_a_400(text):
@@ -7874,6 +8059,45 @@ def test_what_cannot_be_started_is_one_clear_line(workplace, flags, expected):
     assert "Traceback" not in done.stderr and (usage == [] or usage[0].startswith("usage: "))
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--at-once", "2"], "--at-once has no effect without --command"),
+    (["--pass", "/x"], "--pass has no effect without --upstream"),
+    *((["--upstream", "http://h/v1", *flag], f"{flag[0]} has no effect beside --upstream") for flag in (
+        ["--delay", "1"], ["--quirk", "bom"], ["--quirk-header"], ["--lenient"], ["--tokenizer", "a:b"])),
+    *((["--replay", "no.tape", *flag], f"{flag[0]} has no effect beside --replay") for flag in (
+        ["--delay", "1"], ["--quirk", "bom"], ["--quirk-header"], ["--lenient"], ["--tokenizer", "a:b"])),
+    (["--route", "/x=mine:nothing"], "nothing"), (["--route", "/models=mine:backwards"], "built-in"),
+    (["--route", "/x"], "cannot load"), (["--delay", "-1"], "--delay"), (["--request-timeout", "0"],
+                                                                       "request_timeout"),
+    (["--command", "no-such-program"], "no-such-program"), (["--upstream", "http://h:port/v1"], "port")])
+def test_what_has_no_effect_or_cannot_be_obeyed_is_refused(workplace, flags, words):
+    done = commanded("--port", "0", *flags, cwd=workplace)
+    assert done.returncode in (1, 2) and words in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("flags", [["-OO"], ["-X", "dev", "-W", "error"]], ids=" ".join)
+def test_it_runs_under_any_flags_of_python(flags):
+    done = finished(sys.executable, *flags, SERVER, "--", *ASKING)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello!\n", "")
+    assert "--upstream" in finished(sys.executable, *flags, SERVER, "--help").stdout
+
+
+def test_a_warning_names_the_host_that_is_open_to_all():
+    with Running("--host", "0.0.0.0") as server:
+        assert "0.0.0.0, port %d" % server.server_address[1] in "".join(server.said)
+
+
+def test_a_route_and_a_missing_recording_from_the_command_line(tmp_path, tape):
+    (tmp_path / "mine.py").write_text("def vectors(body):\n    return {'data': [0.5], **body}\n")
+    with Running("--route", "/embeddings=mine:vectors", "--route", "GET /x=mine:vectors",
+                 cwd=str(tmp_path)) as server:
+        assert post(server, "/v1/embeddings", {"a": 1}).body == b'{"data":[0.5],"a":1}'
+    with Server(Script("once")) as first:
+        for _ in range(2):
+            with Running("--replay", str(tape), "--upstream", first.base_url) as server:
+                assert chat(server).text == "once"
+
+
 def test_a_port_in_use_is_one_clear_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -7894,6 +8118,26 @@ def test_the_log_has_a_line_for_each_exchange():
     for part in ("127.0.0.1", "POST /v1/chat/completions", " 200 ", "complete", "5 events", " s"):
         assert part in first
     assert "/v1/nothing" in second and "404" in second
+
+
+@posix
+@pytest.mark.parametrize("flags, closes", [([], True), (["--trace"], True), (["--trace"], False)],
+                         ids=["log, read end closed", "trace, read end closed", "trace, pipe full"])
+def test_serving_goes_on_when_nobody_reads_what_it_prints(flags, closes):
+    with Running(*flags) as server, dial(server) as client:
+        if closes:
+            server.process.stderr.close()
+        for _ in range(200):
+            client.sendall(posted(json.dumps({"model": "m", "prompt": "word " * 300}).encode()))
+            assert read_past(client, b"}}").startswith(b"HTTP/1.1 200")
+        server.process.terminate()      # 120 is Python's own for what it could not flush
+        assert server.process.wait(30) in ((0, 120) if closes else (0,))
+
+
+@posix
+def test_the_last_lines_of_a_trace_are_printed():
+    done = commanded("--trace", "--", *ASKING)
+    assert "data: [DONE]" in done.stderr and done.stderr.splitlines()[-1].endswith(r"0\r\n")
 
 
 @posix
@@ -8082,6 +8326,93 @@ def test_beside_a_command(workplace, flags, words, status, printed, complained):
     assert re.fullmatch(complained, done.stderr)
 
 
+def test_the_port_is_obeyed_beside_a_command_and_no_proxy_names_its_host():
+    port = free_port()
+    found = environment_beside("--port", str(port), *(["--host", "127.0.0.5"] if sys.platform == "linux"
+                                                      else []))
+    host = re.fullmatch(rf"http://(.*):{port}/v1", found["OPENAI_BASE_URL"])[1]
+    assert host in found["NO_PROXY"].split(",") and found["no_proxy"] == found["NO_PROXY"]
+
+
+def test_a_failure_of_the_backend_is_a_1_although_the_command_said_0(workplace, tmp_path):
+    (tmp_path / "faulty.py").write_text("def fails(request): raise ValueError('by the backend')")
+    words = program("import urllib.request, urllib.error\n"
+                    "try: urllib.request.urlopen(os.environ['OPENAI_BASE_URL'] + '/completions',"
+                    " b'{\"model\": \"m\", \"prompt\": \"x\"}')\nexcept urllib.error.HTTPError: pass")
+    done = beside(*words, flags=["--backend", "faulty:fails"], cwd=str(tmp_path))
+    assert done.returncode == 1 and "ValueError: by the backend" in done.stderr
+    (tmp_path / "tape").write_bytes(b"")
+    done = beside(*words, flags=["--replay", "tape"], cwd=str(tmp_path))
+    assert done.returncode == 1 and "The tape is empty" in done.stderr
+
+
+@posix
+def test_a_status_is_known_where_sigchld_was_ignored():
+    words = f"trap '' CHLD; exec {shlex.quote(sys.executable)} {shlex.quote(SERVER)} -- false"
+    assert finished("sh", "-c", words).returncode == 1
+
+
+COUNTING = """
+got = []
+def note(number, _):
+    got.append(number)
+    if number == signal.SIGINT: door.sendall(b"i")
+signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note)
+door = knock()
+door.sendall(b"r")
+while signal.SIGTERM not in got:
+    signal.sigtimedwait([], 0.05) if hasattr(signal, "sigtimedwait") else signal.pause()
+door.sendall(b"%d" % got.count(signal.SIGINT))
+"""
+
+
+@posix
+@pytest.mark.parametrize("stdin", ["a terminal", "a file", "closed"])
+def test_a_command_hears_ctrl_c_on_a_terminal_once(gate, stdin):
+    pty = pytest.importorskip("pty")
+    redirect = {"a terminal": "", "a file": " </dev/null", "closed": " <&-"}[stdin]
+    line = " ".join(map(shlex.quote, [sys.executable, SERVER, "--", *gate.program(COUNTING)]))
+    child, terminal = pty.fork()
+    if not child:
+        os.execve("/bin/sh", ["sh", "-c", f"exec {line}{redirect}"], environment())
+    try:
+        with gate.arrival() as door:
+            assert door.recv(1) == b"r"
+            os.write(terminal, b"\x03")
+            assert door.recv(1) == b"i"
+            os.kill(child, signal.SIGTERM)      # is handled after the server's own SIGINT
+            assert door.recv(9) == b"1"
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        os.close(terminal)
+
+
+@posix
+@pytest.mark.parametrize("stdin", ["</dev/null", "<&-"])
+def test_a_signal_for_the_server_alone_reaches_the_command(gate, stdin):
+    line = " ".join(map(shlex.quote, [sys.executable, SERVER, "--", *gate.program(COUNTING)]))
+    process = subprocess.Popen(["sh", "-c", f"exec {line} {stdin}"], stderr=subprocess.PIPE,
+                               start_new_session=True, env=environment())
+    with process.stderr, gate.arrival() as door:
+        assert door.recv(1) == b"r"
+        process.send_signal(signal.SIGINT)
+        assert door.recv(1) == b"i"
+        process.terminate()
+        assert door.recv(9) == b"1" and process.wait(30) == 0 and process.stderr.read() == b""
+
+
+@posix
+@pytest.mark.parametrize("traps, serves", [("", False), ("trap '' HUP; ", True)], ids=["plain", "nohup"])
+def test_a_hangup_ends_the_server_unless_it_was_ignored_at_the_start(traps, serves):
+    start = ["sh", "-c", f'{traps}exec "$0" "$@"', sys.executable, SERVER]
+    with Running(start=start) as server:
+        server.process.send_signal(signal.SIGHUP)
+        if serves:
+            assert chat(server).status == 200
+        assert server.end()[0] == 0
+
+
 @posix
 def test_a_command_that_cannot_be_run_is_one_clear_line(tmp_path):
     (tmp_path / "garbage").write_bytes(b"neither a script nor a binary\n")
@@ -8145,6 +8476,16 @@ def test_a_second_signal_cuts_them(gate, workplace, name):
         server.process.send_signal(getattr(signal, name))
         assert b"[DONE]" not in read_to_end(client)
         assert server.process.wait(PATIENCE) == 0
+
+
+@posix
+def test_a_third_signal_does_no_harm(gate, workplace):
+    with held_reply(gate, workplace) as (server, client, _):
+        for _ in range(5):
+            server.process.terminate()
+        read_to_end(client)
+        status, said = server.end()
+        assert status == 0 and "Traceback" not in "".join(said)
 
 
 @posix
@@ -8233,6 +8574,20 @@ def test_a_client_without_tls_is_closed(tls_files):
 def test_a_silent_client_over_tls_is_closed_in_time(tls_files):
     with Server(tls=tls_files, request_timeout=0.1) as server, dial(server) as client:
         assert ended(client)
+
+
+def test_a_handshake_that_fails_leaves_nothing_behind(tls_files):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with Server(tls=tls_files) as server:
+            for raw in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b""):
+                with dial(server) as client:
+                    client.sendall(raw)
+                    half_close(client)
+                    read_to_end(client)
+            until(lambda: not server.connections)
+        gc.collect()
+    assert [each for each in told if each.category is ResourceWarning] == []
 
 
 def test_closing_does_not_wait_for_tls_connections(tls_files, caplog):
