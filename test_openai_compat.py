@@ -5944,7 +5944,7 @@ def test_a_proxy_that_makes_no_sense_is_one_line(proxy):
 
 @pytest.mark.parametrize("answer, told", [
     (refusal_reply("401 No", code="invalid_api_key"), "401 invalid_api_key: no (--api-key or"),
-    (refusal_reply("404 No", message="a\nb"), "404: a b (are --base-url and --model right?)"),
+    (refusal_reply("404 No", message="a\nb"), "404: a b (are --base-url and --model given and right?)"),
     (PAGE, "text/html"), (streamed(HI_EVENT), "before the reply was complete"),
     (streamed(HI_EVENT)[:-5], "cut"), (b"", "cannot reach")])
 def test_a_refusal_is_status_1_and_one_line(answer, told):
