@@ -411,8 +411,7 @@ def chunks(events):
             for choice in _choices(chunk):
                 index = _index(choice)
                 ends[index] = choice.get("finish_reason") or ends.get(index)
-                if not index:
-                    text += _text(choice)
+                text += "" if index else _text(choice)
             if len(text) > 2 * _KEPT:
                 text = text[-_KEPT:]
             yield chunk
