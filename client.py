@@ -1194,6 +1194,7 @@ def bench(method, request, requests, concurrency, progress=lambda done: None):
                 progress(done)
     except KeyboardInterrupt:
         todo = iter(())  # so that each thread ends after its request
+    progress(done)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return _report(list(done), seconds, cpu / seconds, len(threads))
 
