@@ -2775,8 +2775,9 @@ class Relay(PassingOn):
         is_plain = not (self.upstream.query or self.upstream.username)
         if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
                 and is_plain):
-            raise ValueError("the URL of an upstream must be like http://host:8000/v1, "
-                             "without a password or a query")
+            raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: its "
+                             "URL must be like http://host:8000/v1, without a password "
+                             "or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
