@@ -2190,6 +2190,11 @@ class Reply:
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
         if not all(isinstance(call, ToolCall) for call in self.tool_calls):
             raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
+        pieces = () if isinstance(text, str) else text or ()
+        if not all(isinstance(piece, (str, ToolCall)) for piece in pieces):
+            raise TypeError(f"a text must be a str or pieces, not {text!r}")
+        if not (expect is None or isinstance(expect, dict) or callable(expect)):
+            raise TypeError(f"expect must be a dict or a function, not {expect!r}")
         delay_pair(delay)
         parse_quirk(quirk)
         self.headers, self.expect = header_fields(headers), expect

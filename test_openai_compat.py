@@ -2640,7 +2640,7 @@ def test_what_is_no_backend_is_a_type_error_where_it_is_given(value):
 
 
 @pytest.mark.parametrize("fields", [
-    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
+    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"text": [1]}, {"expect": 5}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
     {"refusal": 5}, {"finish_reason": 5}, {"usage": [1]}, {"delay": "1"}, {"delay": -1},
     {"delay": math.nan}, {"delay": (1,)}, {"quirk": 5}, {"headers": "x"}, {"error": ValueError()}],
     ids=repr)
