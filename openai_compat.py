@@ -1559,9 +1559,12 @@ class Connection:
         self.ended = False              # the client has closed, or half-closed
         self.stopping = False           # the server is about to close the connection
 
+    def set_timeout(self, seconds):
+        self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
+
     def receive(self, seconds):
         """Wait so long for bytes, and read once -> did any come, or the end of them?"""
-        self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
+        self.set_timeout(seconds)
         try:
             block = self.sock.recv(65536)
         except (socket.timeout, *NOT_NOW):
@@ -1616,12 +1619,10 @@ class Connection:
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
         view = memoryview(block)
-        self.sock.settimeout(0)         # most of the time there is nothing to wait for
+        self.set_timeout(self.seconds)
         while view:
             try:
                 view = view[self.sock.send(view):]
-            except NOT_NOW:
-                self.sock.settimeout(min(self.seconds, LONGEST_WAIT))
             except OSError:             # also the timeout
                 raise ClientLeft from None
 
@@ -2202,6 +2203,9 @@ class Reply:
         return not self.delay and isinstance(self.text, (str, list, tuple, type(None)))
 
 
+NOTHING_ELSE = vars(Reply())
+
+
 def as_reply(result):
     """What a backend returned, as a Reply; its `text` may be any iterable of pieces."""
     if isinstance(result, Reply):
@@ -2211,8 +2215,8 @@ def as_reply(result):
     if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
         raise BackendFault("a backend must return a str, a Reply or an iterable of "
                            f"pieces, not {type(result).__name__}")
-    reply = Reply()
-    reply.text = result
+    reply = Reply.__new__(Reply)        # without its checks: `result` may be any iterable
+    vars(reply).update(NOTHING_ELSE, text=result)
     return reply
 
 
@@ -2349,7 +2353,8 @@ def brief(value, around=0):
         ('...xxxxxxxxxxxxxxxxx', 'absent')
     """
     text = "absent" if value is ABSENT else repr(value)
-    start, end = max(around - 40, 0), around + 250
+    start = max(around - 40, 0)
+    end = start + 180
     return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
@@ -2804,7 +2809,11 @@ class Relay(PassingOn):
                                 f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        response = self.ask(incoming)
+        try:
+            response = self.ask(incoming)
+        except (ClientLeft, APIError) as error:
+            self.miss(error)
+            raise
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
@@ -2830,19 +2839,25 @@ class Relay(PassingOn):
             else:                       # everything went out; the end is an empty write
                 write = b""
         except (Cut, ClientLeft, GeneratorExit) as error:
-            why = "upstream was cut" if isinstance(error, Cut) else "client left"
-            log.warning("An exchange was not recorded on %s: the %s", self.tape, why)
+            self.miss(error)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
                      "writes": kept})
         yield write
+
+    def miss(self, error):
+        """Say why an exchange is not on the tape."""
+        why = ("the upstream was cut" if isinstance(error, Cut) else error
+               if isinstance(error, Exception) else "the client left")
+        if self.tape:
+            log.warning("An exchange was not recorded on %s: %s", self.tape, why)
 
     def append(self, recording):
         try:
             with self.lock, open(self.tape, "ab") as tape:
                 tape.write(to_json(recording) + b"\n")
         except OSError as error:
-            log.error("An exchange was not recorded on %s: %s", self.tape, error)
+            self.miss(error)
         if self.on_record:
             self.on_record(recording)
 
@@ -3973,10 +3988,10 @@ class Server(ThreadingHTTPServer):
         own first exception.  error: what the `with` block ended with."""
         if error is not None and not isinstance(error, Exception):
             return
+        failure, traceback = self.failure or (None, None)
         if isinstance(self.backend, (Script, Replay)):
-            self.backend.check(error)
-        if self.failure is not None and error is None:
-            failure, traceback = self.failure
+            self.backend.check(error or failure)
+        if failure is not None and error is None:
             if hasattr(failure, "add_note"):
                 failure.add_note("It came from the server's backend.  Raise APIError "
                                  "there where the failure is meant for the client.")
@@ -4372,7 +4387,7 @@ def backend_of(args):
 def server_of(args, port):
     """The server that the options ask for."""
     check_number("--delay", args.delay, 0)
-    keys = os.environ.get("OPENAI_COMPAT_API_KEYS", "").split(",")
+    keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")   # not for programs
     routes = [route.rpartition("=") for route in args.route]
     same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
             "request_timeout")          # these have the names of the server's arguments
@@ -4384,7 +4399,7 @@ def server_of(args, port):
         tls=(args.tls_cert, args.tls_key) if args.tls_cert else None,
         routes={path: named(place) for path, _, place in routes},
         **{name: getattr(args, name) for name in same})
-    server.delay, server.trace = args.delay, tracer() if args.trace else None
+    server.delay = args.delay
     return server
 
 
@@ -4393,29 +4408,37 @@ def complain(message, status=1):
     return status
 
 
-def tracer():
-    """A function that prints what crosses the wire.
+class Printer:
+    """Standard error as a file that never waits for long.
 
     Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was
     in vain, lines are lost until somebody reads again, and requests go on.
     """
-    seconds, lock = 1, threading.Lock()
 
-    def trace(number, direction, block):
-        nonlocal seconds
-        now = time.time()
-        clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
-        text = "".join(f"{clock} #{number} {direction} {line}\n"
-                       for line in trace_lines(block)).encode("utf-8", "replace")
-        size = getattr(select, "PIPE_BUF", 4096)       # what a ready pipe takes at once
-        with lock, suppress(OSError):
-            for start in range(0, len(text), size):
-                if os.name != "nt":             # Windows selects only sockets
-                    seconds = int(bool(select.select([], [2], [], seconds)[1]))
-                    if not seconds:
+    def __init__(self):
+        self.seconds, self.lock = 1, threading.Lock()
+
+    def write(self, lines):
+        lines = lines.encode("utf-8", "backslashreplace")
+        size = getattr(select, "PIPE_BUF", 4096)        # what a ready pipe takes at once
+        with self.lock, suppress(OSError):
+            for start in range(0, len(lines), size):
+                if os.name != "nt":                     # Windows selects only sockets
+                    self.seconds = len(select.select([], [2], [], self.seconds)[1])
+                    if not self.seconds:
                         return
-                os.write(2, text[start:start + size])
-    return trace
+                os.write(2, lines[start:start + size])
+
+    def flush(self):
+        """There is nothing to do: nothing is kept back."""
+
+
+def print_trace(file, number, direction, block):
+    """Print what crosses the wire, a line at a time, with the time of day."""
+    now = time.time()
+    clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
+    file.write("".join(f"{clock} #{number} {direction} {line}\n"
+                       for line in trace_lines(block)))
 
 
 def wait_until(is_over, seconds):
@@ -4520,10 +4543,12 @@ def main(argv=None):
     is_beside = program is not None
     port = args.port if args.port is not None else 0 if is_beside else 8000
     level = logging.WARNING if args.quiet or is_beside else logging.INFO
+    file = Printer()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
-                        level=level)
+                        level=level, stream=file)
     try:
         server = server_of(args, port)
+        server.trace = functools.partial(print_trace, file) if args.trace else None
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
     if not (server.api_keys or server.on_loopback()):
@@ -4580,7 +4605,16 @@ def fast_stay_on_core(number):
         sys.setswitchinterval(0.02)
 
 
+def fast_set_timeout(connection, seconds):
+    """Each settimeout is a system call that may hand the interpreter to another thread:
+    10 % of the requests/s at 16 connections.  So a timeout may be 5 % too long."""
+    seconds = max(min(seconds, LONGEST_WAIT), 0)
+    if abs(seconds - (connection.sock.gettimeout() or 0)) > 0.05 * seconds:
+        connection.sock.settimeout(seconds)
+
+
 if FAST:
+    Connection.set_timeout = fast_set_timeout
     encode_json = fast_encode_json()
     writes_per_send = fast_writes_per_send
     http_date = functools.lru_cache(maxsize=4)(http_date)

@@ -6,9 +6,11 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 import base64
 import configparser
 import contextlib
+import copy
 import doctest
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -17,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import select
@@ -31,12 +34,15 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 import urllib.error
 import urllib.request
 import warnings
+import weakref
 from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -2493,6 +2499,102 @@ def test_what_no_backend_may_return_or_yield_is_a_500_that_says_so(stream, backe
     assert got.status == 500 and type(value).__name__ in got.error["message"]
 
 
+CONSTANTS = {"str": "a b", "Reply": Reply(["a ", "b"]), "tuple of pieces": Reply(("a ", "b")),
+             "say": say("a b")}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS.values(), ids=CONSTANTS)
+def test_a_constant_is_a_backend(constant):
+    with Server(constant) as server:
+        assert [chat(server, text).text for text in "xy"] == ["a b"] * 2
+        server.backend = ToolCall("f", {"n": 1})
+        assert chat(server, **TOOLS).json["choices"][0]["finish_reason"] == "tool_calls"
+        server.backend = TEAPOT
+        assert chat(server).error["code"] == "teapot"
+
+
+async def coroutine(request):
+    return "x"
+
+
+async def async_generator(request):
+    yield "x"
+
+
+@pytest.mark.parametrize("value", [None, b"x", 5, ["a", "b"], ("a",), {"text": "a"}, coroutine,
+                                   async_generator], ids=repr)
+def test_what_is_no_backend_is_a_type_error_where_it_is_given(value):
+    with pytest.raises(TypeError, match="say.*Script"):
+        Server(value)
+    with Server("still here") as server:
+        with pytest.raises(TypeError, match="must be a function of the request"):
+            server.backend = value
+        assert chat(server).text == "still here"
+
+
+@pytest.mark.parametrize("fields", [
+    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
+    {"refusal": 5}, {"finish_reason": 5}, {"usage": [1]}, {"delay": "1"}, {"delay": -1},
+    {"delay": math.nan}, {"delay": (1,)}, {"quirk": 5}, {"headers": "x"}, {"error": ValueError()}],
+    ids=repr)
+def test_a_value_of_the_wrong_type_is_refused_where_the_reply_is_made(fields):
+    with pytest.raises(TypeError, match=next(iter(fields))):
+        Reply(**fields)
+
+
+class Theirs:
+    """A user's object, with attributes and methods that mean something to the user."""
+
+    model, paths, delay, quirk, expect, steps = 5, ["/x"], "slow", "bogus", 1, None
+
+    def __call__(self, request):
+        return "theirs"
+
+    def nothing(self):
+        raise AssertionError("nobody may call this")
+    answer = respond = check = close = start = on_record = nothing
+
+
+def test_the_attributes_of_a_users_backend_have_any_name():
+    with Server(Theirs()) as server:
+        assert chat(server).text == "theirs" and listed(server) == ["Theirs"]
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_each_call_of_a_backend_gets_a_copy_of_its_own(path):
+    seen = []
+
+    def backend(request):
+        seen.append(json.dumps([request["stop"], request["x"], request["body"],
+                                request.get("messages"), request.get("prompts")]))
+        for name in ("stop", "x", "messages", "prompts"):
+            request.get(name, []).append({"changed": 1})
+            request["body"].get(name, []).append("changed")
+        return "a"
+    with Server(backend) as server:
+        body = {**HI, **PROMPT, "prompt": ["p"], "x": [1], "stop": ["z"], "n": 3}
+        post(server, path, body)
+        assert server.journal[0].body == body and seen == [seen[0]] * 3
+        server.journal[0].body["x"].append("changed")
+        assert server.journal[0].body == body
+
+
+def test_a_seed_freezes_the_ids_and_the_programs_own_random_is_left_alone():
+    def ids():
+        with Server(ToolCall("f")) as server:
+            server.random.seed(7)
+            random.seed(7)
+            made = [chat(server, **TOOLS).json for _ in range(2)]
+        assert random.random() == random.Random(7).random()
+        return [(each["id"], each["choices"][0]["message"]["tool_calls"][0]["id"]) for each in made]
+    assert ids() == ids() and len(set(ids())) == 2
+    with Server() as one, Server() as other:
+        random.seed(7)
+        first = chat(one).json["id"]
+        random.seed(7)
+        assert chat(other).json["id"] != first
+
+
 def failing(error, *pieces):
     def backend(request):
         yield from pieces
@@ -2548,6 +2650,82 @@ def test_a_connection_outlives_an_error():
         assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
 
 
+def fail_in_pytest(request):
+    pytest.fail("told by a test")
+
+
+@both
+def test_pytests_own_failure_is_a_500_and_fails_the_block(stream):
+    failed = pytest.fail.Exception
+    with failing_at_its_end(fail_in_pytest, failed, "told by a test") as server:
+        got = chat(server, stream=stream)
+        assert (got.status, outcome(server)) == (500, "error") and b"told" not in got.body
+
+
+def test_the_first_failure_of_several_fails_the_block_with_an_advice():
+    errors = [KeyError("first"), ValueError("second")]
+    server = Server(lambda request: raising(errors.pop(0))(request)).start()
+    assert [chat(server).status for _ in range(2)] == [500, 500]
+    with pytest.raises(KeyError, match="first") as fault:
+        server.close()
+    server.close()                              # closing twice is closing once
+    advice = "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
+    assert "Raise APIError" in advice
+    assert fault.traceback[-1].name == "backend"    # where it came from, not where it was kept
+
+
+def test_an_error_in_the_block_comes_before_the_backends():
+    with pytest.raises(IndexError):
+        with Server(raising(ValueError("of the backend"))) as server:
+            chat(server)
+            raise IndexError("of the block")
+
+
+@contextlib.contextmanager
+def no_collector():
+    """What is freed in the block is freed without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@both
+@pytest.mark.parametrize("error, kept", [(APIError(418, "x"), 0), (RuntimeError("x"), 2)],
+                         ids=["meant", "not meant"])
+@pytest.mark.parametrize("late", [(), ("a",)], ids=["at once", "later"])
+def test_an_exception_that_is_raised_again_and_again_keeps_nothing_alive(error, kept, late, stream,
+                                                                          caplog):
+    caplog.set_level("CRITICAL", "openai_compat")       # pytest keeps what is logged
+    held = []
+
+    def backend(request):
+        big = Theirs()
+        held.append(weakref.ref(big))
+        try:
+            yield from late
+            raise KeyError(big)
+        except KeyError:
+            raise error
+    server = Server(backend).start()
+    with no_collector():
+        for _ in range(20):
+            chat(server, stream=stream)
+        assert until(lambda: len(server.journal) == 20 and server.journal[-1].outcome)
+        # What nobody meant keeps two: the first is raised again, the last is its context.
+        until(lambda: len([1 for ref in held if ref()]) <= kept)
+    with contextlib.suppress(RuntimeError):
+        server.close()
+
+
+def test_an_error_can_be_pickled_and_copied():
+    for again in (pickle.loads(pickle.dumps(TEAPOT)), copy.copy(TEAPOT), copy.deepcopy(TEAPOT)):
+        assert (again.status, again.body(), again.headers, str(again)) == (
+            418, TEAPOT.body(), TEAPOT.headers, "I'm a teapot.")
+
+
 @pytest.mark.parametrize("status, kind, code", [
     (400, "invalid_request_error", None), (401, "invalid_request_error", None),
     (404, "invalid_request_error", None), (429, "requests", "rate_limit_exceeded"),
@@ -2562,6 +2740,17 @@ def test_an_errors_type_and_code_follow_from_its_status(status, kind, code):
 def test_no_quota_is_not_to_be_tried_again():
     error = APIError(429, "x", code="insufficient_quota")
     assert error.type == "insufficient_quota" and error.headers["x-should-retry"] == "false"
+
+
+def test_an_author_may_have_no_quota_tried_again():
+    error = APIError(429, "x", code="insufficient_quota", headers={"x-should-retry": "true"})
+    assert error.headers["x-should-retry"] == "true"
+
+
+@pytest.mark.parametrize("status, is_one", [(399, False), (400, True), (599, True), (600, False)])
+def test_the_status_of_an_error_is_from_400_to_599(status, is_one):
+    with contextlib.nullcontext() if is_one else pytest.raises(ValueError, match=str(status)):
+        assert APIError(status, "x").status == status
 
 
 def test_a_generator_is_closed_when_the_limit_is_reached():
@@ -2738,6 +2927,67 @@ def test_all_choices_of_a_request_say_the_same_step():
             assert [choice["message"]["content"] for choice in got["choices"]] == [text] * 3
 
 
+def test_a_step_may_be_a_dict_as_in_a_file():
+    script = Script({"text": "a", "expect": {"n": 1}}, {"error": {"status": 429, "message": "no"},
+                                                        "delay": 0, "expect": {"n": 2}},
+                    {"tool_calls": [{"name": "f", "arguments": {}}]}, {"text": ["b", "c"]})
+    with Server(script) as server:
+        assert [chat(server, n=n, **TOOLS).status for n in (1, 2, 1)] == [200, 429, 200]
+        assert contents(server, 1) == ["bc"]
+
+
+def test_in_any_order_a_request_takes_the_first_step_that_expects_it():
+    def expecting(word):
+        return {"messages": lambda messages: word in messages[-1]["content"]}
+    script = Script("free", Reply("1", expect=expecting("x")), Reply("2", expect=expecting("x")),
+                    Reply("3", expect=expecting("y")), any_order=True)
+    with Server(script) as server:
+        assert [chat(server, text).text for text in ("y", "x", "z", "x")] == ["3", "1", "free", "2"]
+
+
+def test_in_any_order_a_request_that_no_step_expects_is_told_why_by_each():
+    script = Script(Reply("1", expect={"n": 1}), Reply("2", expect={"seed": 5}), any_order=True)
+    got, fault = not_followed(script, {"n": 2})
+    assert got.status == NOT_FOLLOWED
+    assert "n is 2, expected 1; step 2 is not for this request: seed is absent, expected 5" in got.error["message"]
+    assert got.error["message"] in fault
+
+
+def test_parallel_requests_in_any_order_each_take_a_step_of_their_own():
+    steps = [Reply(str(i), expect={"seed": i % 3}) for i in range(30)]
+    with Server(Script(*steps, any_order=True)) as server:
+        seeds = iter([i % 3 for i in range(30)])
+        said = together(10, lambda: [(seed, chat(server, seed=seed).text)
+                                     for seed in itertools.islice(seeds, 3)])
+    said = [int(text) for each in said for seed, text in each if int(text) % 3 == seed]
+    assert sorted(said) == list(range(30))
+
+
+def test_what_no_step_is_for_is_answered_otherwise():
+    script = Script(Reply("main", expect={"n": 1}), otherwise=lambda request: "a title")
+    with Server(script) as server:
+        assert [chat(server, **fields).text for fields in ({}, {"n": 1}, {})] == [
+            "a title", "main", "a title"]
+
+
+def test_a_step_that_remains_beside_otherwise_says_why_the_last_one_did_not_match():
+    got, fault = not_followed(Script(Reply("main", expect={"n": 1}), otherwise=echo), {"n": 3})
+    assert got.status == 200 and "1 of 1 steps remain" in fault and "n is 3, expected 1" in fault
+
+
+@pytest.mark.parametrize("wrong", [5, ["x"], coroutine, Relay("http://h/v1")], ids=repr)
+def test_otherwise_is_a_backend_but_no_relay(wrong):
+    with pytest.raises(TypeError):
+        Script("a", otherwise=wrong)
+
+
+def test_a_script_that_is_given_later_is_the_one_that_is_checked():
+    with pytest.raises(AssertionError, match="'second'"):
+        server = Server(Script("first")).start()
+        server.backend = Script("second")
+        server.close()
+
+
 def not_followed(script, *bodies):
     """(the last reply, the AssertionError's text) of a script that fails."""
     server, got = Server(script).start(), None
@@ -2780,6 +3030,46 @@ def test_an_unexpected_request_is_told_its_first_difference(expect, body, words)
     got, fault = not_followed(Script(Reply("a", expect=expect)), body)
     assert got.status == NOT_FOLLOWED and got.headers["x-should-retry"] == "false"
     assert all(word in got.error["message"] and word in fault for word in ("step 1", *words))
+
+
+def asserts(value):
+    assert value == "x", "the model must be x"
+    return True
+
+
+def never_true(value):
+    assert value
+
+
+LONG_TEXT = "a" * 300 + "%s" + "z" * 300
+DIFFERENCES = {  # what is expected, the fields of the body, and what the refusal says
+    "a dict in a list": ({"messages": [{"content": "Hi"}]}, {},
+                         "messages[0].content is 'Hello, world!', expected 'Hi'"),
+    "a list that is longer": ({"stop": ["a"]}, {"stop": ["a", "b"]}, "stop has 2 items, expected 1"),
+    "the type": ({"temperature": "1"}, {"temperature": 1}, "temperature is 1, expected '1'"),
+    "a field in what is no object": ({"stop": {"a": 1}}, {"stop": "x"}, "stop is 'x', expected {'a': 1}"),
+    "a function in a list": ({"stop": ["a", str.isupper]}, {"stop": ["a", "b"]},
+                             "stop[1] is 'b', to which isupper says: no"),
+    "an AssertionError": ({"model": asserts}, {}, "model is 'm', to which asserts says: the model must be x"),
+    "a function that returns None": ({"model": never_true}, {}, "None (to say yes, it must return True)"),
+    "a function of what is absent": ({"seed": bool}, {}, "seed is absent, to which bool says: no"),
+    "the middle of a long text": ({"user": LONG_TEXT % "expected"}, {"user": LONG_TEXT % "sent"},
+                                  "aaasentzzz"),
+    "the middle that was expected": ({"user": LONG_TEXT % "expected"}, {"user": LONG_TEXT % "sent"},
+                                     "aaaexpectedzzz"),
+}
+
+
+@pytest.mark.parametrize("expect, body, words", rows(DIFFERENCES))
+def test_the_refusal_shows_the_difference(expect, body, words):
+    got, fault = not_followed(Script(Reply("a", expect=expect)), body)
+    assert words in got.error["message"] and words in fault and len(fault) < 500
+
+
+def test_an_expectation_that_itself_fails_is_not_a_request_that_differs():
+    script = Script(Reply("a", expect={"model": lambda value: value.nonsense}), "b")
+    with failing_at_its_end(script, AttributeError, "nonsense") as server:
+        assert chat(server).status == 500       # and "b" remains, which is no news
 
 
 @pytest.mark.parametrize("expect", [
@@ -3215,6 +3505,62 @@ def test_the_journal_masks_keys():
     assert key not in repr(vars(entry)) + repr(entry) + there.body.decode()
 
 
+SECRETS = {"Authorization": "Bearer SECRET", "Proxy-Authorization": "Basic SECRET", "Api-Key": "SECRET",
+           "X-Api-Key": "SECRET", "X-Goog-Api-Key": "SECRET", "Cookie": "session=SECRET"}
+
+
+@pytest.mark.parametrize("query", ["api-key", "api_key", "key", "token", "access_token", "API-KEY"])
+def test_no_secret_stands_in_the_journal_the_log_or_a_cache(query, caplog):
+    caplog.set_level("INFO", "openai_compat")
+    with Server() as server:
+        chat(server, path=f"{CHAT_PATH}?a=1&{query}=SECRET&b=2", headers=SECRETS)
+        call(server, "GET", f"/nowhere?{query}=SECRET", headers=SECRETS)
+        until(lambda: len(caplog.records) == 2)
+        told = call(server, "GET", "/journal").body.decode() + caplog.text
+        assert "SECRET" not in told + repr([vars(each) for each in server.journal])
+        assert "a=1" in told and "b=2" in told and all(name.lower() in told for name in SECRETS)
+    cached = [gc.get_referents(each) for each in vars(openai_compat).values()
+              if hasattr(each, "cache_info")]
+    assert cached and "SECRET" not in repr(cached)
+
+
+def test_the_journal_holds_each_body_once():
+    size, count = 2**20, 8
+    with Server("x") as server:
+        chat(server)
+        tracemalloc.start()
+        with no_collector():
+            for _ in range(count):
+                assert chat(server, "y" * size).status == 200
+            held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert [len(each.body["messages"][0]["content"]) for each in server.journal[1:]] == [size] * count
+    assert count * size <= held < 1.5 * count * size
+
+
+def test_the_journal_keeps_the_body_that_came_to_an_unknown_endpoint():
+    with Server() as server:
+        got = post(server, "/v1/responses", {"model": "m", "input": "Hi"})
+        assert got.error["code"] == "unknown_url" and server.journal[0].status == 404
+        assert server.journal[0].body == {"model": "m", "input": "Hi"}
+
+
+def test_the_journal_is_a_list_that_can_be_emptied():
+    with Server() as server:
+        chat(server)
+        server.journal.clear()
+        assert server.journal == [] and chat(server).status == 200 and len(server.journal) == 1
+
+
+def test_a_body_that_is_nested_too_deeply_harms_nothing():
+    with Server() as server:
+        for levels, status in ((150, 200), (201, 400), (980, 400), (100000, 400)):
+            deep = b'{"model":"m","prompt":"x","y":%b}' % (b"[" * levels + b"]" * levels)
+            assert post(server, TEXT_PATH, deep).status == status
+        entries = loads(call(server, "GET", "/journal").body)
+    assert [each["body"] is None for each in entries] == [False, True, True, True, True]
+
+
 def test_the_journal_keeps_the_last():
     with Server(journal=2) as server:
         for i in range(4):
@@ -3338,6 +3684,27 @@ def test_a_wrong_key_is_a_401_that_does_not_repeat_it(key, header):
     assert key not in got.error["message"]
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "latin-1"])
+def test_a_key_may_have_any_letters_in_either_coding(coding):
+    with Server(api_keys="schl\xfcssel-sch\xf6n") as server:
+        headers = {"Authorization": "Bearer schl\xfcssel-sch\xf6n".encode(coding)}
+        assert chat(server, headers=headers).status == 200
+
+
+def test_two_keys_in_one_request_are_refused():
+    raw = posted(TEXT_JSON, f"Authorization: Bearer {KEY}\r\nAuthorization: Bearer x\r\n".encode())
+    with Server(api_keys=KEY) as server:
+        assert statuses(server, raw + LAST) == [400]
+
+
+@pytest.mark.parametrize("length", range(1, 20))
+def test_no_part_of_a_short_key_is_told(length):
+    with Server(api_keys=KEY) as server:
+        told = chat(server, headers={"api-key": "abcdefghijklmnopqrstuvw"[:length]}).error["message"]
+    shown = told.partition("provided: ")[2].rstrip(".")
+    assert shown == ("***" if length < 16 else f"abc***{'abcdefghijklmnopqrstuvw'[length - 2:length]}")
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/health", 200), ("OPTIONS", CHAT_PATH, 204), ("GET", "/v1/models", 401),
     ("GET", "/v1/models/x", 401), ("POST", TEXT_PATH, 401), ("GET", "/nowhere", 401),
@@ -3389,6 +3756,33 @@ def test_every_origin_may_be_allowed():
         got = chat(server, headers={"Origin": "http://any.example"})
     assert got.status == 200
     assert got.headers["access-control-allow-origin"] == "http://any.example"
+
+
+@pytest.mark.parametrize("named", ["https://page.example/", "HTTPS://Page.Example", "https://PAGE.example/"])
+def test_an_origin_is_named_in_any_case_and_with_a_slash(named):
+    with Server(cors=named) as server:
+        assert chat(server, headers={"Origin": "https://page.example"}).status == 200
+        assert chat(server, headers={"Origin": "http://page.example"}).status == 403
+
+
+def test_with_keys_any_origin_may_ask_and_a_stranger_is_told_to_vary():
+    headers = {"Origin": "https://any.example", "Authorization": f"Bearer {KEY}"}
+    with Server(api_keys=KEY) as server:
+        got = chat(server, headers=headers)
+        assert got.status == 200 and got.headers["access-control-allow-origin"] == "https://any.example"
+    with Server() as server:
+        got = chat(server, headers=headers)
+        assert got.status == 403 and got.headers["vary"] == "origin"
+
+
+def test_on_the_other_loopback_a_browser_is_a_stranger_too():
+    try:
+        server = Server(host="::1")
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    with server:
+        assert [chat(server, headers={"Host": host}).status
+                for host in ("[::1]", "evil.example")] == [200, 403]
 
 
 def test_without_an_origin_nothing_is_allowed_to_any():
@@ -3495,6 +3889,99 @@ def test_a_method_that_is_not_there_is_a_405_that_says_which_are(method, path, a
     assert got.status == 405 and got.headers["allow"] == allowed
     if method != "HEAD":
         assert got.error["message"].startswith(f"Not allowed to {method} on ")
+
+
+# ------ routes: endpoints of the user's
+
+def embeddings(body):
+    if "input" not in body:
+        raise APIError(400, "Missing 'input'.", "input")
+    return {"object": "list", "data": [{"index": 0, "embedding": [0.5]}]}
+
+
+def responses(body):
+    yield {"type": "response.created", "n": 1}
+    yield {"no type": body["input"]}
+    yield {"type": "two\nlines"}
+
+
+def files(body):
+    return {"body": body}
+
+
+ROUTES = {"/embeddings": embeddings, "POST /v1/responses": responses, "GET /files": files,
+          "put /files/": files, "/files/a%20b": files}
+ROUTED = {  # method, path, body: status, what the body says
+    "POST": ("POST", "/v1/embeddings", {"input": "x"}, 200, b'"embedding":[0.5]'),
+    "without /v1": ("POST", "//embeddings/?x=1", {"input": "x"}, 200, b'"embedding":[0.5]'),
+    "APIError": ("POST", "/embeddings", {}, 400, b"Missing 'input'."),
+    "no JSON": ("POST", "/embeddings", b"{", 400, b"could not parse"),
+    "GET": ("GET", "/v1/files", None, 200, b'{"body":null}'),
+    "HEAD": ("HEAD", "/files", None, 200, b""),
+    "PUT": ("PUT", "/v1/files", {"a": 1}, 200, b'{"body":{"a":1}}'),
+    "an encoded path": ("POST", "/files/a%20b", {}, 200, b'{"body":{}}'),
+    "another method": ("DELETE", "/files", None, 405, b"use GET or PUT"),
+    "a longer path": ("POST", "/embeddings/x", {}, 404, b"unknown_url"),
+    "events": ("POST", "/responses", {"input": "Hi"}, 200,
+               b'event: response.created\ndata: {"type":"response.created","n":1}\n\n'
+               b'data: {"no type":"Hi"}\n\ndata: {"type":"two\\nlines"}\n\n'),
+}
+
+
+@pytest.mark.parametrize("method, path, body, status, said", rows(ROUTED))
+def test_a_route_is_an_endpoint_like_the_others(method, path, body, status, said):
+    with Server(routes=ROUTES) as server:
+        got = call(server, method, path, body)
+        assert got.status == status and said in got.body and (said or not got.body)
+        entry = server.journal[0]
+        assert (entry.status, entry.outcome) == (status, "complete" if status == 200 else "error")
+        assert entry.body == (body if isinstance(body, dict) else None)
+        assert entry.events == got.body.count(b"data: ") and b"[DONE]" not in got.body
+        assert chat(server).status == 200           # the built-in ones are still there
+
+
+@pytest.mark.parametrize("settings, headers, status", [
+    ({"api_keys": KEY}, {}, 401), ({"api_keys": KEY}, {"api-key": KEY}, 200),
+    ({}, {"Host": "evil.example"}, 403), ({}, {"Origin": "https://evil.example"}, 403)])
+def test_who_may_use_a_route_is_checked_as_elsewhere(settings, headers, status):
+    with Server(routes=ROUTES, **settings) as server:
+        got = call(server, "POST", "/v1/embeddings", {"input": "x"}, headers)
+        assert got.status == status
+        assert call(server, "OPTIONS", "/files").headers["allow"] == "GET, PUT, HEAD, OPTIONS"
+
+
+def fails_later(body):
+    yield {"type": "a"}
+    raise KeyError("of a route")
+
+
+@pytest.mark.parametrize("function, status", [(raising(KeyError("of a route")), 500), (fails_later, 200)])
+def test_the_failure_of_a_route_fails_the_block(function, status):
+    with failing_at_its_end("x", KeyError, "of a route", routes={"/x": function}) as server:
+        got = call(server, "POST", "/x", {})
+        assert got.status == status and got.error["type"] == "server_error"
+        assert outcome(server) == "error"
+
+
+def test_what_no_json_can_hold_is_a_failure_of_its_route():
+    with failing_at_its_end("x", (TypeError, ValueError), routes={"/x": always({"a": math.nan})}) as server:
+        assert call(server, "POST", "/x", {}).status == 500
+
+
+def test_the_generator_of_a_route_is_closed_when_the_client_leaves():
+    endless = Endless({"type": "a"}, more={"type": "b"})
+    with Server(routes={"/x": endless}) as server:
+        leave(server, "/x", {}, after=1)
+        assert endless.closed.wait(30) and outcome(server) == "client left"
+
+
+@pytest.mark.parametrize("route", ["/chat/completions", "/v1/models", "GET /models/x", "/", "GET /health",
+                                   "/engines/x/completions", "embeddings", "POST /sse"])
+def test_the_path_of_a_built_in_endpoint_is_refused(route):
+    with pytest.raises(ValueError, match="built-in endpoint, or no path"):
+        Server(routes={route: embeddings})
+    with pytest.raises(TypeError, match="function"):
+        Server(routes={"/x": "embeddings"})
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "x"])
@@ -4031,6 +4518,87 @@ def test_a_client_that_leaves_ends_its_backend(calm, leave, path, stream):
         assert endless.closed.wait(PATIENCE) and outcome(server) == "client left"
 
 
+def unwrap_and_close(client):
+    """Under TLS: close_notify, then the close, without waiting for the server's."""
+    client.setblocking(False)
+    with contextlib.suppress(OSError):
+        client.unwrap()
+    client.close()
+
+
+WAYS = {  # how a client leaves: is it over TLS, what it sends after its request, how it closes
+    "plain": (False, b"", socket.socket.close), "half-closed": (False, b"", half_close),
+    "a request unread": (False, get() * 3, socket.socket.close),
+    "stray bytes": (False, b"\r\n", socket.socket.close),
+    "TLS": (True, b"", socket.socket.close), "TLS, close_notify": (True, b"", unwrap_and_close),
+    "TLS, a request unread": (True, get(), unwrap_and_close),
+}
+PAUSED = Reply("a b", delay=(0, 3600))
+
+
+def waiting_backend(name, stack):
+    """A backend after whose first word (where it has one) nothing more comes."""
+    if name == "a program":
+        return command(program("sys.stdout.write('a '); sys.stdout.flush(); sys.stdin.read(); "
+                               "signal.pause() if hasattr(signal, 'pause') else input()"))
+    if name == "an upstream":
+        url, _ = stack.enter_context(playing(lambda connection: (connection.sendall(
+            STREAM_HEAD + transfer_chunk(b"data: a\n\n")), ended(connection))))
+        return Relay(url)
+    return {"a pause": PAUSED, "a first pause": Reply("a", delay=3600),
+            "a quirk": Reply("a b c", quirk="stall")}[name]
+
+
+@posix
+@pytest.mark.parametrize("over_tls, more, close", rows(WAYS))
+@pytest.mark.parametrize("what", ["a pause", "a first pause", "a program", "an upstream", "a quirk"])
+def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(tls_files, monkeypatch, over_tls, more,
+                                                                close, what):
+    waits, receive = [], openai_compat.Connection.receive
+    monkeypatch.setattr(openai_compat.Connection, "receive",
+                        lambda self, seconds: waits.append(seconds) or receive(self, seconds))
+    threads = set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(waiting_backend(what, stack),
+                                            tls=tls_files if over_tls else None))
+        client = stack.enter_context(secured(server, tls_files) if over_tls else dial(server))
+        client.sendall(posted(json.dumps({**HI, "stream": True}).encode(), target=CHAT_PATH.encode()))
+        if what != "a first pause":
+            read_past(client, b"data: ")
+        client.sendall(more)
+        until(lambda: server.journal)
+        close(client)
+        assert outcome(server) == "client left"
+    until(lambda: set(threading.enumerate()) <= threads)
+    assert all(seconds <= 0 or seconds > 20 for seconds in waits), "somebody polls"
+
+
+def test_twenty_stalled_clients_over_tls_are_gone_when_they_leave(tls_files):
+    threads = threading.active_count()
+    with Server(quirk="stall@0", tls=tls_files) as server:
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                client = stack.enter_context(secured(server, tls_files))
+                client.sendall(request_bytes(HI))
+            until(lambda: len(server.journal) == 20)
+        until(lambda: {each.outcome for each in server.journal} == {"client left"})
+        until(lambda: not server.connections)
+    assert threading.active_count() <= threads
+
+
+def test_a_client_that_left_before_the_close_is_not_an_error():
+    for _ in range(50):
+        with Server(PAUSED) as server:
+            leave(server, CHAT_PATH, {**HI, "stream": True}, after=2)
+        assert server.journal[0].outcome == "client left"
+
+
+def test_more_than_is_read_ahead_is_read_when_its_turn_comes():
+    with Server(always(Reply("x", delay=0.1)), max_body=2**23) as server:
+        large = posted(b'{"model":"m","prompt":"%b"}' % (b"y" * 2**22))
+        assert statuses(server, posted(TEXT_JSON) + large + get() + LAST) == [200, 200, 200, 200]
+
+
 def test_a_client_that_half_closes_when_idle_is_hung_up_on(server):
     with served(server) as client:
         half_close(client)
@@ -4056,6 +4624,59 @@ class Blocked:
             self.begun.set()
             self.release.wait(300)
         return "done"
+
+
+def test_a_server_may_be_closed_by_its_own_backend():
+    went_on = threading.Event()
+
+    def backend(request):
+        server.close()
+        went_on.set()
+        return "bye"
+    server = Server(backend).start()
+    with asking(server) as client:
+        assert ended(client) and went_on.wait(30) and is_closed(server)
+    until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("request_timeout", value) for value in (0, -1, math.nan, 1e19, math.inf, "5", True)),
+    ("max_body", -1), ("max_body", "1"), ("max_connections", 0), ("journal", -1), ("journal", None),
+    ("quirk", "bogus"), ("max_body", math.nan)], ids=repr)
+def test_a_setting_that_cannot_be_obeyed_is_refused_at_the_start(name, value):
+    with pytest.raises(ValueError, match=name if name != "quirk" else "bogus"):
+        Server(**{name: value})
+
+
+@pytest.mark.parametrize("seconds", [None, 1e9, 0.5])
+def test_any_positive_time_limit_or_none_will_do(seconds):
+    with Server(request_timeout=seconds) as server:
+        assert chat(server).text == "Hi"
+
+
+def test_a_slow_request_leaves_the_reply_its_own_time():
+    with Server(say("x" * 2**24), request_timeout=0.5) as server, dial(server) as client:
+        raw = request_bytes()
+        client.sendall(raw[:-1])
+        select.select([client], [], [], 0.4)            # most of the time of the request
+        client.sendall(raw[-1:])
+        select.select([client], [], [], 0.3)            # the reply has a time of its own
+        assert len(got_on(client).text) == 2**24
+
+
+def test_no_thread_for_a_connection_costs_only_that_connection(monkeypatch):
+    with Server() as server, served(server) as kept:
+        start, left = threading.Thread.start, [1]
+
+        def refusing(thread):
+            if left and thread.name.endswith("(process_request_thread)"):
+                raise RuntimeError(f"can't start new thread {left.pop()}")
+            start(thread)
+        monkeypatch.setattr(threading.Thread, "start", refusing)
+        with dial(server) as lost:
+            assert ended(lost)
+        kept.sendall(get())
+        assert read_past(kept, b"ok") and statuses(server, LAST) == [200] and not left
 
 
 def test_a_backend_that_blocks_holds_up_neither_others_nor_the_end(caplog):
@@ -4107,6 +4728,47 @@ def test_a_port_is_free_again_after_close():
     with Server(port=port) as second:
         assert statuses(second, LAST) == [200]
     second.close()                              # once more does no harm
+
+
+def test_a_closed_server_cannot_be_started_again():
+    server = Server()
+    server.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        server.start()
+
+
+@posix
+def test_a_child_of_the_program_does_not_keep_the_port():
+    code = """
+import os, socket, sys
+sys.path.insert(0, %r)
+from openai_compat import Server
+server = Server().start()
+child = os.fork() or os.read(0, 1) or os._exit(0)
+server.close()
+try:
+    socket.create_connection(server.server_address[:2], 5)
+    print("still accepting")
+except OSError:
+    print("refused")
+os.kill(child, 9)
+"""
+    ours, theirs = os.pipe()
+    with open(theirs, "wb"):
+        assert finished(sys.executable, "-c", code % str(HERE), stdin=ours).stdout == "refused\n"
+    os.close(ours)
+
+
+@pytest.mark.parametrize("host, url", [
+    ("127.0.0.1", "http://127.0.0.1:{}/v1"), ("0.0.0.0", "http://127.0.0.1:{}/v1"),
+    ("localhost", "http://127.0.0.1:{}/v1"), ("::1", "http://[::1]:{}/v1"), ("::", "http://[::1]:{}/v1")])
+def test_the_base_url_works_for_a_client(host, url):
+    try:
+        server = Server(host=host)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    with server, urllib.request.urlopen(server.base_url + "/models") as got:
+        assert server.base_url == url.format(server.server_port) and got.status == 200
 
 
 # ----------------------------------------------------------------------------------
@@ -6485,6 +7147,181 @@ def test_a_path_is_put_after_the_upstreams_own(upstream, base, path):
     assert line.split(" ")[1] == BASES[base]
 
 
+# A relay reaches only its routes, however they are spelled.
+CLIMBING = [b"/v1" + path for path in (
+    b"/models/..%2f..%2fadmin/keys", b"/models/../files", b"/models/%2e%2e/files", b"/models/%2e%2e%2ffiles",
+    b"/models/..%2Ffiles", b"/models/.%2e/files", b"/models/..%5cfiles", b"/models/..\\files",
+    b"/models/%252e%252e%252ffiles", b"/models/..%252ffiles", b"/models/..;/files", b"/models/;/../files",
+    b"/models/a/../../files", b"/models/a%2f..%2f..%2ffiles", b"/models//../files", b"/models/./../files",
+    b"/models/..%00/files", b"/models/..%0d%0aX:%20y", b"/models/%c0%ae%c0%ae/files", b"/models/..%3ffiles",
+    b"/models/a%3f/../files", b"/models/..%23", b"/models/..#", b"/models/..", b"/models/.", b"/models/%2e%2e",
+    b"/models/%2f%2fevil.example", b"/models/http://evil.example/", b"/models/@evil.example/..",
+    b"/models?x=/../../admin", b"/files", b"/admin/keys", b"/embeddings", b"/embeddings/../files",
+    b"/chat/completions/../../files", b"/chat/completions/..%2f..%2ffiles", b"/chat/../files",
+    b"/completions/..%2ffiles", b"/completions;/files", b"/./files", b"/../admin", b"%2fmodels%2f..%2ffiles",
+    b"/engines/../completions", b"/engines/..%2f..%2fadmin%3f/completions", b"/engines/a/../../completions",
+    b"/engines/x%2f..%2ffiles%23/chat/completions")] + [
+    b"/../admin", b"//admin", b"/%2e%2e/admin", b"/health/../admin", b"/sse/../files", b"/sse%2f..%2ffiles",
+    b"http://evil.example/v1/files", b"http://127.0.0.1/../admin", b"http://127.0.0.1/v1/models/..%2ffiles"]
+REACHED = {"POST": r"/v1/(chat/)?completions", "GET": r"/v1/models(/[^/\\;#]+)?",
+           "HEAD": r"/v1/models(/[^/\\;#]+)?", "DELETE": "none"}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "DELETE"])
+def test_a_relay_reaches_only_its_routes(method):
+    with playing(reply({"a": 1}, **JSON_TYPE)) as (url, requests):
+        with Server(Relay(url, "sk-up")) as server:
+            body = b"{}" if method == "POST" else b""
+            headers = b"Host: x\r\nConnection: close\r\nContent-Length: %d\r\n" % len(body)
+            for target in CLIMBING:
+                talk(server, get(target, headers, method.encode()) + body, method == "HEAD")
+            [got] = talk(server, get(b"/v1/models/org%2Fm?x=1", LAST[LAST.index(b"Host"):-2]))
+            assert got.status == 200
+    assert requests.pop()[0].split()[1] == "/v1/models/org%2Fm?x=1"
+    for line, sent, _ in requests:
+        asked, target, _ = line.split(" ")
+        assert asked == method and sent["host"] in url
+        path = target.partition("?")[0]
+        assert re.fullmatch(REACHED[method], path), target
+        for decoded in (unquote(path), unquote(unquote(path))):
+            assert not re.search(r"[/\\;]\.\.?([/\\;]|$)", decoded), target
+
+
+THROUGH = {  # the request line; what the upstream is asked for; what it says; status, body
+    "HEAD": (b"HEAD /v1/models", "HEAD /v1/models", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", 200, b""),
+    "HEAD of a stream": (b"HEAD /v1/models", "HEAD /v1/models", STREAM_HEAD, 200, b""),
+    "204": (b"GET /v1/models", "GET /v1/models", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+    "a query": (b"GET /v1/models?limit=1&after=a%20b", "GET /v1/models?limit=1&after=a%20b",
+                reply({}), 200, b"{}"),
+    "an empty query": (b"GET /v1/models?", "GET /v1/models?", reply({}), 200, b"{}"),
+    **{f"the id {id}": (b"GET /v1/models/" + id.encode(), f"GET /v1/models/{sent}", reply({}), 200, b"{}")
+       for id, sent in (("a%2Fb", "a%2Fb"), ("a/b", "a%2Fb"), ("%C3%A9", "%C3%A9"), ("a%20b", "a%20b"),
+                        ("a%3Fb", "a%3Fb"), ("a:b@c", "a%3Ab%40c"), ("a..b", "a..b"))},
+}
+
+
+@pytest.mark.parametrize("line, asked, sent, status, body", rows(THROUGH))
+def test_what_http_has_passes_through_a_relay(upstream, tmp_path, line, asked, sent, status, body):
+    tape = str(tmp_path / "tape")
+    raw = line + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    with Server(Relay(upstream.url, record=tape)) as server, dial(server) as client:
+        client.sendall(raw + LAST)          # a body where none may be would spoil the next reply
+        connection, (found, _, _) = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        got, last = replies(read_to_end(client), line.startswith(b"HEAD"))
+    assert found == asked + " HTTP/1.1" and (got.status, got.body, last.status) == (status, body, 200)
+    with Server(Replay(tape)) as server:
+        assert talk(server, raw + LAST, line.startswith(b"HEAD"))[0].body == body
+
+
+def test_a_coding_is_told_and_what_is_asked_for_has_none(upstream):
+    packed = gzip.compress(b"{}")
+    with Server(Relay(upstream.url)) as server:
+        with asking(server, headers={"Accept-Encoding": "gzip"}) as client:
+            connection, (_, headers, _) = upstream.accept()
+            connection.sendall(reply(packed, Content_Encoding="gzip"))
+            got = got_on(client)
+    assert headers["accept-encoding"] == "identity"
+    assert (got.headers["content-encoding"], got.body) == ("gzip", packed)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("program", ["curl", "node"])
+def test_other_http_clients_agree_with_a_relay(program):
+    if not shutil.which(program):
+        pytest.fail(f"{program} is missing")
+    code = """const http = require("http"), agent = new http.Agent({keepAlive: true, maxSockets: 1});
+const ask = (method, path) => new Promise((done, fail) => http.request(process.argv[1] + path,
+  {method, agent}, reply => { let size = 0; reply.on("data", block => size += block.length);
+  reply.on("end", () => done(`${reply.statusCode} ${size}`)); }).on("error", fail).end());
+(async () => { for (const [method, path] of [["HEAD", "/models"], ["GET", "/models/none"], ["GET", "/models"]])
+  console.log(await ask(method, path)); })();"""
+    upstreams = [b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n", reply({})]
+    with playing(*upstreams) as (url, _), Server(Relay(url)) as server:
+        words = ["node", "-e", code, server.base_url] if program == "node" else [
+            "curl", "-s", "-w", "%{http_code} %{size_download}\\n", "-o", os.devnull, "-I",
+            server.base_url + "/models", "--next", "-s", "-w", "%{http_code} %{size_download}\\n",
+            "-o", os.devnull, "-o", os.devnull, server.base_url + "/models/none", server.base_url + "/models"]
+        assert finished(*words, timeout=60).stdout.split() == "200 0 204 0 200 2".split()
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"], ids=repr)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_events_of_an_upstream_are_counted_however_they_come(upstream, end, size):
+    body = "".join(f"data: {word}{end}" for word in ('{"a":1}', '{"b":"\u4e16"}', "[DONE]")).encode()
+    with Server(Relay(upstream.url)) as server, asking(server, stream=True) as client:
+        connection, _ = upstream.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection.sendall(STREAM_HEAD)
+        for start in range(0, len(body), size):
+            connection.sendall(transfer_chunk(body[start:start + size]))
+        got = got_on(client)                # it ends at [DONE], while the upstream lingers
+        assert got.body == body and server.journal[0].events == 3
+        assert server.journal[0].outcome == "complete" and connection.fileno() > 0
+
+
+def test_what_a_relay_passes_in_addition_has_any_body():
+    with playing(reply(b"\xff", **JSON_TYPE)) as (url, requests):
+        with Server(Relay(url, paths="/embeddings")) as server:
+            sent = [("POST", "/v1/embeddings", b"\xfe"), ("GET", "/embeddings?x=1", None),
+                    ("DELETE", "//v1/embeddings/", None)]
+            assert [call(server, *each).body for each in sent] == [b"\xff"] * 3
+            assert call(server, "PUT", "/embeddings").status == 405
+            assert call(server, "POST", "/embeddings/x").status == 404
+    assert [line.rpartition(" ")[0] for line, _, _ in requests] == [
+        "POST /v1/embeddings", "GET /v1/embeddings?x=1", "DELETE /v1/embeddings"]
+    assert requests[0][2] == b"\xfe"
+
+
+@pytest.mark.parametrize("passing", [Relay("http://127.0.0.1:9/v1"), None], ids=["relay", "replay"])
+def test_beside_a_relay_models_are_obeyed_and_a_quirk_is_refused(passing, tape):
+    tape.write_bytes(b"")
+    for settings in ({"quirk": "comment"}, {"quirk_header": True}):
+        with pytest.raises(ValueError, match="quirk"):
+            Server(passing or Replay(str(tape)), **settings)
+    with Server(passing or Replay(str(tape)), models=["a"]) as server:
+        assert listed(server) == ["a"]
+        for got in (chat(server), call(server, "GET", "/v1/models/m")):
+            assert got.status == 404 and got.error["code"] == "model_not_found"
+
+
+def test_the_headers_that_an_upstream_needs_go_up(upstream):
+    sent = {"Idempotency-Key": "k-1", "OpenAI-Organization": "org-1", "X-Stainless-Lang": "go",
+            "User-Agent": "mine/1", "Cookie": "secret", "X-Other": "x"}
+    with Server(Relay(upstream.url)) as server, asking(server, headers=sent):
+        _, (_, there, _) = upstream.accept()
+    went = {name: there.get(name.lower()) for name in sent}
+    assert went == {**sent, "Cookie": None, "X-Other": None}
+
+
+def test_a_relay_does_not_wait_for_ever_for_a_connection(monkeypatch):
+    limits = []
+
+    def connect(connection):
+        limits.append(connection.timeout)
+        raise OSError("no answer")
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    with Server(Relay("http://127.0.0.1:9/v1")) as server, asking(server) as client:
+        got = got_on(client)
+    assert got.status == 502 and got.error["code"] == "upstream_unreachable" and 0 < limits[0] <= 60
+
+
+@pytest.mark.parametrize("sent", [reply({}), STREAM_HEAD + transfer_chunk(b"data: 1\n\n")],
+                         ids=["whole", "cut"])
+def test_the_upstream_is_closed_by_the_server_itself(upstream, monkeypatch, sent):
+    kept, create = [], socket.create_connection
+    with Server(Relay(upstream.url)) as server, dial(server) as client:
+        monkeypatch.setattr(socket, "create_connection",
+                            lambda *them, **more: kept.append(create(*them, **more)) or kept[-1])
+        client.sendall(request_bytes())
+        with upstream.accept()[0] as connection:
+            connection.sendall(sent)
+        read_to_end(client)
+        until(lambda: kept and kept[0].fileno() == -1)      # with a reference to it held here
+        monkeypatch.undo()
+
+
 def test_the_models_are_the_upstreams():
     with Server(models=["their-model"]) as first, Server(Relay(first.base_url)) as server:
         assert listed(server) == ["their-model"]
@@ -6517,7 +7354,8 @@ parts = pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
 
 @both
 @parts
-def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tmp_path, sent, stream):
+def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tmp_path, sent, stream,
+                                                                    caplog):
     tape = tmp_path / "tape"
     with Server(Relay(upstream.url, record=str(tape))) as server:
         with asking(server, stream=stream) as client:
@@ -6526,7 +7364,7 @@ def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tm
             if ABOVE[0] in sent:
                 read_past(client, ABOVE[0])
         assert ended(connection) and outcome(server) == "client left"
-    assert tape.read_bytes() == b""
+    assert tape.read_bytes() == b"" and "not recorded on" in caplog.text and "client left" in caplog.text
 
 
 def complete(raw):
@@ -6669,6 +7507,116 @@ def test_repeated_requests_take_their_recordings_in_order_and_the_last_stays(tap
     with Server(Replay(str(tape))) as server:
         said = [chat(server, "x", stream=True).text for _ in range(5)]
     assert said == ["one", "two", "three", "three", "three"]
+
+
+@pytest.mark.parametrize("body, again", [
+    ({"temperature": 0}, {"temperature": 0.0}), ({"temperature": 1.0}, {"temperature": 1}),
+    ({"logit_bias": {"5": 2.0}}, {"logit_bias": {"5": 2}})])
+def test_equal_numbers_are_the_same_request(tape, body, again):
+    recorded(tape, "x", backend=say("a"), **body)
+    with Server(Replay(str(tape))) as server:
+        assert chat(server, "x", stream=True, **again).text == "a"
+
+
+def test_a_recording_of_another_engine_or_path_is_none(tape):
+    with Server(say("a")) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+        post(server, "/v1/engines/gpt-a/completions", {"prompt": "x"})
+        call(server, "GET", "/v1/models/say")
+    with failing_at_its_end(Replay(str(tape)), AssertionError, "body.model is 'gpt-b'") as server:
+        assert [post(server, f"/engines/{name}/completions", {"prompt": "x"}).status
+                for name in ("gpt-a", "gpt-b")] == [200, 404]
+        assert post(server, "/completions", {"model": "gpt-a", "prompt": "x"}).text == "a"
+        assert [call(server, "GET", f"/models/{id}").status for id in ("say", "x")] == [200, 404]
+
+
+def test_a_null_that_is_absent_on_the_tape_is_a_difference_that_is_told(tape):
+    recorded(tape, "x", seed=None)
+    with failing_at_its_end(Replay(str(tape)), AssertionError, "a null or a boolean") as server:
+        assert "line 1" in chat(server, "x", stream=True).error["message"]
+
+
+def test_what_is_missing_on_a_tape_is_asked_for_and_recorded(tape):
+    with Server(Script("one", "two")) as first:
+        for _ in range(2):                          # first the tape is not there, then it is
+            with Server(Replay(str(tape), relay=Relay(first.base_url))) as server:
+                said = [chat(server, text, stream=True).text for text in ("x", "y", "x")]
+    with Server(Replay(str(tape))) as server:
+        said += [chat(server, text, stream=True).text for text in ("y", "x")]
+    assert said == ["one", "two", "one", "two", "one"] and tape.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("wrong", [{"speed": -1}, {"speed": math.nan}, {"speed": "1"},
+                                   {"relay": "http://h/v1"}, {"relay": echo}], ids=repr)
+def test_what_no_replay_can_do_is_a_type_error(tape, wrong):
+    with pytest.raises(TypeError):
+        Replay(str(tape), **wrong)
+
+
+def test_the_slowness_of_a_client_is_no_pause_on_the_tape(tape):
+    sent = []
+    with playing(streamed(b"data: %b\n\n" % (b"x" * 2**23), b"data: [DONE]\n\n")) as (url, _):
+        with Server(Relay(url, record=str(tape))) as server, asking(server, stream=True) as client:
+            while not (sent and time.monotonic() - sent[-1] > 1.5):     # nothing moves any more
+                select.select([client], [], [], 0.05)
+                sent = sent or [time.monotonic()]
+            read_to_end(client)
+    writes = json.loads(tape.read_text())["writes"]
+    assert sum(pause for pause, _ in writes) < 1.5
+
+
+@both
+@parts
+def test_what_is_not_recorded_is_logged_with_its_reason(upstream, tape, caplog, sent, stream):
+    with Server(Relay(upstream.url, record=str(tape))) as server, asking(server, stream=stream) as client:
+        connection, _ = upstream.accept()
+        with connection:
+            connection.sendall(sent)
+        read_to_end(client)
+    reason = "upstream was cut" if b"\r\n\r\n" in sent else "upstream at .* cannot be reached"
+    assert re.search(f"not recorded on .*tape: the {reason}", caplog.text, re.I)
+    assert tape.read_bytes() == b""
+
+
+# Clients that close at [DONE], or at the last byte of a whole reply, at once.
+
+def pieces_in_turn(request):
+    yield from ("one ", "two ", "three")
+
+
+def seen_after_the_end(server, number, stream):
+    """The outcome that a client finds in the journal as soon as it has the whole reply."""
+    with dial(server) as client:
+        client.sendall(request_bytes({**HI, "stream": stream, "seed": number},
+                                     f"{CHAT_PATH}?{number}"))
+        read_past(client, b"[DONE]") if stream else got_on(client)
+    return [each.outcome for each in server.journal if each.path.endswith(f"?{number}")]
+
+
+def busy(seconds=600):
+    """A process that works all the time, beside the server."""
+    return subprocess.Popen(program(f"import time\nend = time.time() + {seconds}\n"
+                                    "while time.time() < end: pass"))
+
+
+@both
+@pytest.mark.parametrize("count, others", [(100, 0), pytest.param(1000, 3, marks=pytest.mark.stress)])
+def test_nothing_is_late_in_the_journal_nor_missing_on_the_tape(tape, count, others, stream):
+    working = [busy() for _ in range(others)]
+    try:
+        with Server(pieces_in_turn) as first, Server(Relay(first.base_url, record=str(tape))) as server:
+            for each in (first, server):
+                numbers = itertools.count()
+                found = together(4, lambda: [seen_after_the_end(each, next(numbers), stream)
+                                             for _ in range(count // 4)])
+                assert list(itertools.chain(*found)) == [["complete"]] * count
+    finally:
+        for process in working:
+            process.kill()
+            process.wait()
+    recordings = [json.loads(line) for line in tape.read_bytes().splitlines()]
+    assert sorted(each["request"]["body"]["seed"] for each in recordings) == list(range(count))
+    ends = [each["writes"][-1][1] for each in recordings]
+    assert all(("[DONE]" in end) == stream for end in ends)
 
 
 @pytest.mark.parametrize("text, seed, words", [("two", 5, ("line 2", "seed", "4", "5")),
@@ -7402,6 +8350,16 @@ def test_after_a_process_was_killed_nginx_asks_the_other(processes):
     one.process.wait()
     for _ in range(4):
         assert chat(nginx, path="/v1/nothing").status == 404
+
+
+@pytest.mark.system
+def test_behind_nginx_one_process_after_the_other_can_be_restarted(processes, workplace):
+    nginx, one, two = processes
+    one.end()
+    assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
+    with Running(*HELD, cwd=workplace, port=one.server_address[1]):
+        two.end()
+        assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
 
 
 @pytest.mark.system
@@ -8607,6 +9565,15 @@ def test_of_each_quirk_a_client_makes_what_the_table_says(quirk, column, reader,
     assert tortured(reader)[quirk] == TORTURE[quirk][column]
 
 
+def test_the_readme_says_what_the_official_sdk_makes_of_broken_events():
+    said = re.search(r"The newest official SDK raises(.*?)\n\n", README, re.DOTALL)[1]
+    errors, silent = said.split("It is silent about")
+    named = set(re.findall(r"`(\w+)`", errors))
+    assert named == {quirk for quirk in QUIRKS if TORTURE[quirk][0] == "JSONDecodeError"}
+    assert re.findall(r"`(\w+)`", silent) == [
+        quirk for quirk in QUIRKS if TORTURE[quirk][0] == CUT_SHORT]
+
+
 def test_this_client_is_right_about_every_quirk_or_names_the_error():
     for quirk, (_, _, ours) in TORTURE.items():
         assert ours == RIGHT or issubclass(getattr(client, ours), client.ClientError), quirk
@@ -8690,6 +9657,9 @@ def block(language, containing):
     return found[0]
 
 
+AN_APPLICATION = block("python", "subprocess.Popen")
+
+
 def transcript(text):
     """[command, what it prints] of a console block; four spaces continue a command."""
     commands = []
@@ -8734,6 +9704,21 @@ class Encoding:
 ''',
     "ranks.tiktoken": "".join("%s %d\n" % (base64.b64encode(bytes([i])).decode(), i)
                               for i in range(256)),
+    # An agent, which the README leaves to its reader.
+    "agent.py": '''
+import json
+
+def agent(client, question, tools):
+    messages = [{"role": "user", "content": question}]
+    while True:
+        reply = client.chat_completions(messages)["choices"][0]["message"]
+        messages.append(reply)
+        if not reply.get("tool_calls"):
+            return reply["content"]
+        for call in reply["tool_calls"]:
+            result = tools[call["function"]["name"]](**json.loads(call["function"]["arguments"]))
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+''',
     # An application that runs as a process of its own, and answers over HTTP.
     "app.py": '''
 import os
@@ -8854,7 +9839,7 @@ TESTS = [text for _, language, text, _ in BLOCKS if language == "python" and "de
 
 
 def needs_openai(text):
-    return "import openai" in text or "from asking" in text
+    return re.search(r"^import .*\bopenai\b", text, re.MULTILINE)
 
 
 def run_pytest(python, folder, *arguments, options=(), **more):
@@ -8891,8 +9876,8 @@ def test_the_recipes_of_the_readme_with_the_official_sdk_pass(desk, tmp_path):
 
 
 def test_a_recipe_of_the_readme_has_at_most_12_lines():
-    recipes = [*TESTS, *CONFTESTS, FILES["wrapper.py"], FILES["responding.py"],
-               FILES["embedding.py"], FILES["asking.py"]]
+    recipes = [*TESTS, *CONFTESTS, AN_APPLICATION, *map(FILES.get, (
+        "wrapper.py", "responding.py", "embedding.py"))]
     for text in recipes:
         lines = [line for line in text.splitlines()
                  if line.strip() and not line.startswith(("import ", "from "))]
@@ -8943,15 +9928,20 @@ def test_the_conftest_of_the_readme_gives_each_test_a_server(desk, tmp_path):
 
 
 def test_the_conftest_for_an_application_that_is_a_process(desk, tmp_path):
-    text = conftest("8765").replace("8765", str(free_port()))
-    folder = put(tmp_path / "process", desk, conftest=text, test_it=AN_APPLICATION_THAT_STAYS)
+    port = str(free_port())
+    changed, = re.findall(r"`(.*?)` in the fixture above", README)
+    text = conftest("Server() as server").replace("Server()", changed) + AN_APPLICATION
+    folder = put(tmp_path / "process", desk, conftest=text.replace("8765", port),
+                 test_it=AN_APPLICATION_THAT_STAYS)
     assert run_pytest(sys.executable, folder, APP_PORT=str(free_port())) == 3
 
 
 CASSETTE = '''
+import os
 from client import Client
 
 def test_it_answers(server):
+    assert os.environ["OPENAI_API_KEY"]         # the official SDK does not start without one
     reply = Client().chat_completions("Hi", model="m")
     assert reply["choices"][0]["message"]["content"] == "Hello!"
 '''
@@ -8969,6 +9959,14 @@ def test_the_cassette_of_the_readme_is_recorded_once_and_replayed(desk, tmp_path
     (folder / "test_it.py").write_text(CASSETTE.replace('"Hi"', '"Ho"'))
     with pytest.raises(AssertionError, match="Replay: POST /chat/completions"):
         run_pytest(sys.executable, folder)
+
+
+def test_the_mismatch_of_the_readme_is_what_is_said():
+    script = Script(Reply("Hi!", expect={"messages": [{"content": "Hello"}], "temperature": 0}))
+    with pytest.raises(AssertionError) as error, Server(script) as server:
+        with contextlib.suppress(client.APIError):
+            client.Client(server.base_url).chat_completions("Help!", model="m", temperature=0)
+    assert "`%s`" % error.value in SECTIONS["Expectations"]
 
 
 def test_the_program_with_the_client_does_what_it_says(monkeypatch, desk, serving, capsys):
@@ -9041,6 +10039,11 @@ def test_the_solution_of_the_lesson_is_right_or_says_why(desk):
                       "html_502"}
     assert not any("WRONG" in verdict for verdict in said.values())
     assert "%d are right, %d say" % (len(said) - len(errors), len(errors)) in README
+
+
+def test_the_solution_of_the_lesson_has_as_many_lines_as_it_says():
+    lines = FILES["careful.py"].partition("def read")[2].count("\n")
+    assert lines == 15 and "Fifteen lines are enough" in README
 
 
 def test_the_sections_that_the_lesson_sends_to_are_there():
@@ -9232,7 +10235,7 @@ def test_the_make_targets_of_the_readme_are_there():
 
 
 def test_each_block_of_the_readme_is_of_a_kind_that_is_run():
-    known = [*FILES.values(), *TESTS, *CONFTESTS,
+    known = [*FILES.values(), *TESTS, *CONFTESTS, AN_APPLICATION,
              block("python", "from client import Client, fold, pieces")]
     for _, language, text, _ in BLOCKS:
         assert language in ("console", "sh") or text in known, text
