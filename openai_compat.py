@@ -1555,23 +1555,30 @@ class Connection:
     """
 
     def __init__(self, sock, seconds):
+        sock.setblocking(False)
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
         self.stopping = False           # the server is about to close the connection
-
-    def set_timeout(self, seconds):
-        self.sock.settimeout(max(min(seconds, LONGEST_WAIT), 0))
+        self.selector = Selector()
+        self.selector.register(sock, selectors.EVENT_READ)
 
     def receive(self, seconds):
         """Wait so long for bytes, and read once -> did any come, or the end of them?"""
-        self.set_timeout(seconds)
-        try:
-            block = self.sock.recv(65536)
-        except (socket.timeout, *NOT_NOW):
-            return False
-        except OSError:
-            block = b""
+        end = time.monotonic() + seconds
+        while True:
+            # TLS may hold bytes that it has read already: no selector sees those.
+            held = getattr(self.sock, "pending", int)()
+            if not held and not self.selector.select(max(min(seconds, LONGEST_WAIT), 0)):
+                return False
+            try:
+                block = self.sock.recv(65536)
+                break
+            except NOT_NOW:             # only a part of a TLS record has come
+                seconds = end - time.monotonic()
+            except OSError:
+                block = b""
+                break
         self.ended |= not block
         self.buffer += block
         return True
@@ -1620,12 +1627,19 @@ class Connection:
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
         view = memoryview(block)
-        self.set_timeout(self.seconds)
         while view:
             try:
                 view = view[self.sock.send(view):]
-            except OSError:             # also the timeout
+            except NOT_NOW:
+                self.wait_to_send()
+            except OSError:
                 raise ClientLeft from None
+
+    def wait_to_send(self):
+        with Selector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            if not selector.select(min(self.seconds, LONGEST_WAIT)):
+                raise ClientLeft
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -1634,6 +1648,7 @@ class Connection:
             socket.socket.shutdown(self.sock, how)
 
     def close(self):
+        self.selector.close()
         self.sock.close()
 
 
@@ -4630,16 +4645,7 @@ def fast_stay_on_core(number):
         sys.setswitchinterval(0.02)
 
 
-def fast_set_timeout(connection, seconds):
-    """Each settimeout is a system call that may hand the interpreter to another thread:
-    10 % of the requests/s at 16 connections.  So a timeout may be 5 % too long."""
-    seconds = max(min(seconds, LONGEST_WAIT), 0)
-    if abs(seconds - (connection.sock.gettimeout() or 0)) > 0.05 * seconds:
-        connection.sock.settimeout(seconds)
-
-
 if FAST:
-    Connection.set_timeout = fast_set_timeout
     encode_json = fast_encode_json()
     writes_per_send = fast_writes_per_send
     http_date = functools.lru_cache(maxsize=4)(http_date)
