@@ -45,6 +45,7 @@ What it does not do: keep connections alive (urllib cannot), follow redirects,
 reconnect to a stream that was cut, check a request before it is sent.
 """
 
+import collections
 import contextlib
 import email.utils
 import http.client
@@ -73,7 +74,10 @@ __all__ = ["Client", "ClientError", "APIError", "ConnectionFailed", "StreamTrunc
 
 class ClientError(Exception):
     """The base of all errors here; raised itself when the client is set up wrongly.
-    `message` says what went wrong."""
+    `message` says what went wrong; `headers` are those of the response, if there was
+    one."""
+
+    headers = {}
 
     def __init__(self, message):
         self.message = str(_printable(message))
@@ -84,9 +88,9 @@ class APIError(ClientError):
     """The server refused: with a status, or with an error event in a stream.
 
     `status` (None for an error event), `message`, `type`, `code` and `param` are those
-    of the API's envelope {"error": {...}}; `headers` are those of the response, and
-    `request_id` is one of them. `kind` is status and code in a few words: "404
-    model_not_found".
+    of the API's envelope {"error": {...}}; `request_id` is one of the headers. `kind`
+    is status and code in a few words: "404 model_not_found". `retryable` is True where
+    the same request may succeed later.
     """
 
     def __init__(self, status, message, type=None, code=None, param=None, headers=None):
@@ -95,7 +99,7 @@ class APIError(ClientError):
         self.status, self.headers = status, {} if headers is None else headers
         self.type, self.code, self.param = map(_printable, (type, code, param))
         self.request_id = self.headers.get("x-request-id")
-        self.passing = status in (408, 409, 429) or (status or 0) >= 500
+        self.retryable = status in (408, 409, 429) or (status or 0) >= 500
         words = [str(word) for word in (status, self.code or self.type) if word]
         self.kind = " ".join(dict.fromkeys(words)) or "error event"
 
@@ -105,9 +109,9 @@ class APIError(ClientError):
 
 class ConnectionFailed(ClientError):
     """No response: no connection, no trust in a certificate, or silence for too long.
-    `passing` is False where it makes no sense to try again."""
+    `retryable` and `code` are there as in an APIError."""
 
-    passing, code, headers = True, None, {}
+    retryable, code = True, None
 
 
 class StreamTruncated(ClientError):
@@ -122,8 +126,9 @@ class BadReply(ClientError):
 
 
 def _printable(value):
-    r"""A value of the server's without control characters: ESC, which begins the escape
-    sequences of terminals, becomes the four characters \x1b. Numbers and None stay.
+    r"""What a server sent, as text without control characters: ESC, which begins the
+    escape sequences of terminals, becomes the four characters \x1b. At most 100,000
+    characters. Numbers and None stay.
 
     Example:
         >>> print(_printable("\x1b[2J"), _printable({"a": 1}), _printable(None))
@@ -131,7 +136,7 @@ def _printable(value):
     """
     if value is None or isinstance(value, (int, float)):
         return value
-    text = _text_or_json(value)[:100_000]  # nobody reads more than that
+    text = _text_or_json(value)[:100_000]
     return "".join(c if c.isprintable() or c in "\n\t" else
                    c.encode("unicode_escape").decode() for c in text)
 
@@ -153,51 +158,28 @@ def _as_json(value, encoding="utf-8", **how):
     return text
 
 
-def _error_in(body, status=None, headers=None):
-    """The APIError that a JSON document describes, or None if it describes none.
-
-    Known forms: {"error": {"message": ...}} (the API's own), the same in an array
-    (Gemini), {"error": "text"} (Ollama), {"object": "error", "message": ...} or a
-    message where choices or models should be (vLLM), a choice with an error
-    (OpenRouter).
-    """
-    body = _object(body[0] if isinstance(body, list) and len(body) == 1 else body)
-    error = body.get("error")
-    for choice in _choices(body):
-        if choice.get("error") or choice.get("finish_reason") == "error":
-            error = error or choice.get("error") or "the reply ended with an error"
-    flat = "message" in body and not body.keys() & {"choices", "data", "models"}
-    error = error or (flat or body.get("object") == "error") and body
-    if not error:
-        return None
-    error = error if isinstance(error, dict) else {"message": error}
-    fields = (error.get(name) for name in ("type", "code", "param"))
-    return APIError(status, error.get("message") or error, *fields, headers=headers)
-
-
 def _conceal(error, secrets):
-    r"""Replace the secrets in everything that an error holds by ***.
-
-    A server may repeat a key as JSON, a URL or a repr would spell it: each character as
-    it is, behind backslashes, as \u0041 or as %41. The error's cause goes too: it is
-    http.client's, which quotes what the server sent.
-    """
-    spelt = "|".join(
-        "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u00{ord(c):02x}|%{ord(c):02x})"
-                for c in secret) for secret in sorted(secrets, key=len, reverse=True))
-    spelt = re.compile(spelt or "(?!)", re.IGNORECASE)  # (?!) is never there
+    """Replace the secrets in everything that an error holds by ***. The error's cause
+    goes too: it is http.client's, which quotes what the server sent."""
+    pattern = "|".join(map(_spellings, sorted(secrets, key=len, reverse=True)))
+    replace = re.compile(pattern or "(?!)", re.IGNORECASE).sub  # (?!) matches nowhere
 
     def hide(value):
-        return spelt.sub("***", value) if isinstance(value, str) else value
+        return replace("***", value) if isinstance(value, str) else value
 
     error.args = tuple(map(hide, error.args))
-    for name, value in vars(error).items():
-        if name == "headers":
-            value, given = http.client.HTTPMessage(), value
-            for header, text in given.items():
-                value[hide(header)] = hide(text)
-        setattr(error, name, hide(value))
+    vars(error).update({name: hide(value) for name, value in vars(error).items()})
+    error.headers, headers = http.client.HTTPMessage(), error.headers
+    for name, value in headers.items():
+        error.headers[hide(name)] = hide(value)
     error.__cause__ = error.__context__ = None
+
+
+def _spellings(secret):
+    r"""A pattern for a secret as JSON, a URL or a repr may spell it: each character
+    as it is, behind backslashes, as \u0041 or as %41."""
+    return "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u00{ord(c):x}|%{ord(c):x})"
+                   for c in secret)
 
 
 # ------------------------------------------------------------------------------------
@@ -205,13 +187,13 @@ def _conceal(error, secrets):
 # bytes before it is decoded: a read may end inside a character, a line never does, and
 # str.splitlines would also cut at U+2028 and U+0085, which JSON texts may hold.
 
-def reads(response, watch=None, cut=None):
+def reads(response, watch=None, cut_error=StreamTruncated):
     """Yield the body of a response as it arrives; `watch` is called with each read.
 
-    Never `for line in response`: that ends without a word when the connection is cut
+    Never `for line in response`: that ends without an error when the connection is cut
     between two transfer chunks, and read1 does not. Raises ConnectionFailed for a
-    timeout and for a body that is cut before its first byte; for one that is cut later
-    StreamTruncated, or what `cut` says.
+    timeout and for a body that is cut before its first byte, `cut_error` for one that
+    is cut later.
     """
     failed = ConnectionFailed
     while True:
@@ -228,33 +210,31 @@ def reads(response, watch=None, cut=None):
         if watch:
             watch(block)
         yield block
-        failed = cut or StreamTruncated
+        failed = cut_error
 
 
 def lines(reads):
     r"""Yield the lines of a byte stream without their ends.
 
     A CR ends its line at once, so that an event is never late by one byte; the LF that
-    may follow is then dropped. A line is copied once, however many reads it spans.
+    may follow is then dropped. A line that spans many reads takes linear time.
 
     Example:
         >>> list(lines([b"one\r", b"\ntw", b"o\rthree"]))
         [b'one', b'two', b'three']
     """
     begun, after_cr = bytearray(), False
-    for block in reads:
+    for block in filter(None, reads):
         if after_cr and block.startswith(b"\n"):
             block = block[1:]
-        elif not block:
-            continue
         after_cr = block.endswith(b"\r")
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *whole, tail = block.split(b"\n")
-        if whole and begun:
-            whole[0] = bytes(begun + whole[0])
+        *ended, tail = block.split(b"\n")
+        if ended and begun:
+            ended[0] = bytes(begun + ended[0])
             begun = bytearray()
-        yield from whole
+        yield from ended
         begun += tail
     if begun:
         yield bytes(begun)
@@ -309,7 +289,7 @@ def events(lines):
 
 def _event(found, type, whole=True):
     event = Event("\n".join(found))
-    if type or not whole:  # which is rare, and costs a dict
+    if type or not whole:  # else the class's values hold, and the event needs no dict
         event.type, event.whole = type or "message", whole
     return event
 
@@ -317,10 +297,10 @@ def _event(found, type, whole=True):
 # ------------------------------------------------------------------------------------
 # From events to chunks and pieces. Chunks stay the dicts of the wire. Servers differ in
 # what they leave out, repeat or send as null, so a chunk is read through the functions
-# below, which know the ways to say nothing.
+# below, which accept a missing field, null and values of the wrong type.
 
 _decode = json.JSONDecoder().decode  # json.loads, without its checks of the arguments
-_KEPT = 1 << 20  # characters of a reply that a StreamTruncated can give back
+_KEPT = 1 << 20  # how many characters of its text a StreamTruncated has at least
 
 
 def _choices(chunk):
@@ -347,44 +327,47 @@ def _first(chunk):
 
 
 def _text(choice):
-    """The text that a choice adds. Beside a delta, `text` repeats it (Together)."""
+    """The text that a choice adds: in its delta or, in a text completion, under `text`.
+    Together sends both, with the same text."""
     delta = choice.get("delta")
     content = delta.get("content") if isinstance(delta, dict) else choice.get("text")
-    return content if isinstance(content, str) else _joined_parts(content, "text")
+    return content if isinstance(content, str) else _text_in(content)
 
 
 def _reasoning(choice):
     """The reasoning that a choice adds, under any of its names."""
     delta = _object(choice.get("delta"))
     text = delta.get("reasoning_content") or delta.get("reasoning")
-    return text if text and isinstance(text, str) else _joined_parts(
-        delta.get("content"), "thinking")
+    return text if text and isinstance(text, str) else _thinking(delta.get("content"))
 
 
-def _joined_parts(parts, kind):
-    """The text in a content's parts of one kind, "text" or "thinking".
+def _text_in(content):
+    """The text in a content that is a list of parts.
 
     Example:
-        >>> _joined_parts([{"type": "text", "text": "Hi"}, {"type": "image"}], "text")
+        >>> _text_in([{"type": "text", "text": "Hi"}, {"type": "image"}])
         'Hi'
-        >>> thinking = [{"type": "text", "text": "Hm."}]  # as Mistral sends it
-        >>> _joined_parts([{"type": "thinking", "thinking": thinking}], "thinking")
+    """
+    texts = [part.get("text") for part in _parts(content) if part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _thinking(content):
+    """The reasoning in a content that is a list of parts, as Mistral sends it.
+
+    Example:
+        >>> hm = {"type": "text", "text": "Hm."}
+        >>> _thinking([{"type": "thinking", "thinking": [hm]}])
         'Hm.'
     """
-    if not isinstance(parts, list):
-        return parts if isinstance(parts, str) and kind != "thinking" else ""
-    texts = [part.get(kind) for part in map(_part, parts) if part.get("type") == kind]
-    inner = "text" if kind == "thinking" else None  # a text has no parts
-    return "".join(_joined_parts(text, inner) for text in texts)
+    return "".join(_text_in(part.get("thinking")) for part in _parts(content)
+                   if part.get("type") == "thinking")
 
 
-def _part(part):
-    """A part of a content as a dict; a plain str is text."""
-    return {"type": "text", "text": part} if isinstance(part, str) else _object(part)
-
-
-def _is_text(part):
-    return part.get("type") == "text"
+def _parts(content):
+    """The parts of a content as dicts; a str among them is text."""
+    return [{"type": "text", "text": part} if isinstance(part, str) else _object(part)
+            for part in (content if isinstance(content, list) else ())]
 
 
 def _whole_characters(texts):
@@ -392,14 +375,15 @@ def _whole_characters(texts):
     UTF-16 units may send the halves of an emoji in two chunks. A lone half stays."""
     held = ""
     for text in texts:
-        text, held = _paired(held + text) if held else text, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, held = text[:-1], text[-1]
-        yield text
+        if held:
+            text = _paired(held + text)
+        held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        yield text[:-1] if held else text
     yield held
 
 
 def _paired(text):
+    """A text in which two halves of a surrogate pair have become one character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
@@ -415,33 +399,32 @@ def chunks(events):
         >>> list(chunks(['{"choices": [{"delta": {"content": "Hi"}}]}', "[DONE]"]))
         [{'choices': [{'delta': {'content': 'Hi'}}]}]
     """
-    text, ends = "", {}  # ends: of each choice the finish_reason
+    text, ends = "", {}  # ends: the finish_reason of each choice
     try:
         for event in events:
-            chunk = _parsed(event)
+            chunk = _json_or_text(event)
             if chunk == "[DONE]":
                 return
             if not chunk:
                 continue
-            _refuse(chunk, event)
+            _raise_error_in(chunk, event)
             for choice in _choices(chunk):
                 index = _index(choice)
                 ends[index] = choice.get("finish_reason") or ends.get(index)
-                if not index:
-                    text += _text(choice)
+                text += "" if index else _text(choice)
             if len(text) > 2 * _KEPT:
                 text = text[-_KEPT:]
             yield chunk
         if not ends or not all(ends.values()):
             raise StreamTruncated("the stream ended before the reply was complete")
-    except StreamTruncated as cut:
-        cut.text = _paired(text)
+    except StreamTruncated as error:
+        error.text = _paired(text)
         raise
 
 
-def _parsed(event):
-    # What is not JSON comes back as text, [DONE] for one. Half an event is nothing: the
-    # end of the stream will tell that it was cut.
+def _json_or_text(event):
+    # [DONE], for one, is not JSON. Half an event at the end of a stream is None: the
+    # stream was cut there, and chunks will say so.
     try:
         return _decode(event)
     except (ValueError, RecursionError):
@@ -449,8 +432,8 @@ def _parsed(event):
         return text if text == "[DONE]" or getattr(event, "whole", True) else None
 
 
-def _refuse(chunk, event):
-    """Raise what is wrong with an event's JSON, if anything is."""
+def _raise_error_in(chunk, event):
+    """Raise the error that an event's JSON is, if it is one."""
     error = _error_in(chunk)
     if not error and getattr(event, "type", "") == "error":
         error = _error_in({"error": chunk})
@@ -458,6 +441,29 @@ def _refuse(chunk, event):
         raise error
     if not isinstance(chunk, dict):
         raise BadReply(f"an event is not a JSON object: {_text_or_json(chunk)}")
+
+
+def _error_in(body, status=None, headers=None):
+    """The APIError that a JSON document describes, or None if it describes none.
+
+    Known forms: {"error": {"message": ...}} (the API's own), the same in an array
+    (Gemini), {"error": "text"} (Ollama), {"object": "error", "message": ...} or a
+    message where choices or models should be (vLLM), a choice with an error
+    (OpenRouter).
+    """
+    body = _object(body[0] if isinstance(body, list) and len(body) == 1 else body)
+    error = body.get("error")
+    for choice in _choices(body):
+        if choice.get("error") or choice.get("finish_reason") == "error":
+            error = error or choice.get("error") or "the reply ended with an error"
+    flat = "message" in body and not body.keys() & {"choices", "data", "models"}
+    if not error and (flat or body.get("object") == "error"):
+        error = body
+    if not error:
+        return None
+    error = error if isinstance(error, dict) else {"message": error}
+    fields = (error.get(name) for name in ("type", "code", "param"))
+    return APIError(status, error.get("message") or error, *fields, headers=headers)
 
 
 def pieces(chunks):
@@ -469,8 +475,7 @@ def pieces(chunks):
         ['Hi']
     """
     try:
-        texts = (_text(_first(chunk)) for chunk in chunks)
-        yield from filter(None, _whole_characters(texts))
+        yield from filter(None, _whole_characters(map(_text, map(_first, chunks))))
     finally:  # a plain `for` passes no close() on, and a socket should not wait for GC
         if hasattr(chunks, "close"):
             chunks.close()
@@ -481,7 +486,7 @@ def pieces(chunks):
 # In delta, text and logprobs the texts of _JOINED are concatenated, lists are extended,
 # and of anything else the first value that is not empty counts. Outside of them the
 # first scalar that is not empty counts, and a later object or list replaces an earlier
-# one, as usage does.
+# one, as usage does. `obfuscation` is padding and is left out.
 
 _GROWING = {"delta", "text", "logprobs"}
 _JOINED = {"content", "text", "refusal", "reasoning_content", "reasoning", "thinking",
@@ -505,17 +510,17 @@ def fold(chunks):
         >>> completion["usage"]
         {'total_tokens': 9}
     """
-    completion, choices, grown = {}, {}, {}
+    completion, choices, deltas = {}, {}, {}
     for chunk in chunks:
-        _note(completion, chunk, but={"choices", "obfuscation"})  # that is padding
+        _note(completion, chunk, but={"choices", "obfuscation"})
         for choice in _choices(chunk):
             index = _index(choice)
-            start = {"index": index, "logprobs": None, "finish_reason": None}
-            _note(choices.setdefault(index, start), choice, but=_GROWING | {"index"})
-            grown.setdefault(index, []).append(
+            known = {"index": index, "logprobs": None, "finish_reason": None}
+            _note(choices.setdefault(index, known), choice, but=_GROWING | {"index"})
+            deltas.setdefault(index, []).append(
                 {name: choice[name] for name in _GROWING & choice.keys()})
     try:
-        completion["choices"] = [_complete({**choices[index], **_merged(grown[index])})
+        completion["choices"] = [_complete({**choices[index], **_merged(deltas[index])})
                                  for index in sorted(choices)]
     except RecursionError:
         raise BadReply("a chunk is nested too deeply") from None
@@ -524,43 +529,53 @@ def fold(chunks):
     return completion
 
 
-def _note(whole, part, but):
-    """Take over what a part says, except the fields that grow."""
-    for name, value in part.items():
-        old, full = whole.get(name), value and isinstance(value, (dict, list))
-        if name not in but and (name not in whole or full or value and not old):
-            whole[name] = value
+def _note(known, more, but=()):
+    """Take over the fields of `more`, except those in `but`: of scalars the first that
+    is not empty, of objects and lists the last that is not empty."""
+    for name, value in more.items():
+        counts = value and (isinstance(value, (dict, list)) or not known.get(name))
+        if name not in but and (counts or name not in known):
+            known[name] = value
 
 
-def _merged(parts):
-    """One object from the parts of it that came, each field from all of its values.
+def _merged(deltas):
+    """One object from its deltas, each field from all of its values.
 
     Example:
         >>> _merged([{"role": "assistant", "content": "Hi "}, {"content": "you"}])
         {'role': 'assistant', 'content': 'Hi you'}
     """
     values = {}
-    for name, value in (item for part in parts for item in part.items()):
+    for name, value in (item for delta in deltas for item in delta.items()):
         values.setdefault(name, []).append(value)
     return {name: _grown(name, found) for name, found in values.items()}
 
 
 def _grown(name, values):
-    """What a field has grown to."""
+    """What a field has grown to; its first value that is not empty tells the type.
+
+    Example:
+        >>> _grown("content", ["", "Hi ", "you"]), _grown("role", ["assistant", "user"])
+        ('Hi you', 'assistant')
+    """
     full = [value for value in values if value]
     if not full:
         return next((value for value in values if value is not None), None)
-    if name == "arguments":  # which some servers send as an object
-        full = list(map(_text_or_json, full))
     if name == "tool_calls":
         return _merged_calls(full)
+    if name == "arguments":  # which some servers send as an object
+        full = [_text_or_json(value) for value in full]
     if isinstance(full[0], dict):
         return _merged(value for value in full if isinstance(value, dict))
-    if isinstance(full[0], list) or isinstance(full[0], str) and name in _JOINED:
-        items = [item for value in full
-                 for item in (value if isinstance(value, list) else [value])]
-        return _content(items) if name in _JOINED else items
-    return full[0]
+    if name in _JOINED and isinstance(full[0], (str, list)):
+        return _content(_items(full))
+    return _items(full) if isinstance(full[0], list) else full[0]
+
+
+def _items(values):
+    """The items of lists; what is not a list is an item itself."""
+    return [item for value in values
+            for item in (value if isinstance(value, list) else [value])]
 
 
 def _content(items):
@@ -574,24 +589,23 @@ def _content(items):
         [{'type': 'reference', 'reference_ids': [1]}, {'type': 'text', 'text': 'Hi!'}]
     """
     parts = []
-    for is_text, group in itertools.groupby(map(_part, items), _is_text):
-        if is_text:
-            text = _paired(_joined_parts(list(group), "text"))
-            group = [{"type": "text", "text": text}]
+    for kind, group in itertools.groupby(_parts(items), lambda part: part.get("type")):
+        if kind == "text":
+            group = [{"type": "text", "text": _paired(_text_in(list(group)))}]
         parts.extend(group)
-    return parts[0]["text"] if len(parts) == 1 and _is_text(parts[0]) else parts
+    return parts[0]["text"] if len(parts) == 1 and kind == "text" else parts
 
 
 def _merged_calls(deltas):
     """The tool calls that the fragments in the deltas make."""
-    calls = []  # of each call its fragments, and its index and id as far as known
-    for fragments in deltas:
-        fragments = [part for part in fragments if isinstance(part, dict)]
+    calls = []  # for each call: its fragments, and index and id as far as known
+    for delta in deltas:
+        fragments = [item for item in _items([delta]) if isinstance(item, dict)]
         for place, fragment in enumerate(fragments):
-            if len(fragments) > 1:  # without an index, the place in the list is one
-                fragment = {"index": place, **fragment}
+            # Of several in one list, the place stands in for an index.
+            fragment = {"index": place, **fragment} if len(fragments) > 1 else fragment
             call = _call_of(calls, fragment)
-            _note(call, {key: fragment.get(key) for key in ("index", "id")}, but=())
+            _note(call, {key: fragment.get(key) for key in ("index", "id")})
             call["fragments"].append(fragment)
     return [_complete_call(_merged(call["fragments"])) for call in calls]
 
@@ -599,7 +613,7 @@ def _merged_calls(deltas):
 def _call_of(calls, fragment):
     """The call that a fragment continues: the last one that agrees with it in index and
     id, as far as both give them. If none does, or if it has a new id beside a name
-    (Gemini gives all its calls the index 0), it begins a call, which joins the calls.
+    (Gemini gives all its calls the index 0), a new call is appended to `calls`.
 
     Example:
         >>> calls = [{"index": 0, "id": "a"}, {"index": 1, "id": "b"}]
@@ -631,8 +645,7 @@ def _complete(choice):
     text, delta = choice.pop("text", None), choice.pop("delta", None)
     if isinstance(text, str) and delta is None:
         return {"text": text, **choice}
-    message = {"role": "assistant", "content": None, "refusal": None}
-    message.update(_object(delta))
+    message = {"role": None, "content": None, "refusal": None, **_object(delta)}
     message["role"] = message["role"] or "assistant"
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
@@ -640,7 +653,7 @@ def _complete(choice):
 
 
 def _as_chunk(completion):
-    """The one chunk that says what a completion says: not all servers can stream."""
+    """A completion as one chunk, for a server that cannot stream."""
     choices = [{"delta" if name == "message" else name: value
                 for name, value in choice.items()} for choice in _choices(completion)]
     return {**completion, "choices": choices}
@@ -669,11 +682,11 @@ class _Connection:
             self.connect()
         # A server may refuse a large body and hang up before it has read all of it. Its
         # response is there to be read all the same.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError,
-                                 ConnectionAbortedError, ssl.SSLEOFError):
+        with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
             super().send(data)
 
     def getresponse(self):
+        # super() forgets the socket when the server will close the connection.
         sock, response = self.sock, super().getresponse()
         if response.status >= 300:
             with contextlib.suppress(OSError):  # closed already: there is no body
@@ -692,7 +705,7 @@ def _opener(base, cafile=None):
     `cafile` or else the system's authorities. Proxies are those of the environment, but
     a server on this machine is asked directly."""
     host, context = base.hostname, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if base.scheme == "https":
+    if base.scheme == "https":  # loading the authorities takes longer than a request
         context = ssl.create_default_context(cafile=cafile)
     local = host in _LOOPBACK or host.startswith("127.") or host.endswith(".localhost")
     director = urllib.request.OpenerDirector()
@@ -714,16 +727,15 @@ def _retry_after(headers):
     return None
 
 
-def _wait(error, retries):
-    """How many seconds to wait before trying again after `error`, or None: do not.
+def _seconds_to_retry(error, retries):
+    """How many seconds to wait before the next retry after `error`, or None: no retry.
 
-    The official SDK's rules: a wait of more than two minutes is not worth it, then what
-    the server itself says in x-should-retry, then the status. A quota that is used up
-    does not come back, and a certificate does not get better.
+    The official SDK's rules: no wait of more than two minutes; then what the server
+    says in x-should-retry; then the status. A used-up quota is not retried either.
     """
     seconds = _retry_after(error.headers) or 0
-    told = error.headers.get("x-should-retry")
-    again = told == "true" or told != "false" and error.passing
+    told = {"true": True, "false": False}
+    again = told.get(error.headers.get("x-should-retry"), error.retryable)
     if not again or seconds > 120 or error.code == "insufficient_quota":
         return None
     backoff = min(0.5 * 2 ** min(retries, 4), 8) * (1 - 0.25 * random.random())
@@ -732,8 +744,8 @@ def _wait(error, retries):
 
 # ------------------------------------------------------------------------------------
 # The client: a method for each endpoint, over one path to the wire. _open sends a
-# request and lets only a 2xx pass, _retried tries again, _whole and _chunks read the
-# reply.
+# request and lets only a 2xx pass, _retried tries again, _read_json and _read_chunks
+# read the reply.
 
 _PUBLIC = {"api-version", "openai-organization", "openai-project", "user-agent"}
 _BLANK = b" \t\r\n\xef\xbb\xbf"
@@ -741,7 +753,7 @@ _STREAM = re.compile(rb"(?:data|event|id|retry)?:")  # how an event stream begin
 
 
 def _setting(variable, given=None):
-    return given or os.environ.get(variable, "").strip()  # an empty one is an unset one
+    return given or os.environ.get(variable, "").strip()  # an empty variable is unset
 
 
 def _split_url(url):
@@ -780,12 +792,12 @@ class Client:
                  cafile=None):
         if not timeout > 0:
             raise ClientError("timeout must be positive")
-        self.timeout = min(timeout, 2_000_000)  # 23 days: sockets do not know more
+        self.timeout = min(timeout, 2_000_000)  # a socket takes 24 days at most
         self.max_retries, self.cafile = max_retries, cafile
         self.watch, self.retrying = None, lambda error, seconds: None
         self.base = _split_url(_setting("OPENAI_BASE_URL", base_url)
                                or "http://127.0.0.1:8000/v1")
-        self._shown = self.base._replace(query="", fragment="").geturl()
+        self._address = self.base._replace(query="", fragment="").geturl()
         self.api_key = _setting("OPENAI_API_KEY", api_key)
         self.model, self.headers = _setting("OPENAI_MODEL"), {}
         self.add_header("Authorization", self.api_key and f"Bearer {self.api_key}")
@@ -801,8 +813,8 @@ class Client:
         """Send a header with every request, instead of one of the same name if there is
         one; an empty value sends none. Raises ClientError if no header can carry it."""
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+:[ -~]*", f"{name}:{value}", re.ASCII):
-            raise ClientError("a header is a name of letters, digits and dashes, and a "
-                              "value of printable ASCII characters")  # it may be a key
+            # The value is not shown: it may be a key.
+            raise ClientError("a header is NAME: VALUE, and the value printable ASCII")
         self.headers.pop(name.title(), None)
         self.headers.update({name.title(): value} if value else {})
 
@@ -828,7 +840,7 @@ class Client:
     def models(self):
         """The ids of the models that the server lists: under "data" as the API does,
         under "models" (Ollama), or in a bare array (Together)."""
-        listed = self._retried(lambda: self._whole(self._open("/models")))
+        listed = self._retried(lambda: self._read_json(self._open("/models")))
         if isinstance(listed, dict):
             listed = listed.get("data") or listed.get("models") or []
         if not isinstance(listed, list):
@@ -852,16 +864,18 @@ class Client:
         request["stream"] = bool(stream)
         if not stream:
             return self._retried(
-                lambda: _with_choices(self._whole(self._open(path, request))))
+                lambda: _with_choices(self._read_json(self._open(path, request))))
         chunks = self._streamed(path, request)
-        next(chunks)  # ask now, not at the first chunk; then close() has what to close
+        next(chunks)
         return chunks
 
     def _streamed(self, path, request):
+        """Ask when next() is called first, which yields None; then yield the chunks. So
+        the caller sees a refusal at once, and close() closes a connection unread."""
         response = self._retried(lambda: self._open(path, request))
         with contextlib.closing(response), self._concealing():
             yield
-            yield from self._chunks(response)
+            yield from self._read_chunks(response)
 
     def _retried(self, attempt):
         for retries in itertools.count():
@@ -869,7 +883,7 @@ class Client:
                 with self._concealing():
                     return attempt()
             except (APIError, ConnectionFailed) as error:
-                seconds = _wait(error, retries)
+                seconds = _seconds_to_retry(error, retries)
                 if seconds is None or retries >= self.max_retries:
                     raise
                 self.retrying(error, seconds)
@@ -884,7 +898,7 @@ class Client:
         except ClientError as error:
             sent = [*self.headers.items(), *urllib.parse.parse_qsl(self.base.query)]
             secrets = {text for name, value in sent if name.lower() not in _PUBLIC
-                       for text in (value, value.split()[-1])}  # of "Bearer KEY" both
+                       for text in (value, *value.split()[-1:])}  # of "Bearer KEY" both
             _conceal(error, {secret for secret in secrets if len(secret) > 3})
             raise
 
@@ -900,15 +914,15 @@ class Client:
             raise self._unreachable(error, call) from error
         coding = response.headers.get("content-encoding", "identity").lower()
         if not 200 <= response.status < 300:
-            raise self._refused(response, coding)
+            raise self._error_of(response, coding)
         if coding != "identity":
             response.close()
             raise BadReply(f"the reply is compressed, although not asked for: {coding}")
         return response
 
-    def _refused(self, response, coding):
-        """The APIError for a response that is not 2xx. What is not JSON is told in few
-        words: a proxy's web page says nothing to anyone on a terminal."""
+    def _error_of(self, response, coding):
+        """The APIError for a response that is not 2xx. A body that cannot be read on a
+        terminal, such as a proxy's web page, is replaced by the status in words."""
         body, status, headers, error = b"", response.status, response.headers, None
         with contextlib.closing(response), contextlib.suppress(ClientError):
             for block in itertools.islice(reads(response), 64):  # more is not a message
@@ -926,7 +940,7 @@ class Client:
     def _unreachable(self, error, call):
         reason = getattr(error, "reason", error)  # a URLError only wraps what happened
         told = getattr(reason, "strerror", None) or str(reason) or repr(reason)
-        where, hint = self._shown, "; is the server running?"
+        where, hint = self._address, "; is the server running?"
         if call.host != self.base.netloc:
             where, hint = f"{where} through the proxy {call.host}", ""
         if isinstance(reason, socket.timeout):
@@ -935,13 +949,14 @@ class Client:
             told = f"its certificate cannot be trusted: {reason.verify_message}"
             hint = "; cafile (--cafile) names whom to trust"
         failed = ConnectionFailed(f"cannot reach {where}: {told}{hint}")
-        failed.passing = not isinstance(reason, ValueError)  # a certificate's is one
+        # A URL that makes no sense is a ValueError, and so is SSLCertVerificationError.
+        failed.retryable = not isinstance(reason, ValueError)
         return failed
 
-    def _whole(self, response):
+    def _read_json(self, response):
         """The body of a response: one JSON document, or a stream although unasked."""
         with contextlib.closing(response):
-            body = b"".join(reads(response, cut=ConnectionFailed))
+            body = b"".join(reads(response, cut_error=ConnectionFailed))
         if self.watch:  # only now: a reply that was cut is asked for again
             self.watch(body)
         body = body.lstrip(_BLANK)
@@ -949,7 +964,7 @@ class Client:
             return fold(chunks(events(lines([body]))))
         return self._document(response, body)
 
-    def _chunks(self, response):
+    def _read_chunks(self, response):
         body = reads(response, self.watch)
         start = next(filter(None, (block.lstrip(_BLANK) for block in body)), b"")
         body = itertools.chain([start], body)
@@ -963,8 +978,8 @@ class Client:
             document = json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
             kind = response.headers.get_content_type() if body.strip() else "empty"
-            raise BadReply(f"the server's reply is {kind}, not JSON; is {self._shown} "
-                           "the right address?") from None
+            raise BadReply(f"the server's reply is {kind}, not JSON; is "
+                           f"{self._address} the right address?") from None
         error = _error_in(document, response.status, response.headers)
         if error:
             raise error
@@ -983,9 +998,10 @@ def _with_choices(document):
 # a request as a command for curl.
 
 
-def _asked(ask, request):
-    """The chunks of the reply to a request, be it streamed or not."""
-    reply = ask(**request)
+def _reply(method, request):
+    """The chunks of the reply to a request, be it streamed or not. `method` is one of a
+    Client's: chat_completions or completions."""
+    reply = method(**request)
     yield from [_as_chunk(reply)] if isinstance(reply, dict) else reply
 
 
@@ -1002,7 +1018,40 @@ def show(chunks, said):
     finally:  # also after half a reply: what comes next begins a line
         if said and not said[-1].endswith("\n"):
             print(flush=True)
-    choices = fold(kept)["choices"]
+    _show_rest(fold(kept)["choices"])
+
+
+def _shown(chunks, kept):
+    """Yield the text and the refusal of the first choice. A chunk that holds something
+    else is appended to `kept`."""
+    for chunk in _show_reasoning(chunks) if sys.stderr.isatty() else chunks:
+        choice = _first(chunk)
+        delta = _object(choice.get("delta"))
+        piece = _text(choice) or delta.get("refusal")
+        if not piece or choice.get("finish_reason") or len(delta) > 1:
+            kept.append(chunk)
+        if isinstance(piece, str):
+            yield piece
+
+
+def _show_reasoning(chunks):
+    """Print the reasoning of the first choice in lines of its own; yield the chunks."""
+    dim, normal = ("", "") if os.name == "nt" else ("\x1b[2m", "\x1b[0m")
+    line_begun = False
+    for chunk in chunks:
+        choice = _first(chunk)
+        reasoning = _reasoning(choice)
+        if reasoning:
+            print(f"{dim}{reasoning}{normal}", end="", file=sys.stderr, flush=True)
+        line_begun = line_begun or bool(reasoning)
+        if line_begun and (_text(choice) or choice.get("finish_reason")):
+            print(file=sys.stderr, flush=True)
+            line_begun = False
+        yield chunk
+
+
+def _show_rest(choices):
+    """Print the tool calls of the first choice; tell what else was not shown."""
     for choice in choices[:1]:
         message = choice.get("message", {})
         calls = [*message.get("tool_calls", ()), message.get("function_call")]
@@ -1012,29 +1061,6 @@ def show(chunks, said):
             tell(f"the reply was cut short (finish_reason {choice['finish_reason']})")
     if len(choices) > 1:
         tell(f"the first of {len(choices)} choices is shown; --json prints them all")
-
-
-def _shown(chunks, kept):
-    """Yield the text and the refusal of the first choice, and print its reasoning. A
-    chunk that holds something else is appended to `kept`."""
-    thinking = False
-    for chunk in chunks:
-        choice = _first(chunk)
-        delta = _object(choice.get("delta"))
-        piece = _text(choice) or delta.get("refusal")
-        if not piece or choice.get("finish_reason") or len(delta) > 1:
-            kept.append(chunk)
-        reasoning = _reasoning(choice) if sys.stderr.isatty() else ""
-        if reasoning:
-            faint = reasoning if os.name == "nt" else f"\x1b[2m{reasoning}\x1b[0m"
-            print(faint, end="", file=sys.stderr, flush=True)
-        thinking = thinking or bool(reasoning)
-        if thinking and piece:
-            thinking = print(file=sys.stderr, flush=True)
-        if isinstance(piece, str):
-            yield piece
-    if thinking:
-        print(file=sys.stderr, flush=True)
 
 
 def print_json(value, indent=None):
@@ -1049,7 +1075,7 @@ def tell(text):
 def complain(error):
     """Tell what went wrong and, where known, what to do."""
     hint = {401: "--api-key or OPENAI_API_KEY gives the key",
-            404: "are --base-url and --model right?",
+            404: "are --base-url and --model given and right?",
             429: "--retries lets it try longer"}.get(getattr(error, "status", None))
     tell(f"{error} ({hint})" if hint else str(error))
 
@@ -1095,7 +1121,7 @@ class Conversation:
         terminal = sys.stdout if sys.stdout.isatty() else sys.stderr
         while True:
             try:
-                with contextlib.redirect_stdout(terminal):  # a file gets replies only
+                with contextlib.redirect_stdout(terminal):  # prompts are not for a file
                     line = input("> ")
                 self.obey(line)
             except KeyboardInterrupt:
@@ -1106,8 +1132,7 @@ class Conversation:
                 return print(file=sys.stderr)
 
     def obey(self, line):
-        word, _, text = line.partition(" ")
-        text = text.strip()
+        word, _, text = map(str.strip, line.partition(" "))
         if word == "/system":
             self.system = [{"role": "system", "content": text}] if text else []
         elif word == "/model" and text:
@@ -1127,10 +1152,10 @@ class Conversation:
         question, said = {"role": "user", "content": line}, []
         self.request["messages"] = self.system + self.history + [question]
         try:
-            show(_asked(self.client.chat_completions, self.request), said)
+            show(_reply(self.client.chat_completions, self.request), said)
         except KeyboardInterrupt:
             print(file=sys.stderr)
-        if said:  # tool calls are only shown: nobody here could answer them
+        if said:  # tool calls are shown, not kept: they would need an answer
             self.history += [question, {"role": "assistant", "content": "".join(said)}]
 
 
@@ -1142,8 +1167,9 @@ class Conversation:
 _THREADS = 1000  # at most, one for each request under way
 
 
-def bench(ask, request, requests, concurrency, progress=bool):
+def bench(method, request, requests, concurrency, progress=lambda done: None):
     """Ask `requests` times, `concurrency` at a time; a dict of what was measured.
+    `method` is one of a Client's: chat_completions or completions.
 
     Times are in seconds. Events are chunks; a reply that is not streamed is one.
     `progress` is called about five times a second with what was measured so far. Ctrl-C
@@ -1154,7 +1180,7 @@ def bench(ask, request, requests, concurrency, progress=bool):
 
     def work():
         while next(todo, None) is not None:
-            done.append(_timed(ask, request))
+            done.append(_timed(method, request))
 
     threads = [threading.Thread(target=work, daemon=True)
                for _ in range(min(requests, concurrency))]
@@ -1167,19 +1193,20 @@ def bench(ask, request, requests, concurrency, progress=bool):
                 thread.join(0.2)
                 progress(done)
     except KeyboardInterrupt:
-        todo = iter(())
+        todo = iter(())  # so that each thread ends after its request
+    progress(done)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return _report(list(done), seconds, cpu / seconds, len(threads))
 
 
-def _timed(ask, request):
+def _timed(method, request):
     """(seconds to each event, seconds to the first text or None, the error or None).
 
     The first event holds only a role on most servers. The first text, which people wait
     for, is in the first chunk with text, reasoning or a part of a tool call."""
     started, times, text, error = time.perf_counter(), [], None, None
     try:
-        for chunk in _asked(ask, request):
+        for chunk in _reply(method, request):
             times.append(time.perf_counter() - started)
             choice = _first(chunk)
             delta = {**_object(choice.get("delta")), "role": None}
@@ -1191,18 +1218,18 @@ def _timed(ask, request):
 
 
 def _report(done, seconds, cpu, concurrency):
-    # The client falsifies what it measures when its core is full, and also when its own
-    # work is a good part of each request, which with few at a time needs no full core.
+    # The client was the limit if it filled a core. It also was if its own work took
+    # more than a fifth of each request's time, which can be with few at a time.
     good = [times for times, _, error in done if not error]
     texts = [text for _, text, error in done if not error and text is not None]
-    errors = [error for _, _, error in done if error]
+    errors = collections.Counter(error for _, _, error in done if error)
     gaps = [after - before for times in good for before, after in zip(times, times[1:])]
     return {"requests": len(done), "completed": len(good), "seconds": seconds,
             "requests_per_second": len(good) / seconds,
             "events_per_second": sum(map(len, good)) / seconds,
             "first_event": _spread([times[0] for times in good if times]),
             "first_text": _spread(texts), "between_events": _spread(gaps),
-            "errors": {error: errors.count(error) for error in sorted(set(errors))},
+            "errors": dict(errors.most_common()),
             "client_cpu": cpu,
             "client_is_the_limit": cpu > 0.85 or cpu / concurrency > 0.2}
 
@@ -1251,14 +1278,14 @@ _OPTIONS = (  # flag, default, what it takes (nothing: a switch), what it is
     ("--model", None, "NAME", "the model; else OPENAI_MODEL, or the server's first"),
     ("--system", None, "TEXT", "a system message"),
     ("--max-tokens", None, "N", "the longest reply"),
-    ("--temperature", None, "T", "0 is the same reply each time, 2 is wild"),
+    ("--temperature", None, "T", "0 to 2: how far the reply may vary"),
     ("--stop", [], "TEXT", "end the reply before this text; may be repeated"),
     ("-p", [], "NAME=VALUE", "any parameter: JSON, else text; @FILE reads a file"),
     ("--no-stream", False, None, "let the reply come in one piece"),
     ("--json", False, None, "print the completion as one JSON document"),
     ("--raw", False, None, "print the bytes of the reply as they come"),
     ("--curl", False, None, "print the curl command that asks the same, do not ask"),
-    ("--prompt", None, "TEXT", "the PROMPT"),
+    ("--prompt", None, "TEXT", "the PROMPT, or its last words"),
     ("--requests", 100, "N", "bench: how many in all"),
     ("--concurrency", 8, "N", f"bench: how many at a time, {_THREADS} at most"),
 )
@@ -1327,12 +1354,12 @@ def parameter(text):
 def prompted(args):
     """The prompt: the words, in which - stands for standard input, else a pipe; None if
     there is nothing of all this."""
-    words = args.words + [args.prompt] * (args.prompt is not None)
+    words = args.words + ([] if args.prompt is None else [args.prompt])
     if not words and args.command != "bench" and not sys.stdin.isatty():
         words = ["-"]
-    parts = [standard_input() if is_input else " ".join(group)
-             for is_input, group in itertools.groupby(words, "-".__eq__)]
-    return "\n\n".join(parts) if parts else None
+    texts = [standard_input() if is_input else " ".join(group) for is_input, group in
+             itertools.groupby(words, lambda word: word == "-")]
+    return "\n\n".join(texts) if texts else None
 
 
 def standard_input():
@@ -1375,14 +1402,13 @@ def ask(client, args):
     if args.curl:
         return print(curl(client, path, request))
     client.watch = emit if args.raw else None
-    chunks = _asked(asking, request)
+    chunks = _reply(asking, request)
     if args.json:
         print_json(fold(chunks), indent=2)
     elif args.raw:
-        for _ in chunks:  # `watch` prints
-            pass
+        collections.deque(chunks, maxlen=0)  # reads them all; `watch` prints
     else:
-        show(chunks, [])
+        show(chunks, collections.deque(maxlen=1))  # which keeps the memory flat
 
 
 def emit(block):
@@ -1403,7 +1429,7 @@ def models(client, args):
         print(*map(_printable, names), sep="\n")
 
 
-def load(client, args):
+def measure(client, args):
     """`bench`: the report, also of what was measured before Ctrl-C."""
     if args.requests < 1 or not 1 <= args.concurrency <= _THREADS:
         raise ClientError(f"bench takes 1 request or more, 1 to {_THREADS} at a time")
@@ -1412,7 +1438,9 @@ def load(client, args):
     request["model"] = request["model"] or client.first_model()
     shows = sys.stderr.isatty() and not args.json
     report = bench(client.chat_completions, request, args.requests, args.concurrency,
-                   print_progress if shows else bool)
+                   print_progress if shows else lambda done: None)
+    if shows:
+        print(file=sys.stderr, flush=True)  # ends the line of the progress
     print_json(report, indent=2) if args.json else print_report(report)
     return 130 if report["requests"] < args.requests else int(not report["completed"])
 
@@ -1422,12 +1450,13 @@ def print_progress(done):
     print(f"{len(done)} done, {failed} failed", end="\r", file=sys.stderr, flush=True)
 
 
-_COMMANDS = {"chat": ask, "complete": ask, "models": models, "bench": load}
+_COMMANDS = {"chat": ask, "complete": ask, "models": models, "bench": measure}
 
 
 def run(args):
     """Do what the arguments say, and --config where they say nothing."""
-    if args.json + args.raw + args.curl > (args.json if args.command == "bench" else 1):
+    if args.json + args.raw + args.curl > 1 or args.command == "bench" and (
+            args.raw or args.curl):
         raise ClientError("give one of --json, --raw and --curl; to bench only --json")
     config = configured(args.config) if args.config else {}
     args.p, args.model = dict(map(parameter, args.p)), args.model or config.get("model")
@@ -1435,7 +1464,8 @@ def run(args):
                     args.api_key or config.get("api_secret_key"), args.timeout,
                     2 if args.retries is None else args.retries, args.cafile)
     for header in args.H:
-        client.add_header(*map(str.strip, header.partition(":")[::2]))
+        name, colon, value = header.partition(":")
+        client.add_header(name.strip() if colon else "", value.strip())
     client.retrying = lambda error, s: tell(f"{error} (trying again in {s:.1f} s)")
     return _COMMANDS[args.command](client, args)
 
@@ -1452,16 +1482,18 @@ def main(argv=None):
         return parser.print_help()
     try:
         status = run(args)
-        return print(end="", flush=True) or status
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except ClientError as error:
         complain(error)
         return 2 if type(error) is ClientError else 1
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        if not isinstance(error, BrokenPipeError):  # the reader, such as head, has left
             complain(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush
+        # What is still in the buffer must not fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(not isinstance(error, BrokenPipeError))
 
 

@@ -304,7 +304,8 @@ def copied(value):
 
 def encode_json(value, ascii=False):
     """A value as compact JSON text; NaN and infinity are a ValueError."""
-    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, check_circular=False,
+                      separators=(",", ":"))
 
 
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
@@ -1628,7 +1629,7 @@ class Connection:
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
-        also try to talk to the client."""
+        also forget the TLS state, which its thread may still need."""
         with suppress(OSError):
             socket.socket.shutdown(self.sock, how)
 
@@ -2269,8 +2270,11 @@ def forced_tool(request):
     choice, call = request["tool_choice"], request["function_call"]
     if choice == "required":
         return tool_names(request["tools"])[0]
-    if type(choice) is dict and choice.get("allowed_tools", {}).get("mode") != "auto":
-        return next(iter(tool_names(chosen_tools(choice))), None)
+    is_auto = type(choice) is dict and choice["type"] == "allowed_tools" and (
+        choice["allowed_tools"]["mode"] == "auto")
+    if not is_auto:
+        for name in tool_names(chosen_tools(choice)):
+            return name
     return call["name"] if type(call) is dict else None
 
 
@@ -2414,6 +2418,13 @@ def reply_from_json(step):
 Step = collections.namedtuple("Step", "number expect backend given")
 
 
+def as_function(value):
+    """A backend that can be called, so no relay and no replay."""
+    if isinstance(value, PassingOn):
+        raise TypeError(f"{value!r} cannot be part of a script")
+    return as_backend(value)
+
+
 def as_step(number, step):
     """A step of a script, from any of its forms; what cannot be a step is refused."""
     try:
@@ -2421,9 +2432,10 @@ def as_step(number, step):
         if isinstance(given, (list, tuple)):
             given = Reply(tool_calls=given)
         expect = given.expect if isinstance(given, Reply) else None
-        return Step(number, expect, as_backend(given), step)
+        return Step(number, expect, as_function(given), step)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"step {number} of the script: {error}") from None
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"step {number} of the script: {error}") from None
 
 
 class Script:
@@ -2448,9 +2460,7 @@ class Script:
     def __init__(self, *steps, any_order=False, otherwise=None):
         self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         self.count, self.any_order = len(steps), any_order
-        self.otherwise = None if otherwise is None else as_backend(otherwise)
-        if isinstance(self.otherwise, PassingOn):
-            raise TypeError("`otherwise` cannot be a relay or a replay")
+        self.otherwise = None if otherwise is None else as_function(otherwise)
         self.faults, self.last_unmatched = [], None
         self.lock, self.current = threading.Lock(), threading.local()
 
@@ -2533,7 +2543,9 @@ def start_program(program, request, files):
         return subprocess.Popen(arguments, stdin=files[0], stdout=subprocess.PIPE,
                                 stderr=files[1], **NEW_GROUP)
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) or error.errno == errno.E2BIG:
+        is_too_long = (getattr(error, "errno", None) == errno.E2BIG
+                       or getattr(error, "winerror", None) == 206)
+        if is_too_long or isinstance(error, ValueError):
             raise invalid("The prompt cannot be an argument of a program: it is too "
                           "long, or has a NUL or a lone surrogate.", None) from None
         raise BackendFault(f"{program[0]} cannot be run ({error.strerror})") from None
@@ -2561,11 +2573,11 @@ def end_program(process):
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     else:
-        with suppress(ProcessLookupError, PermissionError):     # macOS: of a zombie
-            os.killpg(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            # macOS says EPERM where only a zombie is left of the group.
+            with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
                 process.wait(timeout=1)
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_block(pipe):
@@ -2592,8 +2604,8 @@ def output_of(process):
 
 
 def last_line(file):
-    file.seek(0)
-    lines = file.read()[-2000:].decode("utf-8", "replace").strip().splitlines()
+    file.seek(max(file.seek(0, os.SEEK_END) - 2000, 0))
+    lines = file.read().decode("utf-8", "replace").strip().splitlines()
     return lines[-1] if lines else "it does not say why"
 
 
@@ -2628,11 +2640,14 @@ def command(program, at_once=1):
     """
     if isinstance(program, str):
         import shlex
-        program = shlex.split(program, posix=os.name != "nt")
+        program = [each.strip('"') if os.name == "nt" else each
+                   for each in shlex.split(program, posix=os.name != "nt")]
+    program = [os.fspath(each) for each in program]
     if not program or at_once < 1:
         raise ValueError("a command needs a program, and at least 1 at once")
-    if shutil.which(program[0]) is None:
-        raise ValueError(f"there is no program {program[0]!r}")
+    found = shutil.which(program[0])
+    if found is None or found.lower().endswith((".bat", ".cmd")):   # for a Windows shell
+        raise ValueError(f"there is no program {program[0]!r}, or it needs a shell")
     places = threading.BoundedSemaphore(at_once)
 
     def backend(request):
@@ -2758,8 +2773,11 @@ class Relay(PassingOn):
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        if self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname:
-            raise ValueError(f"{base_url!r} is not the URL of a server")
+        is_plain = not (self.upstream.query or self.upstream.username)
+        if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
+                and is_plain):
+            raise ValueError("the URL of an upstream must be like http://host:8000/v1, "
+                             "without a password or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
@@ -2804,7 +2822,7 @@ class Relay(PassingOn):
             if upstream.ended:          # http.client takes half a head for a whole one
                 raise OSError("the connection was cut")
             return response
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise APIError(502, f"The upstream at {self.base_url} cannot be reached: "
                                 f"{error}.", code="upstream_unreachable") from None
 
@@ -2838,7 +2856,7 @@ class Relay(PassingOn):
                 last = time.monotonic()
             else:                       # everything went out; the end is an empty write
                 write = b""
-        except (Cut, ClientLeft, GeneratorExit) as error:
+        except (EndReply, APIError, GeneratorExit) as error:
             self.miss(error)
             raise
         self.append({"request": incoming.asked(), "status": status, "headers": headers,
@@ -2854,12 +2872,13 @@ class Relay(PassingOn):
 
     def append(self, recording):
         try:
-            with self.lock, open(self.tape, "ab") as tape:
-                tape.write(to_json(recording) + b"\n")
+            with self.lock:
+                with open(self.tape, "ab") as tape:
+                    tape.write(to_json(recording) + b"\n")
+                if self.on_record:
+                    self.on_record(recording)
         except OSError as error:
             self.miss(error)
-        if self.on_record:
-            self.on_record(recording)
 
 
 def likeness(a, b):
@@ -2899,7 +2918,7 @@ class Replay(PassingOn):
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
                     recording["status"] + sum(wait for wait, _ in recording["writes"])
-                    self.add({**recording, "line": number})
+                    self.add(recording)         # after a look at the types of its parts
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {self.tape} is not a whole "
                                      "recording") from None
@@ -3719,13 +3738,14 @@ list();
 
 
 def page_response(quirks):
-    """The page, which may run its own script and style, and talk to this server: no more.
+    """The page, which may run its own script and style and talk to this server alone.
 
     quirks: those that a request may choose; they go into the menu, which is HTML.
     """
     import hashlib              # not needed by those who never open the page
     policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+              "base-uri": "'none'", "form-action": "'none'",
+              "frame-ancestors": "'none'",
               "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
     for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -3883,7 +3903,7 @@ class Server(ThreadingHTTPServer):
         method, _, path = route.rpartition(" ")
         path, model = normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
-            raise ValueError(f"{route!r} is the path of a built-in endpoint, or none")
+            raise ValueError(f"{route!r} is no path, or that of a built-in endpoint")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
@@ -4193,7 +4213,7 @@ class Server(ThreadingHTTPServer):
         return self.backend.respond(incoming)
 
     def custom(self, incoming, function):
-        """An endpoint of the user's: a function of the body, or a generator function."""
+        """An endpoint of the user's: a function of the body, or a generator of it."""
         is_sent = incoming.content or incoming.method == "POST"
         is_read = is_sent and incoming.method not in ("GET", "HEAD")
         result = function(parse_json(incoming.content) if is_read else None)
@@ -4420,7 +4440,7 @@ class Printer:
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
-        size = getattr(select, "PIPE_BUF", 4096)        # what a ready pipe takes at once
+        size = getattr(select, "PIPE_BUF", 4096)    # what a ready pipe takes at once
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
                 if os.name != "nt":                     # Windows selects only sockets
