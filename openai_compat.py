@@ -103,7 +103,6 @@ import operator
 import os
 import random
 import re
-import select
 import selectors
 import shutil
 import signal
@@ -2191,6 +2190,11 @@ class Reply:
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
         if not all(isinstance(call, ToolCall) for call in self.tool_calls):
             raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
+        pieces = () if isinstance(text, str) else text or ()
+        if not all(isinstance(piece, (str, ToolCall)) for piece in pieces):
+            raise TypeError(f"a text must be a str or pieces, not {text!r}")
+        if not (expect is None or isinstance(expect, dict) or callable(expect)):
+            raise TypeError(f"expect must be a dict or a function, not {expect!r}")
         delay_pair(delay)
         parse_quirk(quirk)
         self.headers, self.expect = header_fields(headers), expect
@@ -2776,8 +2780,9 @@ class Relay(PassingOn):
         is_plain = not (self.upstream.query or self.upstream.username)
         if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
                 and is_plain):
-            raise ValueError("the URL of an upstream must be like http://host:8000/v1, "
-                             "without a password or a query")
+            raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: its "
+                             "URL must be like http://host:8000/v1, without a password "
+                             "or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
@@ -4429,10 +4434,10 @@ def complain(message, status=1):
 
 
 class Printer:
-    """Standard error as a file that never waits for long.
+    """Standard error as a file whose writes never block: a thread does the writing.
 
-    Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was
-    in vain, lines are lost until somebody reads again, and requests go on.
+    Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
+    lost, and no request waits.  At the end it gets a second for those that are left.
     """
 
     def __init__(self):
@@ -4440,7 +4445,7 @@ class Printer:
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
-        size = getattr(select, "PIPE_BUF", 4096)    # what a ready pipe takes at once
+        size = getattr(select, "PIPE_BUF", 4096)        # what a ready pipe takes at once
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
                 if os.name != "nt":                     # Windows selects only sockets
@@ -4457,8 +4462,8 @@ def print_trace(file, number, direction, block):
     """Print what crosses the wire, a line at a time, with the time of day."""
     now = time.time()
     clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
-    file.write("".join(f"{clock} #{number} {direction} {line}\n"
-                       for line in trace_lines(block)))
+    for line in trace_lines(block):
+        file.write(f"{clock} #{number} {direction} {line}\n")
 
 
 def wait_until(is_over, seconds):
@@ -4563,7 +4568,7 @@ def main(argv=None):
     is_beside = program is not None
     port = args.port if args.port is not None else 0 if is_beside else 8000
     level = logging.WARNING if args.quiet or is_beside else logging.INFO
-    file = Printer()
+    file = Printer() if args.trace else sys.stderr
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
                         level=level, stream=file)
     try:
