@@ -103,6 +103,7 @@ import operator
 import os
 import random
 import re
+import select
 import selectors
 import shutil
 import signal
@@ -4434,10 +4435,10 @@ def complain(message, status=1):
 
 
 class Printer:
-    """Standard error as a file whose writes never block: a thread does the writing.
+    """Standard error as a file that never waits for long.
 
-    Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
-    lost, and no request waits.  At the end it gets a second for those that are left.
+    Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was
+    in vain, lines are lost until somebody reads again, and requests go on.
     """
 
     def __init__(self):
@@ -4445,7 +4446,7 @@ class Printer:
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
-        size = getattr(select, "PIPE_BUF", 4096)        # what a ready pipe takes at once
+        size = getattr(select, "PIPE_BUF", 4096)    # what a ready pipe takes at once
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
                 if os.name != "nt":                     # Windows selects only sockets
@@ -4462,8 +4463,8 @@ def print_trace(file, number, direction, block):
     """Print what crosses the wire, a line at a time, with the time of day."""
     now = time.time()
     clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
-    for line in trace_lines(block):
-        file.write(f"{clock} #{number} {direction} {line}\n")
+    file.write("".join(f"{clock} #{number} {direction} {line}\n"
+                       for line in trace_lines(block)))
 
 
 def wait_until(is_over, seconds):
@@ -4568,7 +4569,7 @@ def main(argv=None):
     is_beside = program is not None
     port = args.port if args.port is not None else 0 if is_beside else 8000
     level = logging.WARNING if args.quiet or is_beside else logging.INFO
-    file = Printer() if args.trace else sys.stderr
+    file = Printer()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
                         level=level, stream=file)
     try:
