@@ -3759,13 +3759,14 @@ list();
 
 
 def page_response(quirks):
-    """The page, which may run its own script and style, and talk to this server: no more.
+    """The page, which may run its own script and style and talk to this server alone.
 
     quirks: those that a request may choose; they go into the menu, which is HTML.
     """
     import hashlib              # not needed by those who never open the page
     policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "base-uri": "'none'", "form-action": "'none'", "frame-ancestors": "'none'",
+              "base-uri": "'none'", "form-action": "'none'",
+              "frame-ancestors": "'none'",
               "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
     for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -3923,7 +3924,7 @@ class Server(ThreadingHTTPServer):
         method, _, path = route.rpartition(" ")
         path, model = normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
-            raise ValueError(f"{route!r} is the path of a built-in endpoint, or none")
+            raise ValueError(f"{route!r} is no path, or that of a built-in endpoint")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
@@ -4233,7 +4234,7 @@ class Server(ThreadingHTTPServer):
         return self.backend.respond(incoming)
 
     def custom(self, incoming, function):
-        """An endpoint of the user's: a function of the body, or a generator function."""
+        """An endpoint of the user's: a function of the body, or a generator of it."""
         is_sent = incoming.content or incoming.method == "POST"
         is_read = is_sent and incoming.method not in ("GET", "HEAD")
         result = function(parse_json(incoming.content) if is_read else None)
@@ -4449,10 +4450,10 @@ def complain(message, status=1):
 
 
 class Printer:
-    """Standard error as a file whose writes never block: a thread does the writing.
+    """Standard error as a file that never waits for long.
 
-    Nobody may read it (`| head -1`, a pager that waits, a full disk): then lines are
-    lost, and no request waits.  At the end it gets a second for those that are left.
+    Nobody may read it (`| head -1`, a pager that waits): when a second of waiting was
+    in vain, lines are lost until somebody reads again, and requests go on.
     """
 
     def __init__(self):
@@ -4460,7 +4461,7 @@ class Printer:
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
-        size = getattr(select, "PIPE_BUF", 4096)        # what a ready pipe takes at once
+        size = getattr(select, "PIPE_BUF", 4096)    # what a ready pipe takes at once
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
                 if os.name != "nt":                     # Windows selects only sockets
@@ -4477,8 +4478,8 @@ def print_trace(file, number, direction, block):
     """Print what crosses the wire, a line at a time, with the time of day."""
     now = time.time()
     clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
-    for line in trace_lines(block):
-        file.write(f"{clock} #{number} {direction} {line}\n")
+    file.write("".join(f"{clock} #{number} {direction} {line}\n"
+                       for line in trace_lines(block)))
 
 
 def wait_until(is_over, seconds):
