@@ -2190,6 +2190,11 @@ class Reply:
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
         if not all(isinstance(call, ToolCall) for call in self.tool_calls):
             raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
+        pieces = () if isinstance(text, str) else text or ()
+        if not all(isinstance(piece, (str, ToolCall)) for piece in pieces):
+            raise TypeError(f"a text must be a str or pieces, not {text!r}")
+        if not (expect is None or isinstance(expect, dict) or callable(expect)):
+            raise TypeError(f"expect must be a dict or a function, not {expect!r}")
         delay_pair(delay)
         parse_quirk(quirk)
         self.headers, self.expect = header_fields(headers), expect
@@ -2775,8 +2780,9 @@ class Relay(PassingOn):
         is_plain = not (self.upstream.query or self.upstream.username)
         if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
                 and is_plain):
-            raise ValueError("the URL of an upstream must be like http://host:8000/v1, "
-                             "without a password or a query")
+            raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: its "
+                             "URL must be like http://host:8000/v1, without a password "
+                             "or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
@@ -3901,7 +3907,7 @@ class Server(ThreadingHTTPServer):
         method, _, path = route.rpartition(" ")
         path, model = normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
-            raise ValueError(f"{route!r} is no path, or that of a built-in endpoint")
+            raise ValueError(f"{route!r} is the path of a built-in endpoint, or none")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
@@ -4434,29 +4440,21 @@ class Printer:
     """
 
     def __init__(self):
-        import atexit
-        import queue
-        self.lines = queue.Queue(10000)
-        self.thread = threading.Thread(target=self.work, daemon=True)
-        self.thread.start()
-        atexit.register(self.finish)
+        self.seconds, self.lock = 1, threading.Lock()
 
-    def work(self):
-        for line in iter(self.lines.get, None):
-            with suppress(OSError):     # os.write: a stream would hold a lock meanwhile
-                os.write(2, line.encode("utf-8", "backslashreplace"))
-
-    def write(self, line):
-        with suppress(Exception):       # queue.Full
-            self.lines.put_nowait(line)
+    def write(self, lines):
+        lines = lines.encode("utf-8", "backslashreplace")
+        size = getattr(select, "PIPE_BUF", 4096)        # what a ready pipe takes at once
+        with self.lock, suppress(OSError):
+            for start in range(0, len(lines), size):
+                if os.name != "nt":                     # Windows selects only sockets
+                    self.seconds = len(select.select([], [2], [], self.seconds)[1])
+                    if not self.seconds:
+                        return
+                os.write(2, lines[start:start + size])
 
     def flush(self):
-        """There is nothing to do: each write is a line."""
-
-    def finish(self):
-        with suppress(Exception):       # queue.Full
-            self.lines.put(None, timeout=1)
-        self.thread.join(1)
+        """There is nothing to do: nothing is kept back."""
 
 
 def print_trace(file, number, direction, block):
@@ -4569,7 +4567,7 @@ def main(argv=None):
     is_beside = program is not None
     port = args.port if args.port is not None else 0 if is_beside else 8000
     level = logging.WARNING if args.quiet or is_beside else logging.INFO
-    file = Printer() if args.trace else sys.stderr
+    file = Printer()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
                         level=level, stream=file)
     try:

@@ -2640,7 +2640,7 @@ def test_what_is_no_backend_is_a_type_error_where_it_is_given(value):
 
 
 @pytest.mark.parametrize("fields", [
-    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
+    {"text": 123}, {"text": b"x"}, {"text": {"a": 1}}, {"text": [1]}, {"expect": 5}, {"tool_calls": "x"}, {"tool_calls": ["f"]},
     {"refusal": 5}, {"finish_reason": 5}, {"usage": [1]}, {"delay": "1"}, {"delay": -1},
     {"delay": math.nan}, {"delay": (1,)}, {"quirk": 5}, {"headers": "x"}, {"error": ValueError()}],
     ids=repr)
@@ -5469,13 +5469,13 @@ def events_in(*reads):
     return list(events(lines(reads)))
 
 
-def chunks_in(*reads):
+def chunks_read(*reads):
     return chunks(events(lines(reads)))
 
 
 def text_in(*reads):
     """The text in the bytes of an event stream, without a socket."""
-    return "".join(pieces(chunks_in(*reads)))
+    return "".join(pieces(chunks_read(*reads)))
 
 
 def single_bytes(body):
@@ -5684,8 +5684,8 @@ def test_a_truncated_stream_keeps_the_end_of_a_very_long_text():
 
 def test_a_surrogate_pair_in_two_chunks_is_one_character_and_a_lone_half_stays():
     halves = [event({"content": part}) for part in ("a\ud83d", "\ude00b", "\ud83d")]
-    assert list(pieces(chunks_in(*halves, DONE))) == ["a", "\U0001f600b", "\ud83d"]
-    assert said_by(fold(chunks_in(*halves[:2], DONE))) == "a\U0001f600b"
+    assert list(pieces(chunks_read(*halves, DONE))) == ["a", "\U0001f600b", "\ud83d"]
+    assert said_by(fold(chunks_read(*halves[:2], DONE))) == "a\U0001f600b"
 
 
 # ---------------------------------------------------------------------------
@@ -5802,7 +5802,7 @@ def test_each_servers_dialect_is_understood(body, text, places):
     shown, _ = ran(streamed(body), "chat", "Hi")
     printed, _ = ran(streamed(body), "chat", "Hi", "--json")
     assert shown.stdout.decode().startswith(text) and (shown.returncode, shown.stderr) == (0, b"")
-    for completion in (fold(chunks_in(body)), json.loads(printed.stdout)):
+    for completion in (fold(chunks_read(body)), json.loads(printed.stdout)):
         assert {place: held_at(completion, place) for place in places} == places
 
 
@@ -5835,7 +5835,7 @@ def call_delta(arguments=None, **fields):
 
 
 @pytest.mark.parametrize("given, completion", rows({
-    "a chat": (list(chunks_in(ROLE_EVENT + HI_EVENT + THERE + STOP + DONE)), {
+    "a chat": (list(chunks_read(ROLE_EVENT + HI_EVENT + THERE + STOP + DONE)), {
         "id": "c", "object": "chat.completion", "choices": [
             {"index": 0, "logprobs": None, "finish_reason": "stop", "message": {
                 "role": "assistant", "content": "Hi there", "refusal": None}}]}),
