@@ -8054,8 +8054,9 @@ def test_a_failure_of_the_backend_is_a_1_although_the_command_said_0(workplace, 
 
 @posix
 def test_a_status_is_known_where_sigchld_was_ignored():
-    words = f"trap '' CHLD; exec {shlex.quote(sys.executable)} {shlex.quote(SERVER)} -- false"
-    assert finished("sh", "-c", words).returncode == 1
+    code = ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    assert finished(*program(code, SERVER, "--", "false")).returncode == 1
 
 
 COUNTING = """
