@@ -103,6 +103,7 @@ import operator
 import os
 import random
 import re
+import select
 import selectors
 import shutil
 import signal
