@@ -3591,15 +3591,6 @@ def test_the_journal_counts_events(body, events):
         assert server.journal[0].events == events
 
 
-def test_an_entry_is_complete_before_the_last_byte_goes_out():
-    with Server(say("a", "b")) as server:
-        for _ in range(50):
-            post(server, CHAT_PATH, STREAMED)
-            entry = server.journal[-1]
-            assert (entry.outcome, entry.status, entry.events) == ("complete", 200, 5)
-            assert entry.seconds is not None
-
-
 def test_an_entry_has_no_outcome_while_it_runs():
     go_on = threading.Event()
     with Server(lambda request: go_on.wait(60) and "a") as server, asking(server) as client:
@@ -3625,16 +3616,6 @@ def test_the_journal_says_how_it_ended(body, backend, status, ended):
             read_to_end(client)
         assert outcome(server) == ended and server.journal[0].status == status
         assert server.journal[0].body == (body if isinstance(body, dict) else None)
-
-
-def test_the_journal_masks_keys():
-    key = "sk-this-is-a-secret-key"
-    with Server(api_keys=[key]) as server:
-        post(server, CHAT_PATH, HI, {"Authorization": f"Bearer {key}", "Api-Key": key})
-        entry = server.journal[0]
-        there = call(server, "GET", "/journal", headers={"Api-Key": key})
-    assert {"authorization", "api-key"} <= entry.headers.keys()
-    assert key not in repr(vars(entry)) + repr(entry) + there.body.decode()
 
 
 SECRETS = {"Authorization": "Bearer SECRET", "Proxy-Authorization": "Basic SECRET", "Api-Key": "SECRET",
@@ -4705,19 +4686,6 @@ def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(tls_files, monke
     assert all(seconds <= 0 or seconds > 20 for seconds in waits), "somebody polls"
 
 
-def test_twenty_stalled_clients_over_tls_are_gone_when_they_leave(tls_files):
-    threads = threading.active_count()
-    with Server(quirk="stall@0", tls=tls_files) as server:
-        with contextlib.ExitStack() as stack:
-            for _ in range(20):
-                client = stack.enter_context(secured(server, tls_files))
-                client.sendall(request_bytes(HI))
-            until(lambda: len(server.journal) == 20)
-        until(lambda: {each.outcome for each in server.journal} == {"client left"})
-        until(lambda: not server.connections)
-    assert threading.active_count() <= threads
-
-
 def test_a_client_that_left_before_the_close_is_not_an_error():
     for _ in range(50):
         with Server(PAUSED) as server:
@@ -4784,16 +4752,6 @@ def test_a_setting_that_cannot_be_obeyed_is_refused_at_the_start(name, value):
 def test_any_positive_time_limit_or_none_will_do(seconds):
     with Server(request_timeout=seconds) as server:
         assert chat(server).text == "Hi"
-
-
-def test_a_slow_request_leaves_the_reply_its_own_time():
-    with Server(say("x" * 2**24), request_timeout=0.5) as server, dial(server) as client:
-        raw = request_bytes()
-        client.sendall(raw[:-1])
-        select.select([client], [], [], 0.4)            # most of the time of the request
-        client.sendall(raw[-1:])
-        select.select([client], [], [], 0.3)            # the reply has a time of its own
-        assert len(got_on(client).text) == 2**24
 
 
 def test_no_thread_for_a_connection_costs_only_that_connection(monkeypatch):
@@ -8096,8 +8054,9 @@ def test_a_failure_of_the_backend_is_a_1_although_the_command_said_0(workplace, 
 
 @posix
 def test_a_status_is_known_where_sigchld_was_ignored():
-    words = f"trap '' CHLD; exec {shlex.quote(sys.executable)} {shlex.quote(SERVER)} -- false"
-    assert finished("sh", "-c", words).returncode == 1
+    code = ("signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    assert finished(*program(code, SERVER, "--", "false")).returncode == 1
 
 
 COUNTING = """
@@ -8272,14 +8231,6 @@ def test_an_event_over_tls_is_sent_before_the_next_is_there(tls_files):
         assert b"two" not in read_past(client, b'"one"')
         endless.go_on.set()
         read_past(client, b'"two"')
-
-
-def test_the_client_leaving_over_tls_ends_the_program(tls_files, gate):
-    with Server(command(gate.program("out('one'); gate()")), tls=tls_files) as server:
-        with secured(server, tls_files) as client:
-            client.sendall(request_bytes({**HI, "stream": True}))
-            door = gate.arrival()
-        assert ended(door)
 
 
 def test_a_context_does_as_well_as_files_and_silent_clients_block_nobody(tls_files):
