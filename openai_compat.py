@@ -3924,7 +3924,7 @@ class Server(ThreadingHTTPServer):
         method, _, path = route.rpartition(" ")
         path, model = normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
-            raise ValueError(f"{route!r} is no path, or that of a built-in endpoint")
+            raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
