@@ -1569,7 +1569,8 @@ class Connection:
         while True:
             # TLS may hold bytes that it has read already: no selector sees those.
             held = getattr(self.sock, "pending", int)()
-            if not held and not self.selector.select(max(min(seconds, LONGEST_WAIT), 0)):
+            longest = max(min(seconds, LONGEST_WAIT), 0)
+            if not held and not self.selector.select(longest):
                 return False
             try:
                 block = self.sock.recv(65536)
@@ -2236,7 +2237,7 @@ def as_reply(result):
     if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
         raise BackendFault("a backend must return a str, a Reply or an iterable of "
                            f"pieces, not {type(result).__name__}")
-    reply = Reply.__new__(Reply)        # without its checks: `result` may be any iterable
+    reply = Reply.__new__(Reply)        # unchecked: `result` may be any iterable
     vars(reply).update(NOTHING_ELSE, text=result)
     return reply
 
@@ -2595,7 +2596,8 @@ def end_program(process):
     else:
         for number in (signal.SIGTERM, signal.SIGKILL):
             # macOS says EPERM where only a zombie is left of the group.
-            with suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            with suppress(ProcessLookupError, PermissionError,
+                          subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(timeout=1)
 
@@ -2666,7 +2668,7 @@ def command(program, at_once=1):
     if not program or at_once < 1:
         raise ValueError("a command needs a program, and at least 1 at once")
     found = shutil.which(program[0])
-    if found is None or found.lower().endswith((".bat", ".cmd")):   # for a Windows shell
+    if found is None or found.lower().endswith((".bat", ".cmd")):   # for a shell
         raise ValueError(f"there is no program {program[0]!r}, or it needs a shell")
     places = threading.BoundedSemaphore(at_once)
 
@@ -2796,9 +2798,9 @@ class Relay(PassingOn):
         is_plain = not (self.upstream.query or self.upstream.username)
         if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
                 and is_plain):
-            raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: its "
-                             "URL must be like http://host:8000/v1, without a password "
-                             "or a query")
+            raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: "
+                             "its URL must be like http://host:8000/v1, without a "
+                             "password or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), None
@@ -2958,7 +2960,7 @@ class Replay(PassingOn):
         if fault is None:               # null is like absent there, and true like 1
             other = difference(asked, nearest["request"])
             fault = f"on the tape {other or 'a null or a boolean differs'}"
-        return APIError(404, "There is no recording of this request.  The nearest one is "
+        return APIError(404, "There is no recording of this request.  The nearest is "
                              f"line {nearest['line']} of {self.tape}: {fault}.",
                         code="not_recorded")
 
