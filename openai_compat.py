@@ -190,7 +190,7 @@ class APIError(Exception):
         usual = ERROR_KINDS.get(self.status, ERROR_KINDS[self.status // 100 * 100])
         self.code, self.type = code or usual[1], type or usual[0]
         self.headers = header_fields(headers)
-        if code == "insufficient_quota":        # a retry would be in vain: tell SDKs so
+        if code == "insufficient_quota":        # SDKs must not retry: it stays used up
             self.type = type or code
             self.headers.setdefault("x-should-retry", "false")
 
@@ -1595,8 +1595,11 @@ class Connection:
         return len(self.buffer) > MOST_READ_AHEAD
 
     def pause(self, seconds):
-        """Wait so long, and read ahead what the client sends early: the end of it says
-        that the client has left, or that the server is shutting down."""
+        """Wait so long, and meanwhile keep what the client sends.
+
+        End of input means that the client has closed, or that the server has shut the
+        connection because it is stopping.
+        """
         end = time.monotonic() + seconds
         while not self.ended and not self.is_full():
             if not self.receive(end - time.monotonic()):
@@ -1606,14 +1609,17 @@ class Connection:
                            headers={"retry-after": "1"})
         if self.ended:
             raise ClientLeft
-        while time.monotonic() < end and not self.stopping:     # noticed later, then
+        # The buffer is full: a client that leaves is only noticed by the next send.
+        while time.monotonic() < end and not self.stopping:
             time.sleep(max(min(end - time.monotonic(), 1), 0))
 
     def client_closed(self):
-        """Did the client close before the server did?  Only Linux can tell."""
+        """Did the client close before the server did?  False where nothing tells it:
+        only Linux shows the state of a TCP connection."""
         with suppress(OSError, AttributeError):
             state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             return state == b"\x08"        # TCP_CLOSE_WAIT
+        return False
 
     def wait_for(self, source):
         """Wait until the file `source` can be read, or as `pause` for the client."""
@@ -1653,7 +1659,7 @@ class Connection:
         self.sock.close()
 
 
-# Who waits for whom.  A backend is a function of the request alone, so a connection
+# The connection that a thread serves.  A backend gets only the request, so a connection
 # cannot be passed to it: the thread that calls it knows its connection.
 this_thread = threading.local()         # .connection
 
@@ -2733,7 +2739,7 @@ class Upstream(io.RawIOBase):
 
 
 def blocks_of(response):
-    """The body of an upstream's response as it arrives; if it is cut, so are we."""
+    """The body of an upstream's response as it arrives; Cut if the upstream is cut."""
     try:
         for block in iter(functools.partial(response.read1, 65536), b""):
             yield block
@@ -2745,8 +2751,10 @@ def blocks_of(response):
 
 
 def until_done(blocks):
-    """Blocks as they come; [DONE] waits for its blank line, and ends them, whether or
-    not the upstream lingers.
+    """Blocks as they come, up to [DONE], even if the upstream stays connected.
+
+    [DONE] is held back until its blank line has come.  Some writes are empty: the
+    sender skips those.
 
     Example:
         >>> list(until_done([b"data: 1\\n", b"\\ndata: [DO", b"NE]\\n\\n", b"more"]))
@@ -2810,7 +2818,7 @@ class Relay(PassingOn):
     def headers(self, incoming):
         fields = {name: value for name, value in incoming.fields.items()
                   if REQUEST_HEADERS.fullmatch(name)}
-        if incoming.has_our_key:        # a key for us is nobody else's business
+        if incoming.has_our_key:        # the upstream must not see a key of this server
             fields.pop("authorization", None)
         if self.api_key:
             fields["authorization"] = f"Bearer {self.api_key}"
@@ -2940,8 +2948,11 @@ class Replay(PassingOn):
                 try:
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
-                    recording["status"] + sum(wait for wait, _ in recording["writes"])
-                    self.add(recording)         # after a look at the types of its parts
+                    for wait, text in recording["writes"]:
+                        as_bytes(text)
+                        if not (is_number(wait) and is_number(recording["status"])):
+                            raise ValueError
+                    self.add(recording)
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {self.tape} is not a whole "
                                      "recording") from None
@@ -3824,8 +3835,7 @@ def tls_context(tls):
 
 
 def check_number(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
-            least <= value <= 1e12):
+    if not (is_number(value) and least <= value <= 1e12):
         raise ValueError(f"{name} must be a number from {least} up, not {value!r}")
 
 
