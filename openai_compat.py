@@ -298,7 +298,8 @@ def copied(value):
         (True, False)
     """
     if isinstance(value, dict):
-        return {name: copied(each) for name, each in value.items()}
+        return {name: copied(each) if isinstance(each, (dict, list)) else each
+                for name, each in value.items()}
     return [copied(each) for each in value] if isinstance(value, list) else value
 
 
@@ -414,16 +415,14 @@ def check(where, value, spec):
         ...
         openai_compat.APIError: Invalid 'n': integer below minimum value. ...
     """
-    CHECKS[type(spec)](where, value, spec)
-
-
-def check_type(where, value, kind):
-    if type(value) not in TYPES[kind]:
-        raise mistyped(where, value, JSON_NAMES[TYPES[kind][-1]])
+    if type(spec) is not str:
+        CHECKS[type(spec)](where, value, spec)
+    elif type(value) not in TYPES[spec]:
+        raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])
 
 
 def check_word(where, value, words):
-    check_type(where, value, "string")
+    check(where, value, "string")
     if value not in words:
         *most, last = map(repr, words)
         supported = f"{', '.join(most)}, and {last}" if most else last
@@ -432,13 +431,13 @@ def check_word(where, value, words):
 
 
 def check_items(where, value, spec):
-    check_type(where, value, "array")
+    check(where, value, "array")
     for i, item in enumerate(value):
         check(f"{where}[{i}]", item, spec[0])
 
 
 def check_members(where, value, spec):
-    check_type(where, value, "object")
+    check(where, value, "object")
     for name in spec.required:
         is_null = name in value and name in spec.nullable
         if value.get(name) is None and not is_null:
@@ -449,7 +448,7 @@ def check_members(where, value, spec):
 
 
 def check_tagged(where, value, spec):
-    check_type(where, value, "object")
+    check(where, value, "object")
     shape = value.get(spec.tag)
     if shape is None:
         raise missing(f"{where}.{spec.tag}")
@@ -491,7 +490,7 @@ def check_name(where, value):
                       "invalid_value")
 
 
-CHECKS = {str: check_type, tuple: check_word, list: check_items, Object: check_members,
+CHECKS = {tuple: check_word, list: check_items, Object: check_members,
           Tagged: check_tagged, Either: check_either, Map: check_map,
           Bounded: check_bounded,
           type(check_name): lambda where, value, function: function(where, value)}
@@ -634,18 +633,16 @@ def checked(body, fields):
             raise invalid(message.format(name, other), name)
     stop = given.get("stop", [])        # a string or a list: always a list from here on
     given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
-    return {**body, **fields.defaults, **given}
+    return {**body, **fields.defaults, **given, "body": body}
 
 
 CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
 
 
-def check_inputs(i, calls):
-    """The input of each tool call in message i must be a string."""
-    for j, call in enumerate(calls):
-        kind = call["type"]
-        check(f"messages[{i}].tool_calls[{j}].{kind}", call[kind],
-              Object({f"{CALL_INPUT[kind]}!": "string"}))
+def check_input(where, call):
+    """The input of a tool call must be a string."""
+    kind = call["type"]
+    check(f"{where}.{kind}", call[kind], Object({f"{CALL_INPUT[kind]}!": "string"}))
 
 
 def check_answer(i, call_id, called):
@@ -660,28 +657,31 @@ def check_answer(i, call_id, called):
                       f"messages.[{i}].tool_call_id")
 
 
-def check_answered(i, unanswered):
-    """Where message i stands, or the conversation ends, all calls must be answered."""
-    if unanswered:
-        raise invalid("An assistant message with 'tool_calls' must be followed by tool "
-                      "messages responding to each 'tool_call_id'. The following "
-                      "tool_call_ids did not have response messages: "
-                      f"{', '.join(unanswered)[:1000]}", f"messages.[{i}].role")
+def unanswered_calls(i, ids):
+    """Message i, or the end of the conversation, stands where answers are missing."""
+    return invalid("An assistant message with 'tool_calls' must be followed by tool "
+                   "messages responding to each 'tool_call_id'. The following "
+                   "tool_call_ids did not have response messages: "
+                   f"{', '.join(ids)[:1000]}", f"messages.[{i}].role")
 
 
 def check_conversation(messages):
     """Refuse a tool call without its answer, and an answer without its call."""
-    called, unanswered = [], []         # the ids of the last turn's calls
+    called, unanswered, i = [], [], 0   # the ids of the last turn's calls
     for i, message in enumerate(messages):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered = [id for id in unanswered if id != message["tool_call_id"]]
             continue
-        check_answered(i, unanswered)
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        check_inputs(i, calls or ())
-        called = unanswered = [call["id"] for call in calls or ()]
-    check_answered(len(messages) - 1, unanswered)
+        if unanswered:
+            raise unanswered_calls(i, unanswered)
+        is_assistant = message["role"] == "assistant"
+        calls = is_assistant and message.get("tool_calls") or []
+        for j, call in enumerate(calls):
+            check_input(f"messages[{i}].tool_calls[{j}]", call)
+        called = unanswered = [call["id"] for call in calls]
+    if unanswered:
+        raise unanswered_calls(i, unanswered)
 
 
 def tool_names(tools):
@@ -705,7 +705,8 @@ def chosen_tools(tool_choice):
 
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
-    for name in tool_names(chosen_tools(request["tool_choice"])):
+    for tool in chosen_tools(request["tool_choice"]):
+        [name] = tool_names([tool])
         if name not in tool_names(request["tools"]):
             raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
                           "tool_choice")
@@ -836,13 +837,31 @@ def count_choices(request):
 # count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
 # one token.  `Server(tokenize=...)` takes a real tokenizer.
 #
-# A backend yields pieces: str and ToolCall.  `pieces_of` (in part 2) makes pairs of
-# them, a kind and what is said in tokens, so that a piece can be counted and cut:
+# A backend yields pieces: str and ToolCall.  `pairs_of` makes pairs of them, a kind and
+# what is said in tokens, so that a piece can be counted and cut:
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
 #     ("call", Call(name, id, ["{", "}"]))    a tool call; the tokens are its input
 #     ("end", "stop")                 always the last one: the finish_reason
+
+class ToolCall:
+    """A piece that calls a tool: ToolCall("get_weather", {"city": "Bern"}).
+
+    arguments: a dict, or JSON text that goes out as it is; for a custom tool its input,
+    a str.  id: made up unless it is given.
+    """
+
+    def __init__(self, name, arguments=None, id=None):
+        if not isinstance(name, str) or not isinstance(id, (str, type(None))):
+            raise TypeError("the name and the id of a tool call must be strings")
+        if not isinstance(arguments, str):
+            arguments = to_json({} if arguments is None else arguments).decode()
+        self.name, self.arguments, self.id = name, arguments, id
+
+    def __repr__(self):
+        return f"ToolCall({self.name!r}, {self.arguments!r})"
+
 
 Call = collections.namedtuple("Call", "name id tokens")
 
@@ -918,6 +937,31 @@ def split(text, tokenize, one_by_one=True):
             yield from ([token] for token in tokens)
         elif tokens:
             yield tokens
+
+
+def pairs_of(pieces, tokenize, make_id):
+    """What a backend yields, as pairs; the last one says how it ended.
+
+    Example:
+        >>> pieces = ["Hi you", ToolCall("now")]
+        >>> for pair in pairs_of(pieces, tokenize, lambda: "call_1"):
+        ...     print(pair)
+        ('text', ['Hi', ' you'])
+        ('call', Call(name='now', id='call_1', tokens=['{', '}']))
+        ('end', 'tool_calls')
+    """
+    reason = "stop"
+    for piece in pieces:
+        if isinstance(piece, ToolCall):
+            reason = "tool_calls"
+            id, tokens = piece.id or make_id(), tokenize(piece.arguments)
+            yield "call", Call(piece.name, id, tokens)
+        elif not isinstance(piece, str):
+            raise BackendFault("a piece must be a str or a ToolCall, "
+                               f"not {type(piece).__name__}")
+        elif piece:
+            yield "text", tokenize(piece)
+    yield "end", reason
 
 
 class Prompt:
@@ -2146,24 +2190,6 @@ def sample(schema):
 # Backends.  A backend is called once per choice.  It returns a str, a Reply, a
 # ToolCall, or an iterable of pieces (str or ToolCall); it may raise APIError.
 
-class ToolCall:
-    """A piece that calls a tool: ToolCall("get_weather", {"city": "Bern"}).
-
-    arguments: a dict, or JSON text that goes out as it is; for a custom tool its input,
-    a str.  id: made up unless it is given.
-    """
-
-    def __init__(self, name, arguments=None, id=None):
-        if not isinstance(name, str) or not isinstance(id, (str, type(None))):
-            raise TypeError("the name and the id of a tool call must be strings")
-        if not isinstance(arguments, str):
-            arguments = to_json({} if arguments is None else arguments).decode()
-        self.name, self.arguments, self.id = name, arguments, id
-
-    def __repr__(self):
-        return f"ToolCall({self.name!r}, {self.arguments!r})"
-
-
 def is_number(value):
     return type(value) in (int, float) and 0 <= value < math.inf
 
@@ -2248,35 +2274,29 @@ def as_reply(result):
     return reply
 
 
-def each_piece(text):
-    """The pieces of a list or of an iterable, as long as the client is there."""
-    for piece in text or ():
-        if not isinstance(text, (list, tuple)):
-            pause(0)
-        if not isinstance(piece, (str, ToolCall)):
-            raise BackendFault("a piece must be a str or a ToolCall, "
-                               f"not {type(piece).__name__}")
+def while_connected(pieces):
+    """The pieces of an iterable, as long as the client is there."""
+    for piece in pieces:
+        pause(0)
         yield piece
 
 
 def pieces_of(reply, tokenize, make_id, one_by_one):
     """What a reply says, as pairs of kind and tokens; see the section on pieces."""
-    reason, text = "stop", reply.text
+    text = reply.text or ()
     for kind, whole in (("refusal", reply.refusal), ("text", text)):
         if isinstance(whole, str):
             for tokens in split(whole, tokenize, one_by_one):
                 yield kind, tokens
-    pieces = each_piece(() if isinstance(text, str) else text)
-    for piece in itertools.chain(pieces, reply.tool_calls):
-        if isinstance(piece, ToolCall):
-            reason = "tool_calls"
-            id, arguments = piece.id or make_id(), tokenize(piece.arguments)
-            yield "call", Call(piece.name, id, arguments)
-        elif piece:
-            yield "text", tokenize(piece)
-    if reply.error:
-        yield "error", reply.error
-    yield "end", reply.finish_reason or reason
+    if isinstance(text, str):
+        text = ()
+    elif not isinstance(text, (list, tuple)):
+        text = while_connected(text)
+    pieces = itertools.chain(text, reply.tool_calls)
+    for kind, said in pairs_of(pieces, tokenize, make_id):
+        if kind == "end" and reply.error:
+            yield "error", reply.error
+        yield kind, reply.finish_reason or said if kind == "end" else said
 
 
 def paced(pieces, delay):
@@ -2844,7 +2864,7 @@ class Relay(PassingOn):
             self.upstream.hostname, self.upstream.port, timeout=10)
         try:
             connection.connect()
-            incoming.cleanup.callback(connection.sock.close)
+            incoming.closing.append(connection.sock.close)
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
                                headers)
@@ -2872,7 +2892,7 @@ class Relay(PassingOn):
                 writes = until_done(writes)
         if self.tape:
             writes = self.recorded(writes, incoming, response.status, headers)
-            incoming.cleanup.callback(writes.close)
+            incoming.closing.append(writes.close)
         return Response(response.status, headers, incoming.counted(writes))
 
     def recorded(self, writes, incoming, status, headers):
@@ -3300,7 +3320,7 @@ class Incoming:
 
     path, model: of its route.  fields: its headers, secrets and all.  content: its
     body.  quirk: the one that bends its response.  failed: after the status went out.
-    delivered: the end of the response was sent.  cleanup: what is closed at its end.
+    delivered: the end of the response was sent.  closing: what to call at its end.
     """
 
     def __init__(self, head=Head("", "/", (1, 1), {})):
@@ -3309,7 +3329,7 @@ class Incoming:
         self.path, self.model = normal_path(head.target.partition("?")[0])
         self.content, self.quirk = b"", None
         self.has_our_key = self.failed = self.delivered = False
-        self.cleanup = contextlib.ExitStack()
+        self.closing = []
 
     def keeps_alive(self):
         options = self.fields.get("connection", "").lower()
@@ -3588,10 +3608,11 @@ class Handler(BaseHTTPRequestHandler):
     def clean_up(self, incoming):
         """Close what a response was made from, and log the exchange."""
         exchange = incoming.exchange
-        try:
-            incoming.cleanup.close()
-        except BaseException as error:
-            self.server.refusal(error, incoming)
+        for close in reversed(incoming.closing):
+            try:
+                close()
+            except BaseException as error:
+                self.server.refusal(error, incoming)
         if exchange.status and log.isEnabledFor(logging.INFO):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
                      exchange.method, printable(exchange.path), exchange.status,
@@ -4172,13 +4193,13 @@ class Server(ThreadingHTTPServer):
         texts = ([request["text"]] * request["n"] if is_chat else
                  [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
-            body = parse_json(incoming.content)
             own = {name: copied(request[name])
-                   for name in {*body, "stop", "prompts"}.intersection(request)}
-            reply = as_reply(backend({**request, **own, "body": body, "index": index,
+                   for name in (*request["body"], "body", "stop", "prompts")
+                   if name in request}
+            reply = as_reply(backend({**request, **own, "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
-                incoming.cleanup.callback(reply.text.close)
+                incoming.closing.append(reply.text.close)
             yield reply
 
     def sequence_of(self, reply, request):
@@ -4254,7 +4275,7 @@ class Server(ThreadingHTTPServer):
         if not hasattr(result, "__next__"):
             return json_response(result)
         if callable(getattr(result, "close", None)):
-            incoming.cleanup.callback(result.close)
+            incoming.closing.append(result.close)
         return Response(200, EVENT_STREAM, incoming.noted(named_events(result)))
 
     def health(self, incoming):
