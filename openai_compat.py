@@ -2721,12 +2721,9 @@ RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
 BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
-LINE_START = rb"(?:\A|(?<=[\r\n]))"
+MOST_HELD = 2**16               # bytes of an event that has not ended
 DONE_EVENT = re.compile(
-    LINE_START + rb"data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
-# The end of a block that may go on as [DONE] in the next one.
-DONE_BEGUN = re.compile(
-    LINE_START + rb"(?:da?t?a?:? ?\[?D?O?N?E?|data: ?\[DONE\][ \t\r\n]*)\Z")
+    rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
@@ -2770,15 +2767,13 @@ def blocks_of(response):
         raise Cut("fin")
 
 
-def until_done(blocks):
-    """Blocks as they come, up to [DONE], even if the upstream stays connected.
-
-    [DONE] is held back until its blank line has come.  Some writes are empty: the
-    sender skips those.
+def whole_events(blocks):
+    """Blocks as they come -> writes of whole events, up to [DONE], even if the upstream
+    stays connected.  Some writes are empty: the sender skips those.
 
     Example:
-        >>> list(until_done([b"data: 1\\n", b"\\ndata: [DO", b"NE]\\n\\n", b"more"]))
-        [b'data: 1\\n', b'\\n', b'data: [DONE]\\n\\n']
+        >>> list(whole_events([b"data: 1\\n\\nda", b"ta: [DONE]\\n", b"\\nmore"]))
+        [b'data: 1\\n\\n', b'', b'data: [DONE]\\n\\n']
     """
     held = b""
     for block in blocks:
@@ -2787,8 +2782,8 @@ def until_done(blocks):
         if done:
             yield held[:done.end()]
             return
-        begun = DONE_BEGUN.search(held)
-        end = begun.start() if begun else len(held)
+        ends = (match.end() for match in BLANK_LINE.finditer(held))
+        end = max(ends, default=0) if len(held) < MOST_HELD else len(held)
         yield held[:end]
         held = held[end:]
     yield held
@@ -2889,7 +2884,7 @@ class Relay(PassingOn):
         if headers.get("content-type", "").startswith("text/event-stream"):
             headers = {**EVENT_STREAM, **headers}
             if "content-encoding" not in headers:
-                writes = until_done(writes)
+                writes = whole_events(writes)
         if self.tape:
             writes = self.recorded(writes, incoming, response.status, headers)
             incoming.closing.append(writes.close)
@@ -2956,6 +2951,7 @@ class Replay(PassingOn):
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
         self.lines = itertools.count(1)         # a recording is a line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
+        self.paths = set()                      # further endpoints on the tape
         if relay is not None:
             relay.tape = relay.tape or tape
             relay.on_record = self.add
@@ -2980,6 +2976,7 @@ class Replay(PassingOn):
     def add(self, recording):
         recording["line"] = next(self.lines)
         self.recordings[canonical(recording["request"])].append(recording)
+        self.paths.add(recording["request"]["path"])
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
@@ -3032,9 +3029,9 @@ class Replay(PassingOn):
 # what must be refused (folded lines, bare line ends, two lengths), and it has no time
 # limit for a request as a whole.
 
-FIELD_NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/(\d)\.(\d)" % FIELD_NAME)
-FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % FIELD_NAME)
+FIELD_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
+FIELD_LINE = re.compile(rf"({FIELD_NAME}):([\t\x20-\x7e\x80-\xff]*)")
 SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
 ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
@@ -3055,7 +3052,7 @@ def parse_fields(lines):
     """Header or trailer lines -> {lower-case name: value}.
 
     Example:
-        >>> parse_fields([b"Accept: text/html", b"accept: */*"])
+        >>> parse_fields(["Accept: text/html", "accept: */*"])
         {'accept': 'text/html, */*'}
     """
     if len(lines) > MOST_HEADERS:
@@ -3065,8 +3062,7 @@ def parse_fields(lines):
         match = FIELD_LINE.fullmatch(line)
         if not match:
             raise refused("A header line is malformed.")
-        name = match[1].decode().lower()
-        value = match[2].strip(b" \t").decode("latin-1")
+        name, value = match[1].lower(), match[2].strip(" \t")
         if name in fields:
             if name in ONCE:
                 raise refused(f"There is more than one {name} header.")
@@ -3094,17 +3090,17 @@ def parse_head(head):
         >>> parse_head(b"GET /v1 HTTP/1.1\\r\\nHost: x")
         Head(method='GET', target='/v1', version=(1, 1), fields={'host': 'x'})
     """
-    first, *lines = head.split(b"\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
     match = REQUEST_LINE.fullmatch(first)
     if not match:
         raise refused("The request line is malformed.")
     method, target, *version = match.groups()
     if len(target) > MOST_TARGET:
         raise refused("The target of the request is too long.", 414)
-    if version[0] != b"1":
+    if version[0] != "1":
         raise refused("This server speaks only HTTP/1.0 and HTTP/1.1.", 505)
     version = 1, int(version[1])
-    return origin_form(method.decode(), target.decode(), version, parse_fields(lines))
+    return origin_form(method, target, version, parse_fields(lines))
 
 
 def too_large(most):
@@ -3199,7 +3195,8 @@ class RequestReader(Connection):
             if size and self.take(2) != b"\r\n":
                 raise refused("A transfer chunk is longer than its size says.")
         lines = iter(functools.partial(self.take_until, b"\r\n", 431), b"")
-        parse_fields(list(itertools.islice(lines, MOST_HEADERS + 1)))
+        parse_fields([line.decode("latin-1")
+                      for line in itertools.islice(lines, MOST_HEADERS + 1)])
         return bytes(content)
 
     def read_head(self):
@@ -3360,11 +3357,8 @@ class Incoming:
 
     def counted(self, writes):
         """The same for the writes of somebody else, which may hold several events."""
-        rest = b""
         for write in writes:
-            *blank_lines, rest = BLANK_LINE.split(rest + write)
-            self.exchange.events += len(blank_lines)
-            rest = rest[-3:]            # a blank line may be split over two writes
+            self.exchange.events += len(BLANK_LINE.findall(write))
             if DONE_EVENT.search(write):
                 self.end()
             yield write
