@@ -232,9 +232,7 @@ def reject_number(text):
 
 def finite(text):
     number = float(text)
-    if math.isinf(number):
-        reject_number(text)
-    return number
+    return number if math.isfinite(number) else reject_number(text)
 
 
 # The standard parser takes NaN and Infinity, which JSON does not have, and turns 1e999
@@ -2951,7 +2949,7 @@ class Replay(PassingOn):
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
         self.lines = itertools.count(1)         # a recording is a line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
-        self.paths = set()                      # further endpoints on the tape
+        self.paths = set(relay.paths if relay else ())  # and what is on the tape
         if relay is not None:
             relay.tape = relay.tape or tape
             relay.on_record = self.add
