@@ -3420,6 +3420,7 @@ def writes_per_send(response):
     return 1
 
 
+request_ids = random.Random()   # Server.random makes the other ids; a test may seed it
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
@@ -3477,7 +3478,7 @@ class Handler(BaseHTTPRequestHandler):
     def head(self, incoming, response, framing):
         """Status line, headers and blank line; framing: how the length is told."""
         fields = {"date": http_date(int(time.time())),
-                  "x-request-id": f"req_{os.urandom(16).hex()}",
+                  "x-request-id": f"req_{request_ids.getrandbits(128):032x}",
                   "openai-version": "2020-10-01",
                   "openai-processing-ms": int(incoming.exchange.elapsed() * 1000),
                   **self.server.cors_headers(incoming), **response.headers, **framing}
