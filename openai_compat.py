@@ -186,7 +186,7 @@ class APIError(Exception):
         super().__init__(status, message, param, code, type, headers)   # for pickle
         if not 400 <= int(status) <= 599:
             raise ValueError(f"the status of an error must be 400 to 599, not {status}")
-        self.status, self.message, self.param = int(status), message, param
+        self.status, self.message, self.param = int(status), str(message), param
         usual = ERROR_KINDS.get(self.status, ERROR_KINDS[self.status // 100 * 100])
         self.code, self.type = code or usual[1], type or usual[0]
         self.headers = header_fields(headers)
@@ -195,7 +195,7 @@ class APIError(Exception):
             self.headers.setdefault("x-should-retry", "false")
 
     def __str__(self):
-        return str(self.message)
+        return self.message
 
     def body(self):
         """The error object as it is sent.  Clients rely on all four keys."""
@@ -2829,21 +2829,21 @@ class Relay(PassingOn):
             open(record, "ab").close()          # if it cannot be written, say so now
 
     def headers(self, incoming):
-        fields = {name: value for name, value in incoming.fields.items()
-                  if REQUEST_HEADERS.fullmatch(name)}
+        headers = {name: value for name, value in incoming.headers.items()
+                   if REQUEST_HEADERS.fullmatch(name)}
         if incoming.has_our_key:        # the upstream must not see a key of this server
-            fields.pop("authorization", None)
+            headers.pop("authorization", None)
         if self.api_key:
-            fields["authorization"] = f"Bearer {self.api_key}"
-        return {**JSON, **fields, "accept-encoding": "identity"}
+            headers["authorization"] = f"Bearer {self.api_key}"
+        return {**JSON, **headers, "accept-encoding": "identity"}
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
 
         Example: /v1/models/org%2Fm?limit=1 -> /v1/models/org%2Fm?limit=1
         """
-        path = incoming.path
-        if incoming.model is not None and path == "/models/":
+        path = incoming.route
+        if path == "/models/":
             if CLIMBING_ID.search(incoming.model):
                 raise model_not_found(incoming.model)
             path += quote(incoming.model, safe="")
@@ -2857,7 +2857,7 @@ class Relay(PassingOn):
             self.upstream.hostname, self.upstream.port, timeout=10)
         try:
             connection.connect()
-            incoming.closing.append(connection.sock.close)
+            incoming.closers.append(connection.sock.close)
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
                                headers)
@@ -2885,7 +2885,7 @@ class Relay(PassingOn):
                 writes = whole_events(writes)
         if self.tape:
             writes = self.recorded(writes, incoming, response.status, headers)
-            incoming.closing.append(writes.close)
+            incoming.closers.append(writes.close)
         return Response(response.status, headers, incoming.counted(writes))
 
     def recorded(self, writes, incoming, status, headers):
@@ -3023,9 +3023,9 @@ class Replay(PassingOn):
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
-# Reading a request (RFC 9112).  We read the head ourselves: http.server's parser hides
-# what must be refused (folded lines, bare line ends, two lengths), and it has no time
-# limit for a request as a whole.
+# Reading a request (RFC 9112).  We read the head ourselves: http.server's parser accepts
+# what must be refused against request smuggling (folded lines, bare line ends, two
+# lengths), and it has no time limit for a request as a whole.
 
 FIELD_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
@@ -3034,11 +3034,11 @@ SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?
 HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
 ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
 MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
-MOST_HEAD, MOST_TARGET = 65536, 8192    # bytes: of a request line with its headers
+MOST_HEAD, MOST_TARGET = 65536, 8192    # bytes: of a whole head, of the target in it
 MOST_HEADERS = 100
 ONCE = {"host", "content-length", "transfer-encoding", "content-type", "authorization"}
 
-Head = collections.namedtuple("Head", "method target version fields")
+Head = collections.namedtuple("Head", "method target version headers")
 
 
 def refused(message, status=400, code=None):
@@ -3046,39 +3046,40 @@ def refused(message, status=400, code=None):
     return APIError(status, message, code=code)
 
 
-def parse_fields(lines):
+def parse_headers(lines):
     """Header or trailer lines -> {lower-case name: value}.
 
     Example:
-        >>> parse_fields(["Accept: text/html", "accept: */*"])
+        >>> parse_headers(["Accept: text/html", "accept: */*"])
         {'accept': 'text/html, */*'}
     """
     if len(lines) > MOST_HEADERS:
         raise refused(f"There are more than {MOST_HEADERS} headers.", 431)
-    fields = {}
+    headers = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
             raise refused("A header line is malformed.")
         name, value = match[1].lower(), match[2].strip(" \t")
-        if name in fields:
+        if name in headers:
             if name in ONCE:
                 raise refused(f"There is more than one {name} header.")
-            value = f"{fields[name]}, {value}"
-        fields[name] = value
-    return fields
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
 
 
-def origin_form(method, target, version, fields):
+def origin_form(method, target, version, headers):
     """The head with its target as a path, whatever form it had (RFC 9112, 3.2)."""
-    if not HOST.fullmatch(fields.get("host", "" if version < (1, 1) else " ")):
+    has_host = "host" in headers or version < (1, 1)
+    if not (has_host and HOST.fullmatch(headers.get("host", ""))):
         raise refused("An HTTP/1.1 request must have one valid Host header.")
     absolute = ABSOLUTE.fullmatch(target)       # the form that is meant for proxies
     if absolute and HOST.fullmatch(absolute[1]):
-        fields["host"], target = absolute[1], "/" + absolute[2]
+        headers["host"], target = absolute[1], "/" + absolute[2]
     if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
         raise refused("The target of the request is malformed.")
-    return Head(method, target, version, fields)
+    return Head(method, target, version, headers)
 
 
 def parse_head(head):
@@ -3086,7 +3087,7 @@ def parse_head(head):
 
     Example:
         >>> parse_head(b"GET /v1 HTTP/1.1\\r\\nHost: x")
-        Head(method='GET', target='/v1', version=(1, 1), fields={'host': 'x'})
+        Head(method='GET', target='/v1', version=(1, 1), headers={'host': 'x'})
     """
     first, *lines = head.decode("latin-1").split("\r\n")
     match = REQUEST_LINE.fullmatch(first)
@@ -3097,8 +3098,7 @@ def parse_head(head):
         raise refused("The target of the request is too long.", 414)
     if version[0] != "1":
         raise refused("This server speaks only HTTP/1.0 and HTTP/1.1.", 505)
-    version = 1, int(version[1])
-    return origin_form(method, target, version, parse_fields(lines))
+    return origin_form(method, target, (1, int(version[1])), parse_headers(lines))
 
 
 def too_large(most):
@@ -3107,10 +3107,10 @@ def too_large(most):
 
 def content_length(head, most):
     """The length of the body in bytes; None for transfer chunks (RFC 9112, 6)."""
-    coding = head.fields.get("transfer-encoding")
-    length = head.fields.get("content-length", "0")
+    coding = head.headers.get("transfer-encoding")
+    length = head.headers.get("content-length", "0")
     if coding is not None:
-        if "content-length" in head.fields or head.version < (1, 1):
+        if "content-length" in head.headers or head.version < (1, 1):
             raise refused("Transfer-Encoding beside Content-Length, or in HTTP/1.0.")
         if coding.lower() != "chunked":
             raise refused("The only Transfer-Encoding that is read is chunked.", 501)
@@ -3134,7 +3134,7 @@ class RequestReader(Connection):
     def wait_for_request(self):
         """Wait until a request begins; a connection is not idle for ever.
 
-        The first read also agrees on TLS.
+        The first read also performs the TLS handshake.
         """
         self.deadline = time.monotonic() + self.seconds
         try:
@@ -3161,11 +3161,8 @@ class RequestReader(Connection):
             self.trace("<", block)
         super().send(block)
 
-    def take_until(self, mark, no_line):
-        """What stands before the mark, without the mark.
-
-        no_line: the status if it is so far away that not even one line ends.
-        """
+    def take_until(self, mark):
+        """What stands before the mark, without the mark."""
         seen, end = 0, self.buffer.find(mark)
         while end < 0 and len(self.buffer) <= MOST_HEAD:
             if MALFORMED.search(self.buffer, seen):
@@ -3175,15 +3172,16 @@ class RequestReader(Connection):
             end = self.buffer.find(mark, seen)
         if not 0 <= end <= MOST_HEAD:
             has_line = b"\r\n" in self.buffer[:MOST_HEAD]
+            in_head = 431 if has_line else 414
             raise refused("The request has a line or a head that is too long.",
-                          431 if has_line else no_line)
+                          400 if mark == b"\r\n" else in_head)
         return self.take(end + len(mark))[:end]
 
     def take_transfer_chunks(self, most):
         """The body from its transfer chunks (RFC 9112, 7.1); trailers are dropped."""
         content, size = bytearray(), None
         while size != 0:
-            match = SIZE_LINE.fullmatch(self.take_until(b"\r\n", 400))
+            match = SIZE_LINE.fullmatch(self.take_until(b"\r\n"))
             if not match:
                 raise refused("The size of a transfer chunk is malformed.")
             size = int(match[1], 16)
@@ -3192,25 +3190,25 @@ class RequestReader(Connection):
             content += self.take(size)
             if size and self.take(2) != b"\r\n":
                 raise refused("A transfer chunk is longer than its size says.")
-        lines = iter(functools.partial(self.take_until, b"\r\n", 431), b"")
-        parse_fields([line.decode("latin-1")
+        lines = iter(functools.partial(self.take_until, b"\r\n"), b"")
+        parse_headers([line.decode("latin-1")
                       for line in itertools.islice(lines, MOST_HEADERS + 1)])
         return bytes(content)
 
     def read_head(self):
-        self.unread = True                      # until we know better
-        head = parse_head(self.take_until(b"\r\n\r\n", 414))
-        self.unread = (head.fields.get("content-length", "0") != "0"
-                       or "transfer-encoding" in head.fields)
+        self.unread = True              # if the head cannot be parsed, nor can the body
+        head = parse_head(self.take_until(b"\r\n\r\n"))
+        self.unread = (head.headers.get("content-length", "0") != "0"
+                       or "transfer-encoding" in head.headers)
         return head
 
     def read_content(self, head, most):
         """The body of a request, `most` bytes long at most."""
         length = content_length(head, most)
-        expect = head.fields.get("expect", "").lower()
+        expect = head.headers.get("expect", "").lower()
         if expect not in ("", "100-continue"):
             raise refused("The only expectation that is met is 100-continue.", 417)
-        if head.fields.get("content-encoding", "identity").lower() != "identity":
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
             raise refused("The body has a Content-Encoding; send it without one.")
         if expect and head.version >= (1, 1) and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3221,14 +3219,14 @@ class RequestReader(Connection):
 
 
 def normal_path(path):
-    """A path as the key of a route, and the model in it: single slashes, no /v1.
+    """A path -> (its route, the model in it or None): single slashes, no /v1.
 
     Example:
         >>> normal_path("//v1/models/org%2Fm/"), normal_path("/engines/m/completions")
         (('/models/', 'org/m'), ('/completions', 'm'))
     """
     parts = [part for part in path.split("/") if part]
-    for _ in range(2):
+    for _ in range(2):                  # a base URL with /v1, joined with a path with /v1
         parts = parts[1:] if parts[:1] == ["v1"] else parts
     path = unquote("/" + "/".join(parts))
     engine = re.fullmatch("/engines/(.+?)((?:/chat)?/completions)", path)
@@ -3256,7 +3254,7 @@ def masked(line):
         ('Authorization: ***', 'GET /?api-key=*** HTTP/1.1')
     """
     name, colon, _ = line.partition(":")
-    if colon and name.lower() in SECRET_FIELDS:
+    if colon and name.strip().lower() in SECRET_FIELDS:
         return f"{name}: ***"
     return SECRET_QUERY.sub(r"\1***", line)
 
@@ -3287,7 +3285,7 @@ class Exchange:
         self.method = head.method
         self.path = SECRET_QUERY.sub(r"\1***", head.target)
         self.headers = {name: "***" if name in SECRET_FIELDS else value
-                        for name, value in head.fields.items()}
+                        for name, value in head.headers.items()}
         self.content = b""              # the body as it came: the one copy that is kept
         self.status = self.outcome = self.seconds = None
         self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
@@ -3313,21 +3311,22 @@ class Exchange:
 class Incoming:
     """A request as HTTP delivered it, while it is being answered.
 
-    path, model: of its route.  fields: its headers, secrets and all.  content: its
-    body.  quirk: the one that bends its response.  failed: after the status went out.
-    delivered: the end of the response was sent.  closing: what to call at its end.
+    route, model: what its path means, see `normal_path`.  headers: secrets and all.
+    content: its body.  quirk: the one that bends its response.  failed: after the
+    status went out.  delivered: the end of the response was sent.  closers: functions
+    that are called at its end.
     """
 
     def __init__(self, head=Head("", "/", (1, 1), {})):
-        self.head, self.exchange = head, Exchange(head)
-        self.method, self.target, self.version, self.fields = head
-        self.path, self.model = normal_path(head.target.partition("?")[0])
+        self.exchange = Exchange(head)
+        self.method, self.target, self.version, self.headers = head
+        self.route, self.model = normal_path(head.target.partition("?")[0])
         self.content, self.quirk = b"", None
         self.has_our_key = self.failed = self.delivered = False
-        self.closing = []
+        self.closers = []
 
     def keeps_alive(self):
-        options = self.fields.get("connection", "").lower()
+        options = self.headers.get("connection", "").lower()
         return "close" not in options and (
             self.version >= (1, 1) or "keep-alive" in options)
 
@@ -3337,8 +3336,8 @@ class Incoming:
             body = parse_json(self.content) if self.content else None
         except APIError:
             body = as_text(self.content)
-        model = self.model if self.path == "/models/" else ""
-        return {"method": self.method, "path": self.path + model, "body": body}
+        model = self.model if self.route == "/models/" else ""
+        return {"method": self.method, "path": self.route + model, "body": body}
 
     def end(self):
         """Its end in the journal, which must be there before the last byte goes out."""
@@ -3346,7 +3345,8 @@ class Incoming:
         self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
 
     def noted(self, events):
-        """The events of our own stream, counted; [DONE] is the end of the exchange."""
+        """The events of our own stream, counted.  [DONE] is the end of the exchange: a
+        quirk that follows may split it, or send more after it."""
         for each in events:
             self.exchange.events += 1
             if each == DONE:
@@ -3354,7 +3354,7 @@ class Incoming:
             yield each
 
     def counted(self, writes):
-        """The same for the writes of somebody else, which may hold several events."""
+        """The same, slower, for the writes of others, which may hold several events."""
         for write in writes:
             self.exchange.events += len(BLANK_LINE.findall(write))
             if DONE_EVENT.search(write):
@@ -3431,6 +3431,8 @@ class Handler(BaseHTTPRequestHandler):
     thousands would have one event loop for all of them.
     """
 
+    # ------ what socketserver calls: setup, handle, finish
+
     def setup(self):
         server, sock = self.server, self.request
         # Without this the body of a small response waits 44 ms for the client's ACK.
@@ -3452,12 +3454,15 @@ class Handler(BaseHTTPRequestHandler):
             while self.open and not self.server.closing:
                 reader.wait_for_request()
                 reader.idle = False
-                self.serve(*self.next_request())
+                self.serve()
                 reader.idle = True
 
     def finish(self):
         """Close so that the client can read what was sent (RFC 9112, 9.6)."""
         reader = self.reader
+        if self.server.tls:             # without close_notify, a response may be cut
+            with suppress(OSError, ValueError):
+                reader.sock.unwrap()
         with suppress(OSError, ClientLeft, APIError):
             reader.shut(socket.SHUT_WR)
             reader.deadline = time.monotonic() + 1
@@ -3475,7 +3480,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reader.send(block)
         incoming.delivered = incoming.exchange.outcome is not None
 
-    def head(self, incoming, response, framing):
+    def response_head(self, incoming, response, framing):
         """Status line, headers and blank line; framing: how the length is told."""
         fields = {"date": http_date(int(time.time())),
                   "x-request-id": f"req_{request_ids.getrandbits(128):032x}",
@@ -3503,7 +3508,8 @@ class Handler(BaseHTTPRequestHandler):
             writes, end = (), b""
         self.open = self.open and not self.reader.unread
         incoming.exchange.status = status
-        self.pending = [self.head(incoming, response, {} if status == 204 else framing)]
+        framing = {} if status == 204 else framing
+        self.pending = [self.response_head(incoming, response, framing)]
         self.send_writes(incoming, writes, encode, writes_per_send(response))
         self.pending.append(end)
         incoming.end()
@@ -3544,53 +3550,44 @@ class Handler(BaseHTTPRequestHandler):
 
     # ------ one request, one response
 
-    def next_request(self):
-        """(what has come, None), or (an empty one, the error) if it cannot be read."""
-        self.open = False
-        try:
-            incoming = Incoming(self.reader.read_head())
-        except APIError as error:
-            return Incoming(), error
-        self.open = incoming.keeps_alive() and not self.is_one_too_many
-        return incoming, None
-
-    def read_content(self, incoming):
-        """Check who sends a request, then read its body; enter it into the journal."""
+    def receive(self, incoming):
+        """Check who sends a request, read its body, and enter it into the journal."""
         try:
             if self.is_one_too_many:
                 raise APIError(503, "The engine is currently overloaded, please try "
                                "again later", headers={"retry-after": "1"})
             self.server.admit(incoming)
             if self.reader.unread:
-                incoming.content = self.reader.read_content(incoming.head,
+                incoming.content = self.reader.read_content(incoming,
                                                             self.server.max_body)
         finally:
             incoming.exchange.content = incoming.content
             self.server.enter(incoming.exchange)
 
-    def find_response(self, incoming, error):
+    def find_response(self, incoming):
         """The response, its first write taken: what fails before it gets a status."""
-        try:
-            if error is not None:
-                raise error
-            self.read_content(incoming)
-            response = self.server.respond(incoming)
-            if not isinstance(response.body, bytes):
-                writes = iter(response.body)
-                response.body = itertools.chain([next(writes, b"")], writes)
-            return response
-        except Instead as instead:
-            return instead.args[0]
-        except EndReply:
-            raise
-        except BaseException as failure:
-            return error_response(self.server.refusal(failure, incoming))
+        self.open = incoming.keeps_alive() and not self.is_one_too_many
+        self.receive(incoming)
+        response = self.server.respond(incoming)
+        if not isinstance(response.body, bytes):
+            writes = iter(response.body)
+            response.body = itertools.chain([next(writes, b"")], writes)
+        return response
 
-    def serve(self, incoming, error):
+    def serve(self):
         """One request and its response; the client may leave at any time."""
-        self.pending = []
+        incoming, self.open, self.pending = Incoming(), False, []
         try:
-            self.send(incoming, self.find_response(incoming, error))
+            try:
+                incoming = Incoming(self.reader.read_head())
+                response = self.find_response(incoming)
+            except Instead as instead:
+                response = instead.args[0]
+            except EndReply:
+                raise
+            except BaseException as error:
+                response = error_response(self.server.refusal(error, incoming))
+            self.send(incoming, response)
         except Cut as cut:
             self.cut(incoming, *cut.args)
         finally:
@@ -3601,9 +3598,11 @@ class Handler(BaseHTTPRequestHandler):
     def clean_up(self, incoming):
         """Close what a response was made from, and log the exchange."""
         exchange = incoming.exchange
-        for close in reversed(incoming.closing):
+        for close in reversed(incoming.closers):
             try:
                 close()
+            except EndReply:
+                pass
             except BaseException as error:
                 self.server.refusal(error, incoming)
         if exchange.status and log.isEnabledFor(logging.INFO):
@@ -3810,7 +3809,9 @@ def page_response(quirks):
 # Server.  The routes, who may use them, and the one place where all stages meet.
 
 BEARER = {"www-authenticate": "Bearer"}
+# The hosts of origins whose pages may read what we answer: this machine itself.
 LOOPBACK = re.compile(r"localhost|.*\.localhost|127(\.\d+){3}|\[::1\]")
+# What a Host header may say that no stranger's DNS can: an address, or a local name.
 LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]*|.*\.(localhost|local|internal)")
 
 
@@ -3831,7 +3832,11 @@ def is_local(host):
 
 
 def as_names(value):
-    return [value] if isinstance(value, str) else list(value or ())
+    """A list of names from one of them, or from several."""
+    names = [value] if isinstance(value, str) else list(value or ())
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError("models, api_keys and cors must be texts that are not empty")
+    return names
 
 
 def tls_context(tls):
@@ -3848,8 +3853,8 @@ def tls_context(tls):
     return context
 
 
-def check_number(name, value, least):
-    if not (is_number(value) and least <= value <= 1e12):
+def check_number(name, value, least, kind=(int, float)):
+    if not (isinstance(value, kind) and is_number(value) and least <= value <= 1e12):
         raise ValueError(f"{name} must be a number from {least} up, not {value!r}")
 
 
@@ -3886,7 +3891,7 @@ class Server(ThreadingHTTPServer):
     tokenize         text -> list of its tokens
     strict           check that tool calls and their answers belong together
     quirk            a name of QUIRKS, for every reply
-    quirk_header     let the header X-Quirk choose one
+    quirk_header     let the header X-Quirk choose one, if there is no quirk
     tls              an ssl.SSLContext, or (certificate file, key file)
     cors             origins of web pages that may use it; "*" is all
     max_body         bytes
@@ -3900,6 +3905,7 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"       # on Windows two servers would share it
     allow_reuse_port = False
     request_queue_size = 1024   # with 5, most of 32 clients at once wait for a second
+    # The command line sets these before it starts the server.
     delay = 0                   # seconds between pieces, unless a reply says otherwise
     trace = None                # or a function of a number, "<" or ">", and the bytes
     core = None                 # a number that picks one core to run on; None is all
@@ -3911,10 +3917,10 @@ class Server(ThreadingHTTPServer):
                  max_connections=512, request_timeout=30, journal=1000, routes=None):
         parse_quirk(quirk)
         limit = 1e12 if request_timeout is None else request_timeout
-        for name, value, least in (
-                ("max_body", max_body, 0), ("max_connections", max_connections, 1),
-                ("journal", journal, 0), ("request_timeout", limit, 1e-3)):
-            check_number(name, value, least)
+        check_number("request_timeout", limit, 1e-3)
+        for name, value, least in (("max_body", max_body, 0), ("journal", journal, 0),
+                                   ("max_connections", max_connections, 1)):
+            check_number(name, value, least, int)
         self.quirk, self.quirk_header = quirk, quirk_header
         self.backend, self.tokenize, self.strict = backend, tokenize, strict
         self.models = None if models is None else as_names(models)
@@ -3947,13 +3953,15 @@ class Server(ThreadingHTTPServer):
 
     def add_route(self, route, function):
         """Add a row of `routes`, such as "GET /files" or "/embeddings"."""
-        method, _, path = route.rpartition(" ")
-        path, model = normal_path(path)
+        *method, path = route.split() or [route]
+        method, (path, model) = "".join(method).upper() or "POST", normal_path(path)
         if path in self.ROUTES or model is not None or "/" not in route:
             raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint")
+        if method in ("HEAD", "OPTIONS"):
+            raise ValueError(f"the route {route!r}: the server itself answers {method}")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
-        self.routes.setdefault(path, {})[method.upper() or "POST"] = functools.partial(
+        self.routes.setdefault(path, {})[method] = functools.partial(
             Server.custom, function=function)
 
     # ------ start and stop
@@ -3986,7 +3994,7 @@ class Server(ThreadingHTTPServer):
         return self
 
     def serve_forever(self, poll_interval=None):
-        """Accept connections until `shutdown`."""
+        """Accept connections until the server is closed."""
         stay_on_core(self.core)
         while not self.closing:
             self._handle_request_noblock()      # which blocks until there is one
@@ -4005,14 +4013,15 @@ class Server(ThreadingHTTPServer):
         return not self.closing and len(self.connections) <= most
 
     def handle_error(self, sock, address):
-        log.debug("A connection from %s failed", address[0], exc_info=True)
+        is_usual = isinstance(sys.exc_info()[1], OSError)       # such as a failed handshake
+        log.log(logging.DEBUG if is_usual else logging.ERROR,
+                "A connection from %s failed", address[0], exc_info=True)
 
-    def shutdown(self):
-        """Take no more connections."""
+    def stop_accepting(self):
         self.closing = True
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):         # that woke the acceptor on Linux; elsewhere:
+        with suppress(OSError):         # on Linux that woke accept(); elsewhere this does
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
         if self.acceptor:
@@ -4043,13 +4052,15 @@ class Server(ThreadingHTTPServer):
         """
         if self.closing:
             return
-        self.shutdown()
+        self.stop_accepting()
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)
         self.cut_connections()
         if set(self.connections) - {threading.current_thread()}:
             log.warning("%d threads are still busy in the backend and are left behind",
                         len(self.connections))
         self.check(error)
+
+    shutdown = close            # what socketserver calls it
 
     def check(self, error=None):
         """Raise what failed: a script or replay that was not followed, or the backend's
@@ -4086,18 +4097,16 @@ class Server(ThreadingHTTPServer):
         kept for `check`.  The traceback is dropped, since it would keep the request
         alive for as long as somebody keeps the exception.
         """
-        traceback, refusal = error.__traceback__, error
-        if not isinstance(error, APIError):
-            refusal = server_error()
+        traceback, is_meant = error.__traceback__, isinstance(error, APIError)
+        if not is_meant:
             log.error("The backend failed in %r; raise APIError where it is meant",
-                      incoming.exchange, exc_info=(type(error), error, traceback))
-        if self.failure is None and (refusal is not error
-                                     or isinstance(error, BackendFault)):
+                      incoming.exchange, exc_info=error)
+        if self.failure is None and not (is_meant and type(error) is not BackendFault):
             self.failure = error, traceback
         elif self.failure is None or self.failure[0] is not error:
             error.__context__ = None
         error.__traceback__ = None
-        return refusal
+        return error if is_meant else server_error()
 
     # ------ who may use it
 
@@ -4105,8 +4114,8 @@ class Server(ThreadingHTTPServer):
         return self.server_name.startswith("127.") or self.server_name == "::1"
 
     def check_key(self, incoming):
-        scheme, _, key = incoming.fields.get("authorization", "").partition(" ")
-        key = key if scheme.lower() == "bearer" else incoming.fields.get("api-key", "")
+        scheme, _, key = incoming.headers.get("authorization", "").partition(" ")
+        key = key if scheme.lower() == "bearer" else incoming.headers.get("api-key", "")
         key = key.strip()
         if not key:
             raise APIError(401, "You didn't provide an API key. You need to provide "
@@ -4131,7 +4140,9 @@ class Server(ThreadingHTTPServer):
                 or bool(LOOPBACK.fullmatch(host_of(authority))))
 
     def check_browser(self, fields):
-        """Refuse a page from elsewhere, which runs in somebody's browser."""
+        """Refuse web pages of strangers that somebody's browser shows: their requests
+        (CSRF), and pages whose host's name was pointed at this machine (DNS rebinding).
+        """
         host = fields.get("host", "")
         if not (is_local(host) or host_of(host) in map(host_of, self.cors)):
             raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
@@ -4147,17 +4158,17 @@ class Server(ThreadingHTTPServer):
         if incoming.method == "OPTIONS":
             return
         if self.api_keys:
-            if incoming.path not in ("/", "/health"):
+            if incoming.route not in ("/", "/health"):
                 self.check_key(incoming)
                 incoming.has_our_key = True
         elif self.on_loopback():
-            self.check_browser(incoming.fields)
+            self.check_browser(incoming.headers)
 
     def cors_headers(self, incoming):
-        origin = incoming.fields.get("origin")
+        origin = incoming.headers.get("origin")
         if origin is None:
             return {}
-        if not self.allows(origin, incoming.fields):
+        if not self.allows(origin, incoming.headers):
             return {"vary": "origin"}
         return {"vary": "origin", "access-control-allow-origin": origin,
                 "access-control-expose-headers": "x-request-id"}
@@ -4183,16 +4194,17 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
+        # What came in the body, and what was made of it; nothing else can be changed.
+        names = [name for name in (*request["body"], "body", "stop", "prompts")
+                 if name in request]
         texts = ([request["text"]] * request["n"] if is_chat else
                  [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
-            own = {name: copied(request[name])
-                   for name in (*request["body"], "body", "stop", "prompts")
-                   if name in request}
+            own = {name: copied(request[name]) for name in names}
             reply = as_reply(backend({**request, **own, "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
-                incoming.closing.append(reply.text.close)
+                incoming.closers.append(reply.text.close)
             yield reply
 
     def sequence_of(self, reply, request):
@@ -4210,10 +4222,11 @@ class Server(ThreadingHTTPServer):
         prefix, make_chunks = (("chatcmpl-", chat_chunks) if is_chat
                                else ("cmpl-", completion_chunks))
         request["id"] = prefix + self.random_name(29)
-        quirk = self.quirk_asked(incoming.fields)
+        asked_for = self.quirk_asked(incoming.headers)
         prompts = prompts_of(request, self.tokenize)
         replies = list(self.replies(request, prompts, incoming))
-        quirk, k = parse_quirk(replies[0].quirk or self.quirk or quirk)
+        # k: after how many events.  The reply's own quirk wins, the client's comes last.
+        quirk, k = parse_quirk(replies[0].quirk or self.quirk or asked_for)
         headers = replies[0].headers
         sequences = [self.sequence_of(reply, request) for reply in replies]
         chunks = make_chunks(request, sequences, Usage(prompts, replies[0].usage))
@@ -4239,7 +4252,7 @@ class Server(ThreadingHTTPServer):
         if isinstance(self.backend, PassingOn):
             self.check_model(body.get("model"))
             return self.backend.respond(incoming)
-        is_chat = incoming.path == "/chat/completions"
+        is_chat = incoming.route == "/chat/completions"
         request = (parse_chat if is_chat else parse_completion)(body, self.strict)
         self.check_model(request["model"])
         return self.complete(request, incoming)
@@ -4262,13 +4275,13 @@ class Server(ThreadingHTTPServer):
 
     def custom(self, incoming, function):
         """An endpoint of the user's: a function of the body, or a generator of it."""
-        is_sent = incoming.content or incoming.method == "POST"
-        is_read = is_sent and incoming.method not in ("GET", "HEAD")
-        result = function(parse_json(incoming.content) if is_read else None)
+        has_body = incoming.method == "POST" or (
+            incoming.content and incoming.method not in ("GET", "HEAD"))
+        result = function(parse_json(incoming.content) if has_body else None)
         if not hasattr(result, "__next__"):
             return json_response(result)
         if callable(getattr(result, "close", None)):
-            incoming.closing.append(result.close)
+            incoming.closers.append(result.close)
         return Response(200, EVENT_STREAM, incoming.noted(named_events(result)))
 
     def health(self, incoming):
@@ -4283,7 +4296,7 @@ class Server(ThreadingHTTPServer):
     def page(self, incoming):
         return page_response(QUIRKS if self.quirk_header else ())
 
-    ROUTES = {  # path: {method: its endpoint}; HEAD is where GET is
+    ROUTES = {  # {path: {method: function of the server and the incoming request}}
         "/chat/completions": {"POST": completion},
         "/completions":      {"POST": completion},
         "/models":           {"GET": show_models},
@@ -4306,15 +4319,15 @@ class Server(ThreadingHTTPServer):
         allowed = allowed_methods(methods or ("GET", "POST"))
         headers = {"allow": allowed}
         if "access-control-allow-origin" in self.cors_headers(incoming):
-            wanted = incoming.fields.get("access-control-request-headers", "*")
+            wanted = incoming.headers.get("access-control-request-headers", "*")
             headers.update({"access-control-allow-methods": allowed,
                             "access-control-allow-headers": wanted,
                             "access-control-max-age": "86400"})
         return Response(204, headers)
 
     def respond(self, incoming):
-        """The response to one request."""
-        methods = self.methods_of(incoming.path)
+        """The response to one request; HEAD is answered as GET is."""
+        methods = self.methods_of(incoming.route)
         if incoming.method == "OPTIONS":
             return self.options(incoming, methods)
         if not methods:
@@ -4324,7 +4337,7 @@ class Server(ThreadingHTTPServer):
                            f"has: {paths}.", code="unknown_url")
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method not in methods:
-            raise APIError(405, f"Not allowed to {incoming.method} on {incoming.path}. "
+            raise APIError(405, f"Not allowed to {incoming.method} on {incoming.route}. "
                            f"(HINT: use {' or '.join(methods)} instead.)",
                            headers={"allow": allowed_methods(methods)})
         return methods[method](self, incoming)
@@ -4335,7 +4348,9 @@ class Server(ThreadingHTTPServer):
 # until a signal comes, or as long as a command runs.
 
 PLACE = "MODULE:FUNCTION"
-FLAGS = (  # False, a list or a number as the default says what kind of flag it is
+# A default of False makes a switch, a list a flag that may be repeated.  KINDS has the
+# types of what a flag takes; the others are texts.
+FLAGS = (
     # flag              default      metavar   help
     ("--say",           None,        "TEXT",   "always say this"),
     ("--script",        None,        "FILE",   "reply with the steps of a JSON file"),
@@ -4369,14 +4384,13 @@ FLAGS = (  # False, a list or a number as the default says what kind of flag it 
 )
 KINDS = {"PORT": int, "N": int, "S": float}
 BACKENDS = ("--say", "--script", "--command", "--backend", "--upstream", "--replay")
+NOT_FOR_RELAYS = ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer")
 NEEDED = {  # a flag, and another without which it has no effect
     "--at-once": "--command", "--upstream-key": "--upstream", "--record": "--upstream",
     "--pass": "--upstream", "--tls-key": "--tls-cert", "--tls-cert": "--tls-key",
 }
 USELESS = {  # a flag, and those that have no effect beside it
-    flag: ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer", *others)
-    for flag, others in (("--upstream", ()), ("--replay", ("--record",)))
-}
+    "--upstream": NOT_FOR_RELAYS, "--replay": (*NOT_FOR_RELAYS, "--record")}
 
 
 def add_flag(parser, flag, default, metavar, about):
@@ -4455,7 +4469,8 @@ def backend_of(args):
 def server_of(args, port):
     """The server that the options ask for."""
     check_number("--delay", args.delay, 0)
-    keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")   # not for programs
+    # Not `get`: programs that the server runs must not inherit its keys.
+    keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")
     routes = [route.rpartition("=") for route in args.route]
     same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
             "request_timeout")          # these have the names of the server's arguments
@@ -4495,8 +4510,9 @@ class Printer:
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
                 if os.name != "nt":                     # Windows selects only sockets
-                    self.seconds = len(select.select([], [2], [], self.seconds)[1])
-                    if not self.seconds:
+                    is_read = bool(select.select([], [2], [], self.seconds)[1])
+                    self.seconds = 1 if is_read else 0
+                    if not is_read:
                         return
                 os.write(2, lines[start:start + size])
 
@@ -4507,7 +4523,8 @@ class Printer:
 def print_trace(file, number, direction, block):
     """Print what crosses the wire, a line at a time, with the time of day."""
     now = time.time()
-    clock = time.strftime("%H:%M:%S", time.localtime(now)) + f"{now % 1:.3f}"[1:]
+    clock = time.strftime("%H:%M:%S", time.localtime(now))
+    clock += f".{int(now % 1 * 1000):03d}"
     file.write("".join(f"{clock} #{number} {direction} {line}\n"
                        for line in trace_lines(block)))
 
@@ -4537,19 +4554,19 @@ def close_server(server, grace=0):
     return 0
 
 
-def serve(server):
+def serve(server, file):
     """Serve until a signal; running replies get 10 s then, or until a second one."""
     signals = []
     on_signal(lambda number, frame: signals.append(number))
-    print(f"Serving {server.base_url} with {model_name(server.backend)}; "
-          "Ctrl-C ends it.", file=sys.stderr, flush=True)
+    file.write(f"Serving {server.base_url} with {model_name(server.backend)}; "
+               "Ctrl-C ends it.\n")
     wait_until(lambda: signals, 0.1)
     closing = threading.Thread(target=close_server, args=(server, 10), daemon=True)
     closing.start()
     wait_until(lambda: len(signals) > 1 or not closing.is_alive(), 0.05)
     server.cut_connections()
     closing.join(1)
-    return 0
+    return 0                    # it ended as it was told to; what failed was printed
 
 
 def reaches_command(number):
@@ -4575,8 +4592,8 @@ def environment_for(server):
     """Our environment, and in it where the server is, by all names clients know."""
     keys = server.api_keys
     key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
-    hosts = [os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1",
-             urlsplit(server.base_url).hostname]
+    hosts = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"),
+             "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]
     bypass = ",".join(filter(None, hosts))
     return {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": key,
             "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
@@ -4625,11 +4642,12 @@ def main(argv=None):
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", args.host, server.server_port)
-    # The code of others may compute: it runs on any core.  Neighbouring ports get two.
+    # The code of others may compute, so it runs on any core.  Servers on neighbouring
+    # ports get different ones.
     if not (args.command or args.backend or args.route):
         server.core = port or os.getpid()
     server.start(ACCEPTORS)
-    return run_beside(server, program) if is_beside else serve(server)
+    return run_beside(server, program) if is_beside else serve(server, file)
 
 
 # ----------------------------------------------------------------------------------
