@@ -62,6 +62,8 @@ The stages, in the order of this file.  Each is a small function over the one ab
     request
         | backend                             pieces: str, ToolCall
     pieces
+        | segments_of                         each with its kind and its tokens
+    segments
         | up_to, until_stop                   cut to the limits; the last says why
     sequences
         | chat_chunks, completion_chunks      the chunks of each piece
@@ -280,15 +282,14 @@ def parse_json(body):
         raise body_error(str(error)[:200]) from None
     if type(value) is not dict:
         raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
-    brackets = text.count("[") + text.count("{")    # few ones cannot be nested deeply
+    brackets = text.count("[") + text.count("{")    # at least as many as levels
     if brackets > MOST_NESTED and nesting(value) > MOST_NESTED:
         raise body_error(f"it is nested more than {MOST_NESTED} levels deep")
     return value
 
 
 def copied(value):
-    """A copy of a JSON value that shares nothing with it that can be changed: a backend
-    may change its request.
+    """A deep copy of a JSON value: a backend may change its request.
 
     Example:
         >>> given = {"a": [1]}
@@ -318,7 +319,7 @@ def to_json(value):
         >>> to_json({"text": "你好", "n": [1, None]}).decode()
         '{"text":"你好","n":[1,null]}'
 
-    Raises ValueError for what JSON cannot hold.
+    Raises ValueError or TypeError for what JSON cannot hold.
     """
     try:
         text = encode_json(value)
@@ -341,7 +342,7 @@ def to_json(value):
 #     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
 #                                 required but may be null
 #     Tagged, Either, Map, Bounded: see below
-#     a function                  of the path of the value in the body, and the value
+#     a function                  of a path and the value there; raises, or returns
 # The messages are the API's own, word for word.
 
 TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
@@ -382,24 +383,25 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def bad_number(where, value, kind, limit, bound):
-    """A number beyond its limit: the code is "integer_below_min_value" and the like."""
-    side, sign = ("below", ">=") if limit == "minimum" else ("above", "<=")
-    return invalid(f"Invalid '{where}': {kind} {side} {limit} value. Expected a value "
+def bad_number(where, value, kind, side, bound):
+    """A number out of bounds.  side: "minimum" or "maximum".  The code is
+    "integer_below_min_value" and the like."""
+    place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
+    return invalid(f"Invalid '{where}': {kind} {place} {side} value. Expected a value "
                    f"{sign} {bound}, but got {value} instead.", where,
-                   f"{kind}_{side}_{limit[:3]}_value")
+                   f"{kind}_{place}_{side[:3]}_value")
 
 
-def bad_length(where, value, kind, limit, bound):
-    """A length beyond its limit: the code is "empty_array", "string_above_max_length"
-    and the like."""
+def bad_length(where, value, kind, side, bound):
+    """A length out of bounds, where the least is 1.  The code is "empty_array",
+    "string_above_max_length" and the like."""
     name = JSON_NAMES[type(value)]
     if value:
         fault, got = f"{kind} too long", f"{name} with length {len(value)}"
         code = f"{kind}_above_max_length"
     else:
         fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {name} with {limit} length "
+    return invalid(f"Invalid '{where}': {fault}. Expected {name} with {side} length "
                    f"{bound}, but got {got} instead.", where, code)
 
 
@@ -413,7 +415,9 @@ def check(where, value, spec):
         ...
         openai_compat.APIError: Invalid 'n': integer below minimum value. ...
     """
-    if type(spec) is not str:
+    if callable(spec):
+        spec(where, value)
+    elif type(spec) is not str:
         CHECKS[type(spec)](where, value, spec)
     elif type(value) not in TYPES[spec]:
         raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])
@@ -436,13 +440,14 @@ def check_items(where, value, spec):
 
 def check_members(where, value, spec):
     check(where, value, "object")
+    path = f"{where}." if where else ""
     for name in spec.required:
         is_null = name in value and name in spec.nullable
         if value.get(name) is None and not is_null:
-            raise missing(f"{where}.{name}")
-    for name, inner in spec.fields.items():
-        if value.get(name) is not None:
-            check(f"{where}.{name}", value[name], inner)
+            raise missing(f"{path}{name}")
+    for name, item in value.items():
+        if item is not None and name in spec.fields:
+            check(f"{path}{name}", item, spec.fields[name])
 
 
 def check_tagged(where, value, spec):
@@ -490,8 +495,7 @@ def check_name(where, value):
 
 CHECKS = {tuple: check_word, list: check_items, Object: check_members,
           Tagged: check_tagged, Either: check_either, Map: check_map,
-          Bounded: check_bounded,
-          type(check_name): lambda where, value, function: function(where, value)}
+          Bounded: check_bounded}
 
 
 # {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
@@ -540,23 +544,21 @@ BIASES = Map(Bounded("decimal", -100, 100), None, None)
 METADATA = Map(Bounded("string", None, 512), 64, 16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-REQUIRED = object()             # in the column `default`: the field must be there
 
 
-class Fields(dict):
-    """The table of one endpoint: {name: spec}, the defaults, and which are required."""
+class Fields(Object):
+    """The table of one endpoint: the spec of a body, and the default of each field."""
 
     def __init__(self, *rows):
         super().__init__({name: spec if (least, most) == (None, None)
                           else Bounded(spec, least, most)
                           for name, spec, _, least, most in rows})
-        self.defaults = {name: default for name, _, default, _, _ in rows}
-        self.required = [name for name in self if self.defaults[name] is REQUIRED]
+        self.defaults = {name.rstrip("!"): default for name, _, default, _, _ in rows}
 
 
 #    name                      spec                           default   least   most
 MODEL = (
-    "model",                   "string",                      REQUIRED, None,   None)
+    "model!",                  "string",                      None,     None,   None)
 SHARED_FIELDS = (
     ("max_tokens",             "integer",                     None,     0,      None),
     ("n",                      "integer",                     1,        1,      128),
@@ -573,7 +575,7 @@ SHARED_FIELDS = (
 )
 CHAT_FIELDS = Fields(
     MODEL,
-    ("messages",               [MESSAGE],                     REQUIRED, 1,      None),
+    ("messages!",              [MESSAGE],                     None,     1,      None),
     ("functions",              [FUNCTION],                    (),       1,      128),
     ("tools",                  [TOOL],                        (),       None,   128),
     ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
@@ -617,20 +619,16 @@ NEEDS = (  # a field, another that must be there and true, and what the API says
 
 def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
-    given = {name: value for name, value in body.items() if value is not None}
-    if given.get("model", "") == "":    # the API has other words for this one
+    if body.get("model") in (None, ""):     # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
-    for name in fields.required:
-        if name not in given:
-            raise missing(name)
-    for name, value in given.items():
-        if name in fields:
-            check(name, value, fields[name])
+    check_members("", body, fields)
+    given = {name: value for name, value in body.items() if value is not None}
     for name, other, message in NEEDS:
-        if name in fields and name in given and not given.get(other):
+        if name in fields.fields and name in given and not given.get(other):
             raise invalid(message.format(name, other), name)
     stop = given.get("stop", [])        # a string or a list: always a list from here on
     given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
+    # Unknown fields as they are; null is replaced by the default.
     return {**body, **fields.defaults, **given, "body": body}
 
 
@@ -643,6 +641,7 @@ def check_input(where, call):
     check(f"{where}.{kind}", call[kind], Object({f"{CALL_INPUT[kind]}!": "string"}))
 
 
+# The words of the next three are the API's own, "preceeding" and "messages.[0]" too.
 def check_answer(i, call_id, called):
     """The tool message i must answer one of the calls of the turn before it."""
     if not called:
@@ -675,6 +674,9 @@ def check_conversation(messages):
             raise unanswered_calls(i, unanswered)
         is_assistant = message["role"] == "assistant"
         calls = is_assistant and message.get("tool_calls") or []
+        if is_assistant and message.get("function_call"):
+            check(f"messages[{i}].function_call", message["function_call"],
+                  Object({"arguments!": "string"}))
         for j, call in enumerate(calls):
             check_input(f"messages[{i}].tool_calls[{j}]", call)
         called = unanswered = [call["id"] for call in calls]
@@ -683,7 +685,7 @@ def check_conversation(messages):
 
 
 def tool_names(tools):
-    """The names of some tools, or of what a "tool_choice" says about them.
+    """The names of some tools, as "tools" lists them or a "tool_choice" names them.
 
     Example:
         >>> tool_names([{"type": "function", "function": {"name": "search"}}])
@@ -738,10 +740,10 @@ def last_question(messages):
 def parse_chat(body, strict=True):
     """Check the body of POST /v1/chat/completions -> the request.
 
-    Besides the fields of the body, each with its default, the request has `text` (what
-    is being asked), `prompt` (the same) and `endpoint`.  For each call of the backend
-    the server adds `id` and `index`.  `strict` also checks that tool calls and their
-    answers belong together.
+    Besides the fields of the body, each with its default, the request has `body` (as it
+    was sent), `text` (what is being asked), `prompt` (the same, as completions have it)
+    and `endpoint`.  For each call of the backend the server adds `id` and `index`.
+    `strict` also checks that tool calls and their answers belong together.
 
     Example:
         >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -835,8 +837,8 @@ def count_choices(request):
 # count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
 # one token.  `Server(tokenize=...)` takes a real tokenizer.
 #
-# A backend yields pieces: str and ToolCall.  `pairs_of` makes pairs of them, a kind and
-# what is said in tokens, so that a piece can be counted and cut:
+# A backend yields pieces: str and ToolCall.  `segments_of` makes segments of them:
+# pairs of a kind and what is said in tokens, which can be counted and cut.
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
@@ -908,7 +910,7 @@ def slices(text, size=65536):
     """Cut a long text into slices, before a space where there is one.
 
     A list of tokens takes about forty times the memory of its text, so the tokens of a
-    long text are counted slice by slice.
+    long text are counted slice by slice.  (A flag at the edge of a slice may be cut.)
     """
     start = 0
     while len(text) - start > size:
@@ -924,7 +926,8 @@ def slices(text, size=65536):
 
 
 def split(text, tokenize, one_by_one=True):
-    """A text as lists of tokens: one token each, or else as few lists as possible.
+    """A text as lists of tokens: one token each, which a stream needs, or else few long
+    lists, which cost less.
 
     Example:
         >>> list(split("Hi you", tokenize)), list(split("Hi you", tokenize, False))
@@ -937,13 +940,13 @@ def split(text, tokenize, one_by_one=True):
             yield tokens
 
 
-def pairs_of(pieces, tokenize, make_id):
-    """What a backend yields, as pairs; the last one says how it ended.
+def segments_of(pieces, tokenize, make_id, finish_reason=None):
+    """Pieces -> segments; the last one has the finish_reason.
 
     Example:
         >>> pieces = ["Hi you", ToolCall("now")]
-        >>> for pair in pairs_of(pieces, tokenize, lambda: "call_1"):
-        ...     print(pair)
+        >>> for segment in segments_of(pieces, tokenize, lambda: "call_1"):
+        ...     print(segment)
         ('text', ['Hi', ' you'])
         ('call', Call(name='now', id='call_1', tokens=['{', '}']))
         ('end', 'tool_calls')
@@ -959,7 +962,7 @@ def pairs_of(pieces, tokenize, make_id):
                                f"not {type(piece).__name__}")
         elif piece:
             yield "text", tokenize(piece)
-    yield "end", reason
+    yield "end", finish_reason or reason
 
 
 class Prompt:
@@ -997,18 +1000,18 @@ def prompts_of(request, tokenize):
 
 
 # ----------------------------------------------------------------------------------
-# Sequences.  A sequence is the pieces of one choice, cut to the limits of the request.
+# Sequences.  A sequence is the segments of one choice, cut to the request's limits.
 
-def one_call(pieces):
+def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
     called = False
-    for kind, said in pieces:
+    for kind, value in segments:
         if not (called and kind == "call"):
-            yield kind, said
+            yield kind, value
         called = called or kind == "call"
 
 
-def up_to(pieces, limit):
+def up_to(segments, limit):
     """At most `limit` tokens.  The input of a call counts, but is never cut.
 
     Example:
@@ -1016,17 +1019,17 @@ def up_to(pieces, limit):
         [('text', ['Hel']), ('end', 'length')]
     """
     left = limit
-    for kind, said in pieces:
+    for kind, value in segments:
         if kind == "call":
-            left -= len(said.tokens)
+            left -= len(value.tokens)
         elif kind != "end":
-            if len(said) > left:
+            if len(value) > left:
                 if left > 0:
-                    yield kind, said[:left]
+                    yield kind, value[:left]
                 yield "end", "length"
                 return
-            left -= len(said)
-        yield kind, said
+            left -= len(value)
+        yield kind, value
 
 
 def first_stop(text, stops):
@@ -1048,9 +1051,9 @@ def partial_stop(text, stops):
         >>> partial_stop("The EN", ["END", "STOP"])
         2
     """
-    return max((length for stop in stops
-                for length in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:length])), default=0)
+    start = max(len(text) - max(map(len, stops)) + 1, 0)
+    return next((len(text) - i for i in range(start, len(text))
+                 if any(stop.startswith(text[i:]) for stop in stops)), 0)
 
 
 def split_tokens(tokens, length, whole=False):
@@ -1071,26 +1074,26 @@ def split_tokens(tokens, length, whole=False):
     return tokens, []
 
 
-def until_stop(pieces, stops):
+def until_stop(segments, stops):
     """Text up to the first stop.
 
-    A stop may span pieces, so the end of a text that may become a stop (a partial
+    A stop may span segments, so the end of a text that may become a stop (a partial
     match) is held back until more is known.  Nothing of a stop ever goes out.
 
     Example:
-        >>> pieces = [("text", ["one"]), ("text", [" E"]), ("text", ["ND"])]
-        >>> list(until_stop(pieces, ["END"]))
+        >>> segments = [("text", ["one"]), ("text", [" E"]), ("text", ["ND"])]
+        >>> list(until_stop(segments, ["END"]))
         [('text', ['one']), ('text', [' ']), ('end', 'stop')]
     """
     held = []                                   # tokens that may belong to a stop
-    for kind, said in pieces:
+    for kind, value in segments:
         if kind != "text":                      # stops are looked for in text alone
             if held:
                 yield "text", held
             held = []
-            yield kind, said
+            yield kind, value
             continue
-        held = held + said
+        held = held + value
         text = "".join(held)
         cut = first_stop(text, stops)
         if cut is not None:
@@ -1118,21 +1121,21 @@ def token_limit(request):
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def sequence(pieces, request):
-    """The pieces of one choice -> the same, cut to the limits of the request.
+def sequence(segments, request):
+    """The segments of one choice -> the same, cut to the limits of the request.
 
-    To close the result does not close the backend's generator: the server does that
-    when the exchange ends.
+    Closing the result leaves the backend's generator open: `Server.replies` has it
+    closed when the exchange ends.
     """
     if request["endpoint"] == "chat" and (
             not request["parallel_tool_calls"] or is_legacy(request)):
-        pieces = one_call(pieces)
+        segments = one_call(segments)
     limit = token_limit(request)
     if limit is not None:
-        pieces = up_to(pieces, limit)
+        segments = up_to(segments, limit)
     if request["stop"]:
-        pieces = until_stop(pieces, request["stop"])
-    return pieces
+        segments = until_stop(segments, request["stop"])
+    return segments
 
 
 # ----------------------------------------------------------------------------------
@@ -1166,12 +1169,13 @@ class Usage:
         self.completion_tokens = 0
 
     def counters(self, details=()):
-        said = self.corrections.get("completion_tokens", self.completion_tokens)
-        read = self.corrections.get("prompt_tokens")
-        if read is None:
-            read = sum(prompt.count() for prompt in self.prompts)
-        return {"prompt_tokens": read, "completion_tokens": said,
-                "total_tokens": read + said, **dict(details), **self.corrections}
+        prompt = self.corrections.get("prompt_tokens")
+        completion = self.corrections.get("completion_tokens", self.completion_tokens)
+        if prompt is None:
+            prompt = sum(each.count() for each in self.prompts)
+        return {"prompt_tokens": prompt, "completion_tokens": completion,
+                "total_tokens": prompt + completion, **dict(details),
+                **self.corrections}
 
 
 def wants_usage(request):
@@ -1312,7 +1316,7 @@ def chat_choice(index, delta, logprobs=None, finish_reason=None):
             "finish_reason": finish_reason}
 
 
-def chat_choices(request, index, pieces, usage):
+def chat_choices(request, index, segments, usage):
     """The choice object of each chunk of one sequence; the first one says who speaks.
 
     That first one waits for the first piece.  The status 200 goes out with the first
@@ -1321,22 +1325,22 @@ def chat_choices(request, index, pieces, usage):
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
     calls = 0
-    for number, (kind, said) in enumerate(pieces):
+    for number, (kind, value) in enumerate(segments):
         if number == 0:
             yield chat_choice(index, opening_delta(kind), chat_logprobs([], top))
         if kind == "end":
-            legacy = said == "tool_calls" and is_legacy(request)
-            yield chat_choice(index, {}, None, "function_call" if legacy else said)
+            legacy = value == "tool_calls" and is_legacy(request)
+            yield chat_choice(index, {}, None, "function_call" if legacy else value)
         elif kind == "call":
-            usage.completion_tokens += len(said.tokens)
-            for delta in call_deltas(request, said, calls):
+            usage.completion_tokens += len(value.tokens)
+            for delta in call_deltas(request, value, calls):
                 yield chat_choice(index, delta)
             calls += 1
         else:
-            usage.completion_tokens += len(said)
+            usage.completion_tokens += len(value)
             field = "content" if kind == "text" else kind
-            yield chat_choice(index, {field: "".join(said)},
-                              chat_logprobs(said, top, field))
+            yield chat_choice(index, {field: "".join(value)},
+                              chat_logprobs(value, top, field))
 
 
 def chat_chunks(request, sequences, usage):
@@ -1345,8 +1349,8 @@ def chat_chunks(request, sequences, usage):
     Example:
         >>> body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
         >>> request = {**parse_chat({**body, "stream": True}), "id": "chatcmpl-1"}
-        >>> pieces = [("text", ["Hello"]), ("text", ["!"]), ("end", "stop")]
-        >>> for chunk in chat_chunks(request, [pieces], Usage()):
+        >>> segments = [("text", ["Hello"]), ("text", ["!"]), ("end", "stop")]
+        >>> for chunk in chat_chunks(request, [segments], Usage()):
         ...     [choice] = chunk["choices"]
         ...     print(choice["index"], choice["delta"], choice["finish_reason"])
         0 {'role': 'assistant', 'content': '', 'refusal': None} None
@@ -1357,8 +1361,8 @@ def chat_chunks(request, sequences, usage):
     The last chunk, where the usage is wanted, has it and no choices.
     """
     common = common_fields(request, "chat.completion.chunk")
-    for choice in in_turn([chat_choices(request, index, pieces, usage)
-                           for index, pieces in enumerate(sequences)]):
+    for choice in in_turn([chat_choices(request, index, segments, usage)
+                           for index, segments in enumerate(sequences)]):
         yield {**common, "choices": [choice]}
     if wants_usage(request):
         yield {**common, "choices": [], "usage": usage.counters(USAGE_DETAILS)}
@@ -1369,20 +1373,20 @@ def text_choice(index, text, logprobs, finish_reason=None):
             "finish_reason": finish_reason}
 
 
-def text_choices(request, index, prompt, pieces, usage):
+def text_choices(request, index, prompt, segments, usage):
     """The choice object of each chunk of one sequence of a text completion."""
     offset, top = len(prompt.text), request["logprobs"]
-    for number, (kind, said) in enumerate(pieces):
+    for number, (kind, value) in enumerate(segments):
         if number == 0 and request["echo"]:
             tokens = prompt.tokens() if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind == "end":
-            yield text_choice(index, "", text_logprobs([], top, offset), said)
+            yield text_choice(index, "", text_logprobs([], top, offset), value)
         elif kind == "text":
-            usage.completion_tokens += len(said)
-            text = "".join(said)
-            yield text_choice(index, text, text_logprobs(said, top, offset))
+            usage.completion_tokens += len(value)
+            text = "".join(value)
+            yield text_choice(index, text, text_logprobs(value, top, offset))
             offset += len(text)
         else:
             raise BackendFault("a text completion cannot hold a tool call or a refusal")
@@ -1397,19 +1401,20 @@ def completion_chunks(request, sequences, usage):
     Example:
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
         >>> request = {**parse_completion(body), "id": "cmpl-1"}
-        >>> pieces = [("text", [" two"]), ("end", "stop")]
+        >>> segments = [("text", [" two"]), ("end", "stop")]
         >>> usage = Usage(prompts_of(request, tokenize))
-        >>> for chunk in completion_chunks(request, [pieces], usage):
+        >>> for chunk in completion_chunks(request, [segments], usage):
         ...     print(chunk["choices"])
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
         [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
     """
     common = common_fields(request, "text_completion")
     best_of, n, running = request["best_of"], request["n"], []
-    for i, pieces in enumerate(sequences):
+    for i, segments in enumerate(sequences):
         number, rank = divmod(i, best_of)
-        index, prompt = number * n + rank if rank < n else None, usage.prompts[number]
-        running.append(text_choices(request, index, prompt, pieces, usage))
+        index = number * n + rank if rank < n else None     # None: counted, not shown
+        running.append(text_choices(request, index, usage.prompts[number], segments,
+                                    usage))
     for choice in in_turn(running):
         if choice["index"] is not None:
             yield {**common, "choices": [choice]}
@@ -1460,20 +1465,21 @@ def joined_calls(fragments):
                kind: {**opening[kind], CALL_INPUT[kind]: text}}
 
 
-def folded_choice(index, said):
-    """One choice of a completion, from {field: what each chunk said under it}."""
-    ends = {"logprobs": joined_logprobs(said.pop("logprobs")),
-            "finish_reason": said.pop("finish_reason")[-1]}
-    if "text" in said:
-        return {"index": index, "text": joined(said["text"]), **ends}
-    message = {"role": "assistant", "content": joined(said.get("content", ())),
-               "refusal": joined(said.get("refusal", ()))}
-    if "tool_calls" in said:
-        fragments = itertools.chain.from_iterable(said["tool_calls"])
+def folded_choice(index, fields):
+    """One choice of a completion, from {field: what each chunk has under it}."""
+    ends = {"logprobs": joined_logprobs(fields.pop("logprobs")),
+            "finish_reason": fields.pop("finish_reason")[-1]}
+    if "text" in fields:
+        return {"index": index, "text": joined(fields["text"]), **ends}
+    message = {"role": "assistant", "content": joined(fields.get("content", ())),
+               "refusal": joined(fields.get("refusal", ()))}
+    if "tool_calls" in fields:
+        fragments = itertools.chain.from_iterable(fields["tool_calls"])
         message["tool_calls"] = list(joined_calls(fragments))
-    if "function_call" in said:
-        arguments = joined(call["arguments"] for call in said["function_call"])
-        message["function_call"] = {**said["function_call"][0], "arguments": arguments}
+    if "function_call" in fields:
+        arguments = joined(call["arguments"] for call in fields["function_call"])
+        message["function_call"] = {**fields["function_call"][0],
+                                    "arguments": arguments}
     return {"index": index, "message": message, **ends}
 
 
@@ -1494,12 +1500,12 @@ def fold(chunks):
     chunk, choices = None, {}
     for chunk in chunks:
         for choice in chunk["choices"]:
-            said = choices.setdefault(choice["index"], collections.defaultdict(list))
+            fields = choices.setdefault(choice["index"], collections.defaultdict(list))
             delta = choice["delta"] if "delta" in choice else {"text": choice["text"]}
             for field, value in delta.items():
-                said[field].append(value)
-            said["logprobs"].append(choice["logprobs"])
-            said["finish_reason"].append(choice["finish_reason"])
+                fields[field].append(value)
+            fields["logprobs"].append(choice["logprobs"])
+            fields["finish_reason"].append(choice["finish_reason"])
     if chunk is None:
         raise ValueError("a completion needs at least one chunk")
     whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
@@ -1566,8 +1572,8 @@ def error_response(error):
 # PART 2  BACKENDS
 #
 # What answers a request, and deliberate faults.  A backend is a function of the request
-# alone.  Whatever waits here (for time, for a program, for an upstream) is interrupted
-# as soon as the client leaves.
+# alone.  Whatever waits here (for time, for a program, for an upstream's response) is
+# interrupted as soon as the client leaves.
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
@@ -1589,6 +1595,15 @@ NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
+def ready(files, event, seconds=None):
+    """Those of the files that can be read (or written: EVENT_WRITE) within so many
+    seconds."""
+    with Selector() as selector:
+        for file in files:
+            selector.register(file, event)
+        return [key.fileobj for key, _ in selector.select(seconds)]
+
+
 class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
 
@@ -1606,13 +1621,12 @@ class Connection:
         self.selector.register(sock, selectors.EVENT_READ)
 
     def receive(self, seconds):
-        """Wait so long for bytes, and read once -> did any come, or the end of them?"""
+        """Wait so long for bytes, and read once -> True if bytes or their end came."""
         end = time.monotonic() + seconds
+        pending = getattr(self.sock, "pending", None)   # TLS has read more than it gave
         while True:
-            # TLS may hold bytes that it has read already: no selector sees those.
-            held = getattr(self.sock, "pending", int)()
             longest = max(min(seconds, LONGEST_WAIT), 0)
-            if not held and not self.selector.select(longest):
+            if not (pending and pending() or self.selector.select(longest)):
                 return False
             try:
                 block = self.sock.recv(65536)
@@ -1637,23 +1651,23 @@ class Connection:
         return len(self.buffer) > MOST_READ_AHEAD
 
     def pause(self, seconds):
-        """Wait so long, and meanwhile keep what the client sends.
+        """Sleep; ClientLeft if the client closes, a 503 if the server is stopping.
 
-        End of input means that the client has closed, or that the server has shut the
-        connection because it is stopping.
+        What the client sends meanwhile is kept.  When the buffer is full nothing more
+        is read, and a client that leaves is only noticed by the next send.
         """
         end = time.monotonic() + seconds
         while not self.ended and not self.is_full():
             if not self.receive(end - time.monotonic()):
                 return
-        if self.ended and self.stopping and not self.client_closed():
+        while not self.ended and not self.stopping:
+            if time.monotonic() >= end:
+                return
+            time.sleep(max(min(end - time.monotonic(), 1), 0))
+        if self.stopping and not self.client_closed():
             raise APIError(503, "The server is shutting down.",
                            headers={"retry-after": "1"})
-        if self.ended:
-            raise ClientLeft
-        # The buffer is full: a client that leaves is only noticed by the next send.
-        while time.monotonic() < end and not self.stopping:
-            time.sleep(max(min(end - time.monotonic(), 1), 0))
+        raise ClientLeft
 
     def client_closed(self):
         """Did the client close before the server did?  False where nothing tells it:
@@ -1665,30 +1679,24 @@ class Connection:
 
     def wait_for(self, source):
         """Wait until the file `source` can be read, or as `pause` for the client."""
-        ready = ()
-        while source not in ready:
+        found = ()
+        while source not in found:
             self.pause(0)
-            with Selector() as selector:
-                for file in (source,) if self.is_full() else (source, self.sock):
-                    selector.register(file, selectors.EVENT_READ)
-                ready = [key.fileobj for key, _ in selector.select()]
+            files, seconds = ([source], 1) if self.is_full() else (
+                [source, self.sock], None)
+            found = ready(files, selectors.EVENT_READ, seconds)
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
-        view = memoryview(block)
+        view, longest = memoryview(block), min(self.seconds, LONGEST_WAIT)
         while view:
             try:
                 view = view[self.sock.send(view):]
             except NOT_NOW:
-                self.wait_to_send()
+                if not ready([self.sock], selectors.EVENT_WRITE, longest):
+                    raise ClientLeft from None
             except OSError:
                 raise ClientLeft from None
-
-    def wait_to_send(self):
-        with Selector() as selector:
-            selector.register(self.sock, selectors.EVENT_WRITE)
-            if not selector.select(min(self.seconds, LONGEST_WAIT)):
-                raise ClientLeft
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -1701,31 +1709,38 @@ class Connection:
         self.sock.close()
 
 
-# The connection that a thread serves.  A backend gets only the request, so a connection
-# cannot be passed to it: the thread that calls it knows its connection.
-this_thread = threading.local()         # .connection
+class NoConnection:
+    """Stands for the connection where a backend is called without a server."""
+
+    pause = staticmethod(time.sleep)
+    wait_for = staticmethod(lambda source: None)
+
+
+class ThisThread(threading.local):
+    """The connection that a thread serves.  A backend gets only the request, so a
+    connection cannot be passed to it: the thread that calls it knows its connection."""
+
+    connection = NoConnection
+
+
+this_thread = ThisThread()
 
 
 def pause(seconds):
     """Sleep; ClientLeft as soon as the client leaves.  pause(0) only looks."""
-    connection = getattr(this_thread, "connection", None)
-    if connection is None:              # a backend that is called without a server
-        time.sleep(seconds)
-    else:
-        connection.pause(seconds)
+    this_thread.connection.pause(seconds)
 
 
 def wait_for(source):
     """Wait until the file `source` can be read; ClientLeft if the client leaves."""
-    connection = getattr(this_thread, "connection", None)
-    if connection is not None:
-        connection.wait_for(source)
+    this_thread.connection.wait_for(source)
 
 
 # ----------------------------------------------------------------------------------
 # Quirks.  Deliberate faults, for tests of a client.  A quirk is a generator over the
-# writes of a response, where one yield is one send; one that changes what is said is a
-# generator over the chunks.  k: how many events come first, where a place matters.
+# writes of a response, where one yield is one send; one of CHUNK_QUIRKS is a generator
+# over its chunks.  k: how many events come first.  `stall@3` lets three pass and is
+# then silent; a quirk that is everywhere ignores k.
 
 class Cut(EndReply):
     """Ends the connection: Cut("fin"), Cut("reset"), or Cut("stall") for silence."""
@@ -1735,32 +1750,29 @@ class Instead(EndReply):
     """Ends a reply in favour of another response: Instead(response)."""
 
 
-def each_choice(doc, change):
+def each_choice(change):
     """A quirk that changes each choice object of each chunk in place."""
     def quirk(chunks, k):
         for chunk in chunks:
             for choice in chunk["choices"]:
                 change(choice)
             yield chunk
-    quirk.__doc__ = doc
     return quirk
 
 
-def each_write(doc, change):
+def each_write(change):
     """A quirk that changes every write: change(its number from 0, the write, k)."""
     def quirk(writes, k):
         for i, write in enumerate(writes):
             yield change(i, write, k)
-    quirk.__doc__ = doc
     return quirk
 
 
-def cut_after(doc, how):
+def cut_after(how):
     """A quirk that lets k events pass and then ends the connection."""
     def quirk(writes, k):
         yield from itertools.islice(writes, k)
         raise Cut(how)
-    quirk.__doc__ = doc
     return quirk
 
 
@@ -1792,19 +1804,16 @@ def duplicate_tool_id(chunks, k):
 
 
 CHUNK_QUIRKS = {
-    "no_role": each_choice(
-        "The first delta does not say who speaks.",
-        lambda choice: choice.get("delta", {}).pop("role", None)),
-    "role_every": each_choice(
-        "Every delta says who speaks.",
-        lambda choice: "delta" in choice and choice.update(
-            delta={"role": "assistant", **choice["delta"]})),
+    # The first delta does not say who speaks.
+    "no_role": each_choice(lambda choice: choice.get("delta", {}).pop("role", None)),
+    # Every delta says who speaks.
+    "role_every": each_choice(lambda choice: "delta" in choice and choice.update(
+        delta={"role": "assistant", **choice["delta"]})),
     "usage_always": usage_always,
-    "no_finish": each_choice(
-        "Neither a finish_reason nor [DONE]: the stream just ends.",
-        lambda choice: choice.update(finish_reason=None)),
+    # Neither a finish_reason nor [DONE]: the stream just ends.
+    "no_finish": each_choice(lambda choice: choice.update(finish_reason=None)),
+    # Fragments of tool calls do not say which call they belong to.
     "missing_tool_index": each_choice(
-        "Fragments of tool calls do not say which call they belong to.",
         lambda choice: [call.pop("index") for call in calls_in(choice)]),
     "duplicate_tool_id": duplicate_tool_id,
 }
@@ -1851,37 +1860,38 @@ def html_502(writes, k):
 
 
 WRITE_QUIRKS = {
-    "comment": each_write("A comment block before each event.",
-                          lambda i, write, k: b": comment\n\n" + write),
-    "crlf": each_write("Lines that end with CR LF.",
-                       lambda i, write, k: write.replace(b"\n", b"\r\n")),
-    "no_space": each_write("No space after the colon.",
-                           lambda i, write, k: write.replace(b"data: ", b"data:", 1)),
-    "bom": each_write("A byte order mark at the start.",
-                      lambda i, write, k: write if i else codecs.BOM_UTF8 + write),
-    "id_field": each_write(
-        "An id in each event, then comment blocks: old SDKs parse those as events.",
-        lambda i, write, k: b"id: %d\n%b: comment\n\n" % (i, write)),
-    "retry_block": each_write("Blocks with a retry field and no data.",
-                              lambda i, write, k: b"retry: 1000\n\n" + write),
-    "empty_data": each_write("Events whose data is empty.",
-                             lambda i, write, k: b"data:\n\n" + write),
+    # A comment block before each event.
+    "comment": each_write(lambda i, write, k: b": comment\n\n" + write),
+    # Lines that end with CR LF.
+    "crlf": each_write(lambda i, write, k: write.replace(b"\n", b"\r\n")),
+    # No space after the colon.
+    "no_space": each_write(lambda i, write, k: write.replace(b"data: ", b"data:", 1)),
+    # A byte order mark at the start.
+    "bom": each_write(lambda i, write, k: write if i else codecs.BOM_UTF8 + write),
+    # An id in each event, then comment blocks: old SDKs parse those as events.
+    "id_field": each_write(lambda i, write, k: b"id: %d\n%b: comment\n\n" % (i, write)),
+    # Blocks with a retry field and no data.
+    "retry_block": each_write(lambda i, write, k: b"retry: 1000\n\n" + write),
+    # Events whose data is empty.
+    "empty_data": each_write(lambda i, write, k: b"data:\n\n" + write),
     "split_bytes": split_bytes,
     "one_write": one_write,
     "no_done": no_done,
     "no_finish": no_done,               # the other half of it is a chunk quirk
     "no_terminator": no_terminator,
-    "bad_json": each_write(
-        "One event that is cut short inside its JSON.",
-        lambda i, write, k: write[:len(write) // 2] + b"\n\n" if i == k else write),
+    # One event that is cut short inside its JSON.
+    "bad_json": each_write(lambda i, write, k: (
+        write[:len(write) // 2] + b"\n\n" if i == k else write)),
     "error_event": error_event,
     "truncate": truncate,
-    "stall": cut_after("Silence until the client leaves.", "stall"),
-    "reset": cut_after("A TCP reset.", "reset"),
+    # Silence until the client leaves.
+    "stall": cut_after("stall"),
+    # A TCP reset.
+    "reset": cut_after("reset"),
     "html_502": html_502,
 }
 QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
-# These also happen to a reply that is not streamed, before its first byte.
+# These also happen to a reply that is not streamed, with k = 0.
 WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
 
 
@@ -1910,8 +1920,11 @@ def parse_quirk(text):
 #
 # Several schemas can hold at one place of the instance: the one that stands there, the
 # one that its $ref names, those of its allOf, a branch of its anyOf.  They stay a list,
-# called `here`, and are never merged.  A full validator knows every keyword and runs
-# patterns; this one refuses what it cannot judge.
+# called `here`, and are never merged.  `make` tries candidates until one passes the
+# check, `broken`.  `candidates` picks a branch of each anyOf and collects the schemas
+# that hold; `values` has what they list, or what a `make_...` builds for their type.
+# A full validator knows every keyword and runs patterns; this one refuses what it
+# cannot judge.
 
 SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
@@ -1940,84 +1953,97 @@ def canonical(value):
     return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
 
 
-def _unsatisfiable(keyword, why="it cannot be satisfied"):
+def unsatisfiable(keyword, why="it cannot be satisfied"):
     return APIError(400, f"No instance of this schema can be made, for its keyword "
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def _types(value):
+def json_types(value):
     """The JSON types of a value.  A number without a fraction is an integer.
 
     Example:
-        >>> _types(1.0), _types(True)
+        >>> json_types(1.0), json_types(True)
         (['number', 'integer'], ['boolean'])
     """
     is_whole = type(value) is float and value % 1 == 0
     return JSON_TYPES[type(value)] + ["integer"] * is_whole
 
 
-def _is_one(value, values):
+def is_one(value, values):
     return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
-def _rows(kind, keywords, rule):
-    return dict.fromkeys(keywords.split(), (kind, rule))
+def has_at_least(value, least):
+    return len(value) >= least
 
 
-RULES = {  # keyword: (its type, does a value of that type obey it?  None: nobody knows)
-    **_rows("any", "not if $id $dynamicRef", lambda *_: None),
-    "type": ("any", lambda value, kinds: not set(_types(value)).isdisjoint(
+def has_at_most(value, most):
+    return len(value) <= most
+
+
+def is_multiple(value, step):               # of floats as other validators do it
+    return (value % step if isinstance(step, int) else value / step % 1) == 0
+
+
+RULES = {keyword: (kind, rule) for kind, keywords, rule in (
+    # A type of values, the keywords that are about it, and whether a value obeys one: a
+    # function of the value and the keyword's argument, or None: that is not known here,
+    # or True: see Sampler.parts.
+    ("any", "not if $id $dynamicRef", None),
+    ("any", "type", lambda value, kinds: not set(json_types(value)).isdisjoint(
         [kinds] if isinstance(kinds, str) else kinds)),
-    "enum": ("any", _is_one), "const": ("any", lambda value, it: _is_one(value, [it])),
-    "minimum": ("number", operator.ge), "exclusiveMinimum": ("number", operator.gt),
-    "maximum": ("number", operator.le), "exclusiveMaximum": ("number", operator.lt),
-    "multipleOf": ("number", lambda value, step: (  # in floats, 1.12 / 0.01 is not 112
-        value % step if isinstance(step, int) else value / step % 1) == 0),
-    **{f"{bound}{noun}": (kind, rule) for noun, kind in (
-        ("Length", "string"), ("Items", "array"), ("Properties", "object"))
-       for bound, rule in (("min", lambda value, least: len(value) >= least),
-                           ("max", lambda value, most: len(value) <= most))},
-    "format": ("string", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    **_rows("string", "pattern", lambda *_: None),
-    "uniqueItems": ("array", lambda value, on: (
+    ("any", "enum", is_one), ("any", "const", lambda value, it: is_one(value, [it])),
+    ("number", "minimum", operator.ge), ("number", "exclusiveMinimum", operator.gt),
+    ("number", "maximum", operator.le), ("number", "exclusiveMaximum", operator.lt),
+    ("number", "multipleOf", is_multiple),
+    ("string", "minLength", has_at_least), ("string", "maxLength", has_at_most),
+    ("string", "format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
+    ("string", "pattern", None),
+    ("array", "minItems", has_at_least), ("array", "maxItems", has_at_most),
+    ("array", "uniqueItems", lambda value, on: (
         not on or len(set(map(canonical, value))) == len(value))),
-    **_rows("array", "items prefixItems", lambda *_: True),     # see `_Sampler.parts`
-    **_rows("array", "contains additionalItems unevaluatedItems", lambda *_: None),
-    "required": ("object", lambda value, names: value.keys() >= set(names)),
-    **_rows("object", "properties additionalProperties propertyNames", lambda *_: True),
-    **_rows("object", "patternProperties dependencies dependentRequired "
-            "dependentSchemas unevaluatedProperties", lambda each, _: not each or None),
-}
+    ("array", "items prefixItems", True),
+    ("array", "contains additionalItems unevaluatedItems", None),
+    ("object", "minProperties", has_at_least), ("object", "maxProperties", has_at_most),
+    ("object", "required", lambda value, names: value.keys() >= set(names)),
+    ("object", "properties additionalProperties propertyNames", True),
+    ("object", "patternProperties dependencies dependentRequired dependentSchemas "
+               "unevaluatedProperties", lambda value, _: not value or None),
+) for keyword in keywords.split()}
 
 
-def _said(here, *keywords):
-    """What the schemas of a list say with these keywords."""
+def stated(here, *keywords):
+    """What the schemas of a list state with these keywords."""
     return [schema[each] for each in keywords for schema in here if each in schema]
 
 
-def _property(schema, name):
+def property_schema(schema, name):
     rest = schema.get("additionalProperties", True)
     return schema.get("properties", {}).get(name, rest)
 
 
-def _item(schema, index):
+def item_schema(schema, index):
     """The schema of an item.  `items` as a list is how prefixItems was once written."""
     rest = schema.get("items", True)
     first = rest if isinstance(rest, list) else schema.get("prefixItems", ())
-    return first[index] if index < len(first) else rest is first or rest
+    if index < len(first):
+        return first[index]
+    return True if isinstance(rest, list) else rest
 
 
-class _Sampler:
+class Sampler:
     """One sample in the making: the root of its schema, and the work that is left."""
 
     def __init__(self, root):
         self.root, self.left = root, SAMPLE_WORK
-        self.trusting, self.trusted = False, set()  # an author's example; its strings
+        # Is the value an example of the schema's author?  Its strings are trusted to
+        # match a pattern, since patterns are not run.
+        self.trusting, self.trusted = False, set()
 
-    def spend(self, work, keyword="$ref"):
+    def spend(self, work, keyword="type"):
         self.left -= work
         if self.left < 0:
-            raise _unsatisfiable(keyword, "the instance or the work would be too large")
+            raise unsatisfiable(keyword, "the instance or the work would be too large")
 
     def also(self, schema):
         """What holds wherever a schema does: its allOf, and the target of its $ref.
@@ -2025,36 +2051,38 @@ class _Sampler:
         A $ref is "#", or a pointer (RFC 6901) such as "#/$defs/a".
         """
         yield from schema.get("allOf", ())
-        for ref in _said([schema], "$ref"):
+        for ref in stated([schema], "$ref"):
             place = {"#": self.root}
             for step in unquote(ref).split("/"):
                 step = step.replace("~1", "/").replace("~0", "~")
-                place = place.get(step) if isinstance(place, dict) else None
+                if isinstance(place, list) and step.isdigit():
+                    place = dict(enumerate(place)).get(int(step))
+                else:
+                    place = place.get(step) if isinstance(place, dict) else None
             if place is None:
-                raise _unsatisfiable("$ref", f"there is no {ref}")
+                raise unsatisfiable("$ref", f"there is no {ref}")
             yield place
 
     # ------ the check
 
     def broken(self, value, schema, keyword="allOf"):
-        """The first keyword that a value does not obey, or None.
-
-        Patterns are not run: a string of an author's example is trusted to match one.
-        """
+        """The first keyword that a value does not obey, or None."""
         if isinstance(schema, bool):
             return None if schema else keyword
-        lists = _said([schema], "enum", "anyOf", "oneOf", "$ref")
+        lists = stated([schema], "enum", "anyOf", "oneOf", "$ref")
         self.spend(len(schema) + sum(map(len, lists)))
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
-            verdict = kind not in ["any", *_types(value)] or rule(value, argument)
-            claim = verdict is None and kind == "string" and (value, keyword, argument)
-            if claim and self.trusting:
-                self.trusted.add(claim)
-            if verdict is None and claim not in self.trusted:
-                raise _unsatisfiable(keyword, "it is not known here")
+            verdict = rule(value, argument) if callable(rule) else rule
+            if kind not in ["any", *json_types(value)]:
+                verdict = True
             if verdict is False:
                 return keyword
+            claim = value, keyword, argument    # hashed only where the value is a str
+            if verdict is None and kind == "string" and self.trusting:
+                self.trusted.add(claim)
+            elif verdict is None and (kind != "string" or claim not in self.trusted):
+                raise unsatisfiable(keyword, "it is not known here")
         return next(filter(None, itertools.starmap(
             self.broken, self.parts(value, schema))), None)
 
@@ -2063,28 +2091,29 @@ class _Sampler:
         yield from ((value, each, "allOf") for each in self.also(schema))
         for keyword in {"anyOf", "oneOf"} & schema.keys():
             fits = (not self.broken(value, each) for each in schema[keyword])
+            # The second any() goes on behind the first branch that fits.
             yield value, any(fits) and not (keyword == "oneOf" and any(fits)), keyword
         for name in value if isinstance(value, dict) else ():
-            yield value[name], _property(schema, name), "additionalProperties"
+            yield value[name], property_schema(schema, name), "additionalProperties"
             yield name, schema.get("propertyNames", True), "propertyNames"
         for index, each in enumerate(value if isinstance(value, list) else ()):
-            yield each, _item(schema, index), "items"
+            yield each, item_schema(schema, index), "items"
 
     # ------ the making
 
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
         schemas = [each for each in schemas if each is not False]  # seen further out
-        fault = _unsatisfiable("$ref", "it contains itself without an end")
+        fault = unsatisfiable("$ref", "it contains itself without an end")
         for trusting, values in self.candidates(schemas, name, above):
             try:
                 for value in values:
                     self.trusting = trusting
                     self.spend(len(to_json(value)))
                     keyword = self.broken(value, {"allOf": schemas})
-                    if not keyword and not _is_one(value, others):
+                    if not keyword and not is_one(value, others):
                         return value
-                    fault = _unsatisfiable(keyword or "uniqueItems")
+                    fault = unsatisfiable(keyword or "uniqueItems")
             except APIError as error:
                 fault = error
         raise fault
@@ -2102,18 +2131,18 @@ class _Sampler:
         elif id(todo[0]) not in above:
             schema, *rest = todo
             rest += self.also(schema)
-            choices = filter(None, _said([schema], "anyOf", "oneOf"))
+            choices = filter(None, stated([schema], "anyOf", "oneOf"))
             for branches in itertools.product(*choices):
                 both = [*rest, *branches]
                 yield from self.candidates(both, name, above, (*here, schema))
 
     def values(self, here, name, inside):
         """The candidates of one reading: what its schemas list, or a type makes."""
-        examples = [each[0] for each in _said(here, "examples") if each]
-        yield from ((True, [value]) for value in _said(here, "default") + examples)
-        listed = _said(here, "const") + sum(_said(here, "enum"), [])
+        examples = [each[0] for each in stated(here, "examples") if each]
+        yield from ((True, [value]) for value in stated(here, "default") + examples)
+        listed = stated(here, "const") + sum(stated(here, "enum"), [])
         yield from ((False, [value]) for value in listed)
-        types = (kind if type(kind) is list else [kind] for kind in _said(here, "type"))
+        types = (kind if type(kind) is list else [kind] for kind in stated(here, "type"))
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
         for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
@@ -2122,38 +2151,38 @@ class _Sampler:
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
-        low = max(_said(here, "minProperties"), default=0)
-        required = [*dict.fromkeys(map(str, sum(_said(here, "required"), [])))]
-        names = [*dict.fromkeys(itertools.chain(required, *_said(here, "properties")))]
-        key = [{"type": "string"}, *_said(here, "propertyNames")]
+        low = max(stated(here, "minProperties"), default=0)
+        required = [*dict.fromkeys(map(str, sum(stated(here, "required"), [])))]
+        names = [*dict.fromkeys(itertools.chain(required, *stated(here, "properties")))]
+        key = [{"type": "string"}, *stated(here, "propertyNames")]
         while len(names) < low:
             names.append(self.make(key, "key", inside, names))
         for count in (max(low, len(required)), len(names)):
-            yield {each: self.make([_property(schema, each) for schema in here],
+            yield {each: self.make([property_schema(schema, each) for schema in here],
                                    each, inside) for each in names[:count]}
 
     def make_array(self, here, name, inside):
-        low, made = max(_said(here, "minItems"), default=0), []
+        low, made = max(stated(here, "minItems"), default=0), []
         self.spend(low, "minItems")
-        others = made if any(_said(here, "uniqueItems")) else ()
+        others = made if any(stated(here, "uniqueItems")) else ()
         for index in range(low):
-            schemas = [_item(schema, index) for schema in here]
+            schemas = [item_schema(schema, index) for schema in here]
             made.append(self.make(schemas, name, inside, others))
         yield made
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        name, high = name or "text", min(_said(here, "maxLength"), default=SAMPLE_WORK)
-        low = min(max(_said(here, "minLength"), default=0), SAMPLE_WORK)
-        yield from filter(None, map(FORMATS.get, _said(here, "format")))
+        name, high = name or "text", min(stated(here, "maxLength"), default=SAMPLE_WORK)
+        low = min(max(stated(here, "minLength"), default=0), SAMPLE_WORK)
+        yield from filter(None, map(FORMATS.get, stated(here, "format")))
         for mark in ("", *map(str, range(2, 100))):
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
 
     def make_number(self, here, name, inside):
         """The number nearest to 0, one between the bounds, and multiples near them."""
-        low = max(_said(here, "minimum", "exclusiveMinimum"), default=-math.inf)
-        high = min(_said(here, "maximum", "exclusiveMaximum"), default=math.inf)
-        step, start = max(_said(here, "multipleOf"), default=1), min(max(0, low), high)
+        low = max(stated(here, "minimum", "exclusiveMinimum"), default=-math.inf)
+        high = min(stated(here, "maximum", "exclusiveMaximum"), default=math.inf)
+        step, start = max(stated(here, "multipleOf"), default=1), min(max(0, low), high)
         multiples = ((start // step + n) * step for n in NEAR)
         for value in (start, (low + high) / 2, start + 0.5, *multiples):
             if math.isfinite(value):
@@ -2177,11 +2206,11 @@ def sample(schema):
         schema = json.loads(to_json(schema))        # a copy that has no other types
         if isinstance(schema, dict):
             schema.pop("$id", None)                 # it says nothing at the root
-        return _Sampler(schema).make([{"allOf": [schema]}], "text")
+        return Sampler(schema).make([{"allOf": [schema]}], "text")
     except RecursionError:
-        raise _unsatisfiable("$ref", "it is nested too deeply") from None
+        raise unsatisfiable("$ref", "it is nested too deeply") from None
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
-        raise _unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
+        raise unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
 
 
 # ----------------------------------------------------------------------------------
@@ -2216,9 +2245,10 @@ class Reply:
     """What a backend says, with everything that can be said about it.
 
     text: a str, or a list of the pieces to send.  usage: fields that replace those
-    that were counted.  delay: seconds between pieces, or (first, between).  quirk: a
-    name of QUIRKS.  headers: go out with the response.  error: an APIError to answer
-    with, after the delay and the text.  expect: see Script.
+    that were counted.  delay: seconds before each piece, or (before the first, before
+    each other one).  quirk: a name of QUIRKS.  headers: go out with the response.
+    error: an APIError to answer with, after the delay and the text.  expect: see
+    Script.
 
     Raises TypeError or ValueError for a value that cannot be used.
     """
@@ -2247,8 +2277,8 @@ class Reply:
         self.headers, self.expect = header_fields(headers), expect
 
     def __repr__(self):
-        said = (f"{name}={value!r}" for name, value in vars(self).items() if value)
-        return f"Reply({', '.join(said)})"
+        given = (f"{name}={value!r}" for name, value in vars(self).items() if value)
+        return f"Reply({', '.join(given)})"
 
     def is_ready(self):
         """Is everything at hand, so that several pieces may share a send?"""
@@ -2273,14 +2303,14 @@ def as_reply(result):
 
 
 def while_connected(pieces):
-    """The pieces of an iterable, as long as the client is there."""
+    """The pieces of an iterable; ClientLeft instead of one that nobody reads."""
     for piece in pieces:
         pause(0)
         yield piece
 
 
-def pieces_of(reply, tokenize, make_id, one_by_one):
-    """What a reply says, as pairs of kind and tokens; see the section on pieces."""
+def said_by(reply, tokenize, make_id, one_by_one):
+    """A reply -> its segments: refusal, text, tool calls, end."""
     text = reply.text or ()
     for kind, whole in (("refusal", reply.refusal), ("text", text)):
         if isinstance(whole, str):
@@ -2290,23 +2320,19 @@ def pieces_of(reply, tokenize, make_id, one_by_one):
         text = ()
     elif not isinstance(text, (list, tuple)):
         text = while_connected(text)
-    pieces = itertools.chain(text, reply.tool_calls)
-    for kind, said in pairs_of(pieces, tokenize, make_id):
-        if kind == "end" and reply.error:
-            yield "error", reply.error
-        yield kind, reply.finish_reason or said if kind == "end" else said
+    yield from segments_of(itertools.chain(text, reply.tool_calls), tokenize, make_id,
+                           reply.finish_reason)
 
 
-def paced(pieces, delay):
-    """Each piece so many seconds after the one before.  The error that a reply ends
-    with is raised here."""
+def paced(segments, delay, error):
+    """Each segment so many seconds after the one before; an error instead of the end."""
     seconds, between = delay_pair(delay)
-    for kind, said in pieces:
-        if kind != "end":
+    for kind, value in segments:
+        if error or kind != "end":
             pause(seconds)
-        if kind == "error":
-            raise said
-        yield kind, said
+        if error and kind == "end":
+            raise error
+        yield kind, value
         seconds = between
 
 
@@ -2364,7 +2390,7 @@ def say(*pieces):
     return constant(Reply(list(pieces)))
 
 
-COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE, inspect.CO_ASYNC_GENERATOR
+COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def as_backend(value):
@@ -2486,8 +2512,8 @@ def as_step(number, step):
 class Script:
     """A backend that takes one step per request, in order, and is strict about it.
 
-    A step is a str, a ToolCall or a list of them, a Reply, an APIError, a dict as in a
-    JSON script, or a function of the request.  All choices of a request say the same.
+    A step is a str, a ToolCall, a list of ToolCalls, a Reply, an APIError, a dict as in
+    a JSON script, or a function of the request.  All choices of a request say the same.
     any_order: a request takes the first step whose `expect` it meets, and a step
     without `expect` only if there is none.  otherwise: a backend for requests that no
     step is for.
@@ -2692,7 +2718,7 @@ def command(program, at_once=1):
     if not program or at_once < 1:
         raise ValueError("a command needs a program, and at least 1 at once")
     found = shutil.which(program[0])
-    if found is None or found.lower().endswith((".bat", ".cmd")):   # for a shell
+    if found is None or found.lower().endswith((".bat", ".cmd")):   # cmd.exe
         raise ValueError(f"there is no program {program[0]!r}, or it needs a shell")
     places = threading.BoundedSemaphore(at_once)
 
@@ -2709,8 +2735,24 @@ def command(program, at_once=1):
 # passes on what another server says, as it says it, and can record it on a tape, one
 # exchange a line.  A replay answers from such a tape.
 
+def is_event_stream(headers):
+    return (headers.get("content-type", "").startswith("text/event-stream")
+            and "content-encoding" not in headers)
+
+
 class PassingOn:
-    """The base of Relay and Replay: `respond(incoming)` returns a Response."""
+    """The base of Relay and Replay: `respond(incoming)` returns a Response.
+
+    `incoming` is the request as HTTP delivered it (the class stands in part 3): its
+    method, target, headers and content, and the route and the model that the target
+    means.  `incoming.asked()` is what a tape knows it by, `incoming.counted(writes)`
+    counts events on their way, `incoming.closers` are called when it ends.
+    """
+
+    def response(self, status, headers, writes, incoming):
+        if is_event_stream(headers):
+            writes = incoming.counted(writes)
+        return Response(status, headers, writes)
 
 
 REQUEST_HEADERS = re.compile("authorization|accept|content-type|user-agent"
@@ -2856,7 +2898,7 @@ class Relay(PassingOn):
         connection = self.CONNECTIONS[self.upstream.scheme](
             self.upstream.hostname, self.upstream.port, timeout=10)
         try:
-            connection.connect()
+            connection.connect()        # it and sending go on if the client leaves
             incoming.closers.append(connection.sock.close)
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
@@ -2871,6 +2913,7 @@ class Relay(PassingOn):
                                 f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
+        started = time.monotonic()
         try:
             response = self.ask(incoming)
         except (ClientLeft, APIError) as error:
@@ -2879,38 +2922,40 @@ class Relay(PassingOn):
         headers = {name.lower(): value for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
-        if headers.get("content-type", "").startswith("text/event-stream"):
-            headers = {**EVENT_STREAM, **headers}
-            if "content-encoding" not in headers:
-                writes = whole_events(writes)
+        if is_event_stream(headers):
+            headers, writes = {**EVENT_STREAM, **headers}, whole_events(writes)
         if self.tape:
-            writes = self.recorded(writes, incoming, response.status, headers)
+            recording = {"request": incoming.asked(), "status": response.status,
+                         "headers": headers, "writes": []}
+            writes = self.recorded(writes, recording, started)
             incoming.closers.append(writes.close)
-        return Response(response.status, headers, incoming.counted(writes))
+        return self.response(response.status, headers, writes, incoming)
 
-    def recorded(self, writes, incoming, status, headers):
-        """The same writes.  The exchange is on the tape before the last goes out."""
-        kept, last = [], time.monotonic()
+    def recorded(self, writes, recording, last):
+        """The same writes.  The exchange is on the tape before the last one goes out
+        ([DONE], or the empty one that ends a body), so that whoever has read all of it
+        can replay it.  last: when the request, then a write, went out."""
+        is_stream = is_event_stream(recording["headers"])
         try:
             for write in filter(None, writes):
-                kept.append([round(time.monotonic() - last, 4), as_text(write)])
-                if DONE_EVENT.search(write):
+                seconds = round(time.monotonic() - last, 4)
+                recording["writes"].append([seconds, as_text(write)])
+                if is_stream and DONE_EVENT.search(write):
                     break
                 yield write
                 last = time.monotonic()
-            else:                       # everything went out; the end is an empty write
+            else:
                 write = b""
         except (EndReply, APIError, GeneratorExit) as error:
             self.miss(error)
             raise
-        self.append({"request": incoming.asked(), "status": status, "headers": headers,
-                     "writes": kept})
+        self.append(recording)
         yield write
 
     def miss(self, error):
         """Say why an exchange is not on the tape."""
-        why = ("the upstream was cut" if isinstance(error, Cut) else error
-               if isinstance(error, Exception) else "the client left")
+        why = {Cut: "the upstream was cut", ClientLeft: "the client left",
+               GeneratorExit: "the client left"}.get(type(error), error)
         if self.tape:
             log.warning("An exchange was not recorded on %s: %s", self.tape, why)
 
@@ -2926,9 +2971,9 @@ class Relay(PassingOn):
 
 
 def likeness(a, b):
-    """How much two requests have in common: the path, then lines of the JSON text."""
-    lines = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
-    return a["path"] == b["path"], len(lines)
+    """How much two requests have in common: the path, then pieces of the JSON text."""
+    pieces = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
+    return a["path"] == b["path"], len(pieces)
 
 
 class Replay(PassingOn):
@@ -2936,7 +2981,8 @@ class Replay(PassingOn):
 
     A request that was recorded several times gets its recordings in order; the last one
     stays.  speed: 0 for no pauses, 1 for those of the recording, 2 for half of them.
-    relay: a Relay for requests that are not on the tape, which records them there.
+    relay: a Relay for requests that are not on the tape, which records them there,
+    unless it has a tape of its own.
 
     An unknown request without a relay gets a 404, and makes `check` fail.
     """
@@ -2962,10 +3008,10 @@ class Replay(PassingOn):
                 try:
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
-                    for wait, text in recording["writes"]:
-                        as_bytes(text)
-                        if not (is_number(wait) and is_number(recording["status"])):
-                            raise ValueError
+                    waits = [wait for wait, text in recording["writes"]
+                             if as_bytes(text) is not None]
+                    if not all(map(is_number, [recording["status"], *waits])):
+                        raise ValueError
                     self.add(recording)
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {self.tape} is not a whole "
@@ -3006,8 +3052,8 @@ class Replay(PassingOn):
             error = self.unknown(asked)
             self.faults.append(f"{asked['method']} {asked['path']}: {error}")
             raise error
-        return Response(recording["status"], recording["headers"],
-                        incoming.counted(self.writes(recording)))
+        return self.response(recording["status"], recording["headers"],
+                             self.writes(recording), incoming)
 
     def check(self, error=None):
         """Raise AssertionError if a request was not on the tape."""
@@ -3023,9 +3069,9 @@ class Replay(PassingOn):
 # ==================================================================================
 
 # ----------------------------------------------------------------------------------
-# Reading a request (RFC 9112).  We read the head ourselves: http.server's parser accepts
-# what must be refused against request smuggling (folded lines, bare line ends, two
-# lengths), and it has no time limit for a request as a whole.
+# Reading a request (RFC 9112).  We read the head ourselves: http.server's parser
+# accepts what must be refused against request smuggling (folded lines, bare line ends,
+# two lengths), and it has no time limit for a request as a whole.
 
 FIELD_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({FIELD_NAME}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)", re.ASCII)
@@ -3226,7 +3272,7 @@ def normal_path(path):
         (('/models/', 'org/m'), ('/completions', 'm'))
     """
     parts = [part for part in path.split("/") if part]
-    for _ in range(2):                  # a base URL with /v1, joined with a path with /v1
+    for _ in range(2):          # twice, for a base URL with /v1 and a path with /v1
         parts = parts[1:] if parts[:1] == ["v1"] else parts
     path = unquote("/" + "/".join(parts))
     engine = re.fullmatch("/engines/(.+?)((?:/chat)?/completions)", path)
@@ -4013,7 +4059,7 @@ class Server(ThreadingHTTPServer):
         return not self.closing and len(self.connections) <= most
 
     def handle_error(self, sock, address):
-        is_usual = isinstance(sys.exc_info()[1], OSError)       # such as a failed handshake
+        is_usual = isinstance(sys.exc_info()[1], OSError)   # such as no TLS handshake
         log.log(logging.DEBUG if is_usual else logging.ERROR,
                 "A connection from %s failed", address[0], exc_info=True)
 
@@ -4021,7 +4067,7 @@ class Server(ThreadingHTTPServer):
         self.closing = True
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):         # on Linux that woke accept(); elsewhere this does
+        with suppress(OSError):         # Linux wakes accept() then; others do here
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
         if self.acceptor:
@@ -4210,11 +4256,11 @@ class Server(ThreadingHTTPServer):
     def sequence_of(self, reply, request):
         """What a reply says, at its pace and cut to the limits of the request."""
         delay = reply.delay or self.delay
-        pieces = pieces_of(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
+        segments = said_by(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
                            one_by_one=request["stream"] or bool(delay))
         if delay or reply.error:
-            pieces = paced(pieces, delay)
-        return sequence(pieces, request)
+            segments = paced(segments, delay, reply.error)
+        return sequence(segments, request)
 
     def complete(self, request, incoming):
         """The diagram at the top of this file, as code."""
@@ -4225,7 +4271,7 @@ class Server(ThreadingHTTPServer):
         asked_for = self.quirk_asked(incoming.headers)
         prompts = prompts_of(request, self.tokenize)
         replies = list(self.replies(request, prompts, incoming))
-        # k: after how many events.  The reply's own quirk wins, the client's comes last.
+        # k: after how many events.  A reply's own quirk wins, the client's comes last.
         quirk, k = parse_quirk(replies[0].quirk or self.quirk or asked_for)
         headers = replies[0].headers
         sequences = [self.sequence_of(reply, request) for reply in replies]
@@ -4337,8 +4383,8 @@ class Server(ThreadingHTTPServer):
                            f"has: {paths}.", code="unknown_url")
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method not in methods:
-            raise APIError(405, f"Not allowed to {incoming.method} on {incoming.route}. "
-                           f"(HINT: use {' or '.join(methods)} instead.)",
+            raise APIError(405, f"Not allowed to {incoming.method} on "
+                           f"{incoming.route}. (HINT: use {' or '.join(methods)} instead.)",
                            headers={"allow": allowed_methods(methods)})
         return methods[method](self, incoming)
 
