@@ -40,7 +40,6 @@ import urllib.error
 import urllib.request
 import warnings
 import weakref
-from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -280,10 +279,7 @@ def ended(connection):
 
 
 def transfer_chunks(stream):
-    """(the transfer chunks that the bytes begin with, what follows the last of them).
-
-    What follows is None where the last one, which is empty, has not come.
-    """
+    """(the transfer chunks, what follows the last one: None where that one has not come)."""
     found = []
     while stream:
         size, _, stream = stream.partition(b"\r\n")
@@ -398,7 +394,7 @@ def split_body(headers, stream):
 # socket, and the client leaves when its block ends; `talk` sends any bytes.
 
 def call(server, method, path, body=None, headers=()):
-    connection = HTTPConnection(*server.server_address[:2], timeout=PATIENCE)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=PATIENCE)
     body = json.dumps(body) if isinstance(body, dict) else body
     with contextlib.closing(connection):
         connection.request(method, path, body, dict(headers))
@@ -549,11 +545,7 @@ def said_in(stream):
 # Backends that wait, and say what became of them.
 
 class Endless:
-    """Yields its pieces, waits for `go_on` (where told to), then goes on for ever.
-
-    Tells when it began and when it was closed; its generators are kept, so that no
-    garbage collector closes them.
-    """
+    """Yields its pieces, waits for `go_on` (where told to), then goes on until it is closed."""
 
     def __init__(self, *pieces, more="x ", waits=False, pause=0.001):
         self.pieces, self.more, self.pause, self.kept = pieces, more, pause, []
@@ -562,7 +554,7 @@ class Endless:
             self.go_on.set()
 
     def __call__(self, request):
-        self.kept.append(self.speak())
+        self.kept.append(self.speak())      # out of the garbage collector's reach
         return self.kept[-1]
 
     def speak(self):
@@ -578,11 +570,7 @@ class Endless:
 
 
 class Gate:
-    """A program says its number at the gate and waits there until the test lets it pass.
-
-    The test does so by closing its side; when the program dies, the test finds that
-    side closed.
-    """
+    """Where programs wait until the test lets them pass, and where it sees that one died."""
 
     PRELUDE = """
 import json, os, signal, socket, subprocess, sys
@@ -681,10 +669,9 @@ def upstream():
 
 @contextlib.contextmanager
 def playing(*replies, tls=None):
-    """A loopback server: its n-th connection gets the n-th reply, later ones the last.
+    """A server whose n-th connection gets the n-th reply, later ones the last: (url, requests).
 
-    A reply is bytes, or a function of the connection. Gives the base_url and the list
-    of the requests as they come: (request line, headers in lower case, body).
+    A reply is bytes, or a function of the connection; the requests are as `accept` gives them.
     """
     upstream, requests, over = Upstream(tls), [], []
 
@@ -723,19 +710,14 @@ def environment(base_url=None, **more):
 
 def finished(*words, **options):
     """A process that has ended: its returncode, stdout and stderr, which are text."""
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "timeout": 120,
-               "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment(),
-               **options}
-    if "input" in options:
-        del options["stdin"]
-    return subprocess.run(words, **options)
+    return subprocess.run(words, **{
+        "stdin": None if "input" in options else subprocess.DEVNULL, "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE, "encoding": "utf-8", "env": environment(), "timeout": 120,
+        **options})
 
 
 class Running:
-    """A server that the command line has started; `end` gives its status and last words.
-
-    `said` holds the lines up to the one that says where it serves.
-    """
+    """A server that the command line has started; `said` is what it said at its start."""
 
     def __init__(self, *flags, start=(sys.executable, SERVER), port=0, **options):
         options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE,
@@ -750,6 +732,7 @@ class Running:
         self.server_address = host, int(port)
 
     def end(self):
+        """(its status, its last words)."""
         self.process.terminate()
         said = self.process.stderr.read().splitlines()
         return self.process.wait(PATIENCE), said
@@ -995,24 +978,18 @@ def refused(path=CHAT_PATH, **fields):
     return error.value.message, error.value.param, error.value.code
 
 
-TYPES = [  # what it has to be, paths, fields
-    ("an integer", BOTH, "n max_tokens seed"),
-    ("an integer", [CHAT_PATH], "top_logprobs max_completion_tokens"),
-    ("an integer", [TEXT_PATH], "logprobs best_of"),
-    ("a decimal", BOTH, "temperature top_p presence_penalty frequency_penalty"),
-    ("a boolean", BOTH, "stream"),
-    ("a boolean", [CHAT_PATH], "logprobs parallel_tool_calls store"),
-    ("a boolean", [TEXT_PATH], "echo"),
-    ("a string", BOTH, "model user"),
-    ("a string", [CHAT_PATH], "service_tier reasoning_effort verbosity safety_identifier"),
-    ("a string", [CHAT_PATH], "prompt_cache_key"),
-    ("a string", [TEXT_PATH], "suffix"),
-    ("one of a string or an array", BOTH, "stop"),
-    ("an array", [CHAT_PATH], "messages tools functions modalities"),
-    ("an object", BOTH, "stream_options logit_bias"),
-    ("an object", [CHAT_PATH], "response_format metadata prediction web_search_options"),
-]
-FIELDS = [(field, path, wanted) for wanted, paths, fields in TYPES
+TYPES = [  # what it has to be; fields of both endpoints, of chats alone, of completions alone
+    ("an integer", "n max_tokens seed", "top_logprobs max_completion_tokens", "logprobs best_of"),
+    ("a decimal", "temperature top_p presence_penalty frequency_penalty", "", ""),
+    ("a boolean", "stream", "logprobs parallel_tool_calls store", "echo"),
+    ("a string", "model user", "service_tier reasoning_effort verbosity safety_identifier "
+     "prompt_cache_key", "suffix"),
+    ("one of a string or an array", "stop", "", ""),
+    ("an array", "", "messages tools functions modalities", ""),
+    ("an object", "stream_options logit_bias",
+     "response_format metadata prediction web_search_options", "")]
+FIELDS = [(field, path, wanted) for wanted, *columns in TYPES
+          for fields, paths in zip(columns, (BOTH, [CHAT_PATH], [TEXT_PATH]))
           for path in paths for field in fields.split()]
 VALUES = [("a string", "1"), ("an integer", 0), ("an integer", 1), ("a decimal", 1.0),
           ("a decimal", 1.5), ("a boolean", False), ("a boolean", True), ("an array", []),
@@ -1602,7 +1579,7 @@ def nested(wrap, depth=900):
     (object_of(required=["a"], properties={"a": {"$ref": "#"}}), r"\$ref"),
     ({"anyOf": []}, "anyOf"), ({"oneOf": [{"not": {}}]}, "not|oneOf"),
     ({"enum": [1, 5], "minimum": 9}, "minimum"), ({"type": "bogus"}, "type"),
-    # Not a schema, or too large, too much work, too deep:
+    # Not a schema:
     *((schema, ".+") for schema in (
         None, 1, 1.5, "x", [], {"type": 1}, {"properties": 1}, object_of(required=1),
         object_of(required=[1]), array(minItems="x"), {"enum": 1}, {"anyOf": 1}, {"$ref": 1},
@@ -1618,8 +1595,8 @@ def nested(wrap, depth=900):
                         lambda one: {"anyOf": [an_object(a=one, b=False), an_object(a=one)]})),
         nested(lambda schema: an_object(a=schema)), nested(lambda schema: {"anyOf": [schema]}),
         array(minItems=10 ** 9), array(minItems=200_000), string(minLength=10 ** 9),
-        object_of(minProperties=10 ** 9), string(enum=list(range(10 ** 5))), {"allOf": [{}] * 99999},
-        array(items=string(minLength=10 ** 5), minItems=1000),
+        object_of(minProperties=10 ** 9), {"allOf": [{}] * 10 ** 5},
+        string(enum=[*range(10 ** 5)]), array(items=string(minLength=10 ** 5), minItems=1000),
         array(items={"const": "x" * 10 ** 5}, minItems=1000),
         an_object(**{f"a{i}": object_of(required=["x" * 10 ** 5]) for i in range(100)}),
         {"uniqueItems": True, "default": list(range(10 ** 5)), "minItems": 10 ** 5},
@@ -2155,12 +2132,9 @@ def test_a_text_completion_has_no_place_for_a_call(what, stream):
     assert got.status == 500 and re.search("tool call|refusal", got.error["message"])
 
 
-UNSATISFIABLE = {"name": "f", "parameters": {"not": {}}}
-
-
 @pytest.mark.parametrize("fields", [
-    in_schema({"not": {}}), {"functions": [UNSATISFIABLE], "function_call": {"name": "f"}},
-    {**FORCED, "tools": [{"type": "function", "function": UNSATISFIABLE}]}])
+    in_schema({"not": {}}), {**FORCED, **function(name="f", parameters={"not": {}})},
+    {"functions": [{"name": "f", "parameters": {"not": {}}}], "function_call": {"name": "f"}}])
 def test_a_schema_that_echo_cannot_satisfy_is_a_400(fields):
     got = ask(echo, **fields)
     assert got.status == 400 and "'not'" in got.error["message"]
