@@ -1583,7 +1583,7 @@ def nested(wrap, depth=900):
         {"uniqueItems": True, "default": list(range(10 ** 5)), "minItems": 10 ** 5},
         string(anyOf=[{"const": i} for i in range(10 ** 5)]))),
 ])
-def test_what_cannot_be_satisfied_is_a_400_that_names_the_keyword(schema, keyword):
+def test_what_is_no_schema_or_cannot_be_satisfied_is_a_400_that_names_the_keyword(schema, keyword):
     with pytest.raises(APIError) as error:
         sample(schema)
     assert (error.value.status, error.value.code) == (400, "invalid_json_schema")
@@ -1972,7 +1972,7 @@ def test_created_is_now():
     assert before <= ask(echo).json["created"] <= time.time()
 
 
-def test_no_two_replies_and_no_two_calls_share_an_id_but_a_call_may_have_one():
+def test_no_two_replies_or_calls_share_an_id_unless_a_call_was_given_one():
     with Server(always(Reply(tool_calls=[ToolCall("f"), ToolCall("f", id="call_x")]))) as server:
         made = [chat(server, n=2).json for _ in range(20)]
     calls = [call["id"] for each in made for choice in each["choices"]
