@@ -3622,10 +3622,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         """One request and its response; the client may leave at any time."""
-        incoming, self.open, self.pending = Incoming(), False, []
+        self.open, self.pending = False, []
+        try:
+            incoming, fault = Incoming(self.reader.read_head()), None
+        except APIError as error:
+            incoming, fault = Incoming(), error
         try:
             try:
-                incoming = Incoming(self.reader.read_head())
+                if fault is not None:
+                    raise fault
                 response = self.find_response(incoming)
             except Instead as instead:
                 response = instead.args[0]
