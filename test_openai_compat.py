@@ -5552,12 +5552,19 @@ def test_lines_of_any_number_become_an_event_at_a_blank_line(body, said, size):
     assert [event for event in events(lines(cut_into(size, body))) if event.whole] == said
 
 
-def test_an_event_of_2_mib_with_separators_is_read_and_one_of_64_mib_in_linear_time():
+def test_an_event_of_2_mib_with_separators_is_read():
     separated = "\u2028x" * 500_000
-    assert events_in(*cut_into(4093, f"data: {separated}\n\n".encode())) == [separated]
-    block, started = b"x" * 4096, time.process_time()
-    reading = itertools.chain([b"data: "], itertools.repeat(block, 16384), [b"\n\n"])
-    assert len(next(events(lines(reading)))) == 64 << 20
+    assert list(events(lines(cut_into(4093, f"data: {separated}\n\n".encode())))) == [separated]
+
+
+@pytest.mark.parametrize("work", rows({
+    "an event of 64 MiB": (lambda: next(events(lines(itertools.chain(
+        [b"data: "], itertools.repeat(b"x" * 4096, 16384), [b"\n\n"])))),),
+    "a stream of 100,000 chunks": (lambda: said_by(fold(itertools.repeat(
+        {"choices": [{"delta": {"content": "x" * 100}}]}, 100000))),)}))
+def test_what_is_long_is_read_in_linear_time(work):
+    started = time.process_time()
+    assert len(work()) in (64 << 20, 10 ** 7)
     assert time.process_time() - started < 4
 
 
@@ -5565,15 +5572,12 @@ def test_an_event_of_2_mib_with_separators_is_read_and_one_of_64_mib_in_linear_t
 # Chunks and pieces: what counts as an end, as an error, as nothing at all.
 
 TOLERATED = {  # name: the bytes of a stream that says "Hi there"
-    "as the API": SAID,
     "ping": b"event: ping\ndata: {}\n\n" + SAID,
     "named events": b"event: message\n" + HI_EVENT + b"event: foo\n" + THERE + STOP + DONE,
-    "empty data": b"data: \n\n" + HI_EVENT + b"data:\n\n" + THERE + STOP + DONE,
     "null": b"data: null\n\n" + SAID,
     "[DONE] and a space": HI_EVENT + THERE + STOP + b"data: [DONE] \n\n",
     "a named [DONE]": HI_EVENT + THERE + STOP + b"event: done\n" + DONE,
     "more after [DONE]": SAID + HI_EVENT + b"data: {nonsense\n\n",
-    "no [DONE]": HI_EVENT + THERE + STOP,
     "no finish_reason": HI_EVENT + THERE + DONE,
     "no last blank line": HI_EVENT + THERE + STOP[:-1],
     "[DONE] without its line end": HI_EVENT + THERE + b"data: [DONE]",
@@ -5826,12 +5830,9 @@ def folded(*deltas):
 
 
 @pytest.mark.parametrize("deltas, message", [
-    ([{"content": "a"}, {"content": "b"}], {"content": "ab"}),
-    ([{"role": "assistant"}, {"role": "assistant", "content": "a"}], {"role": "assistant"}),
     ([{"role": "", "content": "a"}], {"role": "assistant"}),
     ([None, {"content": "a"}], {"content": "a"}),
     ([{"content": None, "refusal": ""}, {"refusal": "No."}], {"content": None, "refusal": "No."}),
-    ([{"reasoning_content": "a"}, {"reasoning_content": "b"}], {"reasoning_content": "ab"}),
     ([{"unknown": "a"}, {"unknown": "b"}], {"unknown": "a"}),
     ([{"unknown": 0}, {"unknown": 7}, {"unknown": 8}], {"unknown": 7}),
     ([{"images": [1]}, {"images": [2, 3]}], {"images": [1, 2, 3]}),
@@ -5848,8 +5849,6 @@ G = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}
 
 
 @pytest.mark.parametrize("deltas, calls", rows({
-    "fragments": ([call_delta("", "f", index=0, id="1"), call_delta('{"a"', index=0),
-                   call_delta(":1}", index=0)], [F]),
     "two indexes": ([call_delta('{"a":1}', "f", index=0, id="1"),
                      call_delta("{}", "g", index=1, id="2")], [F, G]),
     **{f"index {i}": ([call_delta("", "f", index=i, id="1"), call_delta('{"a":1}', index=i)], [F])
@@ -5859,8 +5858,6 @@ G = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}
     "no index but an id": ([call_delta("", "f", id="1"), call_delta('{"a":1}', id="1")], [F]),
     "the last call goes on": ([call_delta('{"a":1}', "f", id="1"), call_delta("", "g", id="2"),
                                call_delta("{}")], [F, G]),
-    "id and name in each": ([call_delta('{"a"', "f", index=0, id="1"),
-                             call_delta(":1}", "f", index=0, id="1")], [F]),
     "arguments as an object": ([call_delta({"a": 1}, "f", index=0, id="1")],
                                [{**F, "function": {"name": "f", "arguments": '{"a": 1}'}}]),
     "no arguments": ([call_delta("", "g", index=0, id="2")], [G]),
@@ -5880,12 +5877,6 @@ G = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}
     "none": ([{"content": "x", "tool_calls": []}, {"tool_calls": None}], None)}))
 def test_fold_merges_tool_calls(deltas, calls):
     assert folded(*deltas).get("tool_calls") == calls
-
-
-def test_fold_of_a_long_stream_is_linear():
-    part, started = {"choices": [{"delta": {"content": "x" * 100}}]}, time.process_time()
-    assert len(said_by(fold(itertools.repeat(part, 100000)))) == 10 ** 7
-    assert time.process_time() - started < 3
 
 
 # ----------------------------------------------------------------------------------
@@ -5968,18 +5959,16 @@ def test_a_header_is_added_replaced_and_taken_away_but_not_one_that_cannot_be_se
             asking.add_header(*header)
 
 
-def test_a_refusal_that_comes_before_the_body_is_sent_is_read():
-    def refuse(listener):
-        with listener.accept()[0] as connection:
+def test_a_refusal_that_comes_before_the_body_is_sent_is_read(upstream):
+    def refuse():
+        with upstream.listener.accept()[0] as connection:
             connection.recv(1000)
             connection.sendall(refusal_reply("413 Too Large", code="too_large"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=refuse, args=[listener])
-        thread.start()
-        with pytest.raises(client.APIError) as caught:
-            base_url = "http://127.0.0.1:%d" % listener.getsockname()[1]
-            Client(base_url, max_retries=0, timeout=20).chat_completions("x" * 20_000_000, "m")
-        thread.join()
+    thread = threading.Thread(target=refuse)
+    thread.start()
+    with pytest.raises(client.APIError) as caught:
+        Client(upstream.url, max_retries=0, timeout=20).chat_completions("x" * 20_000_000, "m")
+    thread.join()
     assert (caught.value.status, caught.value.code) == (413, "too_large")
 
 
@@ -6187,15 +6176,11 @@ def test_what_may_pass_is_tried_three_times_but_a_used_up_quota_once(status, hea
     assert error_of(refusal_reply(f"{status} No", headers, code="insufficient_quota"))[1] == 1
 
 
-def test_a_retry_that_succeeds_is_all_that_is_seen(waits):
+def test_a_retry_that_succeeds_is_all_that_is_seen_but_a_stream_that_has_begun_is_not_retried(waits):
     text, requests = asked(refusal_reply("429 No"), then_reset(b""), GOOD)
-    assert text == "Hi there" and len(requests) == 3 and len(waits) == 2
-
-
-def test_a_stream_that_has_begun_is_not_tried_again_but_a_whole_reply_that_was_cut_is(waits):
-    cut = then_reset(streamed(HI_EVENT)[:-5])
-    assert error_of(cut, stream=True, kind=StreamTruncated)[1] == 1
+    assert (text, len(requests), len(waits)) == ("Hi there", 3, 2)
     assert len(asked(reply(WHOLE)[:-5], reply(WHOLE), stream=False)[1]) == 2
+    assert error_of(then_reset(streamed(HI_EVENT)[:-5]), stream=True, kind=StreamTruncated)[1] == 1
 
 
 @pytest.mark.parametrize("headers, seconds", [
@@ -6259,16 +6244,9 @@ def started(*words, base_url, **options):
             process.kill()
 
 
-def shell(script, base_url):
-    """As `finished`, of a script for sh in which $client stands for the command."""
-    return finished("sh", "-c", script, encoding=None, env=environment(
-        base_url, client=shlex.join((sys.executable, CLIENT))))
-
-
-def test_the_file_is_a_command_that_prints_its_help_and_needs_no_package():
-    for words in ([CLIENT], ["-B", "-S", CLIENT]):
-        done = finished(sys.executable, *words)
-        assert done.returncode == 0 and "usage" in done.stdout
+def test_the_file_is_a_command_that_needs_no_package():
+    done = finished(sys.executable, "-S", CLIENT)
+    assert done.returncode == 0 and "usage" in done.stdout
 
 
 @pytest.mark.parametrize("words, seen", [
@@ -6296,9 +6274,10 @@ def test_chat_prints_the_answer_as_it_comes(words, seen):
 def test_the_words_and_options_become_the_request(words, stdin, fields, tmp_path, monkeypatch):
     (tmp_path / "tools.json").write_text('[{"type": "function"}]')
     monkeypatch.chdir(tmp_path)
-    done, requests = ran(GOOD, *shlex.split(words), stdin=stdin)
-    assert done.returncode == 0
-    assert json.loads(requests[0][2]) == {"model": "m", "stream": True, **fields}
+    sent = {"model": "m", "stream": True, **fields}
+    done, requests = ran(GOOD if sent["stream"] else reply(WHOLE), *shlex.split(words), stdin=stdin)
+    assert done.returncode == 0 and json.loads(requests[0][2]) == sent
+    assert "--json" not in words or said_by(json.loads(done.stdout)) == "Hi there"
 
 
 def test_settings_come_from_the_option_the_file_the_environment_in_this_order(tmp_path):
@@ -6352,12 +6331,6 @@ def test_a_reply_is_printed_and_what_its_text_does_not_show_is_told_in_one_line(
     assert (done.returncode, done.stdout.decode()) == (status, printed)
     assert told in done.stderr.decode() and done.stderr.count(b"\n") == bool(told)
     assert done.stderr.startswith(b"client.py: "[:99 * bool(told)])
-
-
-@both
-def test_json_prints_one_document(stream):
-    done, _ = ran(GOOD if stream else reply(WHOLE), "chat", "Hi", "--json", *["--no-stream"][stream:])
-    assert said_by(json.loads(done.stdout)) == "Hi there"
 
 
 @pytest.mark.skipif(not shutil.which("curl") or os.name == "nt", reason="needs curl and sh")
@@ -6418,15 +6391,17 @@ def test_nothing_that_a_server_says_or_a_user_types_is_a_traceback(answer, words
 
 
 @posix
-@pytest.mark.parametrize("closed, words, status", [
-    ("<&-", "chat", 2), ("<&-", "chat Hi", 0), (">&-", "chat Hi", 0), ("2>&-", "chat Hi", 0),
-    ("2>&-", "chat Hi --json --raw", 2), (">&- 2>&- <&-", "chat", 2),
-    *([(">/dev/full", "chat Hi", 1), (">/dev/full", "chat Hi --json", 1)]
-      if os.path.exists("/dev/full") else ())])
-def test_standard_streams_may_be_closed_or_full(closed, words, status):
-    with playing(GOOD) as (base_url, _):
-        done = shell(f"$client {words} --model m {closed}", base_url)
-    assert done.returncode == status and done.stderr.count(b"\n") <= 1
+@pytest.mark.parametrize("script, status, printed", [
+    ("chat <&-", 2, ""), ("chat Hi <&-", 0, "HiHi\n"), ("chat Hi >&-", 0, ""),
+    ("chat Hi 2>&-", 0, "HiHi\n"), ("chat Hi --json --raw 2>&-", 2, ""), ("chat >&- 2>&- <&-", 2, ""),
+    ("chat Hi | head -c 2", 0, "Hi"), *([("chat Hi >/dev/full", 1, ""), (
+        "chat Hi --json >/dev/full", 1, "")] if os.path.exists("/dev/full") else ())])
+def test_standard_streams_may_be_closed_or_full(script, status, printed):
+    with playing(streamed(*[HI_EVENT] * (20000 if "head" in script else 2), DONE)) as (base_url, _):
+        done = finished("sh", "-c", f"{shlex.join((sys.executable, CLIENT))} {script}",
+                        env=environment(base_url, OPENAI_MODEL="m"))
+    assert (done.returncode, done.stdout) == (status, printed)
+    assert done.stderr.count("\n") == (status > 0 and "2>" not in script)
 
 
 @pytest.mark.parametrize("base_url, proxy, told", [
@@ -6440,13 +6415,6 @@ def test_a_proxy_that_makes_no_sense_or_nobody_there_is_one_line(base_url, proxy
 def test_a_terminal_that_knows_no_utf8_gets_question_marks():
     answer = streamed(event("\u65e5\ud83d!"), STOP, DONE)
     assert ran(answer, "chat", "Hi", encoding="ascii")[0].stdout.split() == [b"??!"]
-
-
-@posix
-def test_a_pipe_that_closes_is_no_error():
-    with playing(streamed(*[HI_EVENT] * 20000, DONE)) as (base_url, _):
-        done = shell("$client chat Hi --model m | head -c 5", base_url)
-    assert (done.stdout, done.stderr) == (b"HiHiH", b"")
 
 
 @posix
@@ -6565,13 +6533,17 @@ def test_bench_counts_requests_events_and_errors():
     assert 0 < report["first_event"]["median"] <= report["first_event"]["p99"]
 
 
-def test_bench_measures_the_first_text_and_not_the_role():
+def test_bench_times_the_first_text_not_the_role_and_starts_no_more_threads_than_requests(monkeypatch):
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda each: started.append(each) or start(each))
+
     def answering():
-        yield chunk({"role": "assistant", "content": ""})
+        yield chunk(ASSISTANT)
         threading.Event().wait(0.05)
         yield chunk("Hi")
-    report = client.bench(answering, {}, 1, 1)
+    report = client.bench(answering, {}, 3, 1000)
     assert report["first_text"]["median"] >= report["first_event"]["median"] + 0.04
+    assert len(started) == 3
 
 
 def test_percentiles_are_values_of_the_nearest_rank():
@@ -6587,13 +6559,6 @@ def test_ctrl_c_ends_a_measurement_with_its_report():
             process.send_signal(signal.SIGINT)
             report = json.loads(process.communicate()[0])
     assert (report["requests"], report["completed"], process.returncode) == (2, 2, 130)
-
-
-def test_bench_starts_no_more_threads_than_requests(monkeypatch):
-    started, start = [], threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda each: started.append(each) or start(each))
-    client.bench(lambda: WHOLE, {}, 3, 1000)
-    assert len(started) == 3
 
 
 def test_the_progress_of_bench_stays_out_of_its_report_on_a_terminal():
@@ -8449,9 +8414,10 @@ def chromium(tmp_path_factory):
         yield browser
 
 
-@pytest.fixture
-def browser(chromium):
-    """The browser in a new window, with logs that are empty."""
+@pytest.fixture(params=[pytest.param("chromium", marks=system)])
+def browser(request):
+    """The browser in a new window, with logs that are empty; its tests are of `make system`."""
+    chromium = request.getfixturevalue("chromium")
     chromium("POST", "/window", handle=chromium("POST", "/window/new", type="window")["handle"])
     for kind in ("browser", "performance"):
         chromium.log(kind)
@@ -8503,7 +8469,6 @@ ANSWER = ("tool", "21 degrees, sunny")
 IN_OSLO, IN_ROME = (("tool-call", 'get_weather {"city":"%s"}' % city) for city in ("Oslo", "Rome"))
 
 
-@system
 @both
 @pytest.mark.parametrize("said, shown", rows({
     "text": ("Grüße, 世界! 👋", [("assistant", "Grüße, 世界! 👋")]),
@@ -8530,7 +8495,6 @@ def test_a_reply_is_shown_and_goes_out_with_the_next_message(browser, said, show
         assert [line for line in carried if line[1]] == shown
 
 
-@system
 def test_html_in_a_reply_does_not_run(browser):
     with browser.page_of():
         browser.say(HTML)
@@ -8540,7 +8504,6 @@ def test_html_in_a_reply_does_not_run(browser):
         assert browser.talk() == [("user", HTML), ("assistant", HTML)]
 
 
-@system
 def test_the_reply_is_seen_as_it_comes(browser):
     backend = Endless("first", more=", second", waits=True)
     with browser.page_of(backend):
@@ -8556,7 +8519,6 @@ TOLD = {"no_finish": BROKE_OFF, "truncate": BROKE_OFF, "no_terminator": LOST, "r
         "bad_json": "An event is not JSON", "stall": "Stopped."}
 
 
-@system
 @pytest.mark.parametrize("quirk", QUIRKS)
 def test_the_page_reads_a_reply_with_any_quirk_or_says_what_is_wrong(browser, quirk):
     with browser.page_of(say("Hé", "llo", " 👋"), quirk_header=True) as server:
@@ -8574,7 +8536,6 @@ def test_the_page_reads_a_reply_with_any_quirk_or_says_what_is_wrong(browser, qu
             assert (rest, who, text) == ([("user", "Hi")], "assistant", "Héllo 👋")
 
 
-@system
 def test_a_server_that_is_gone_is_told_in_words(browser):
     with browser.page_of():
         pass
@@ -8582,7 +8543,6 @@ def test_a_server_that_is_gone_is_told_in_words(browser):
     assert browser.talk()[-1][1].startswith(LOST)
 
 
-@system
 @pytest.mark.parametrize("failure, note", [
     (APIError(429, "Too fast."), "429: Too fast."),
     (Reply(tool_calls=[OSLO], quirk="truncate@4"), BROKE_OFF)], ids=["refused", "cut"])
@@ -8596,7 +8556,6 @@ def test_a_message_that_fails_goes_back_into_the_box_and_not_into_the_conversati
         assert [each["content"] for each in asked_of(server)[2].body["messages"]] == ["a", "One.", "b"]
 
 
-@system
 @pytest.mark.parametrize("stop", [
     lambda browser: browser.type(ESCAPE), lambda browser: browser.click("#stop")],
     ids=["Escape", "the button"])
@@ -8614,7 +8573,6 @@ def test_stop_lets_go_of_the_server_and_keeps_what_was_said(browser, stop):
         assert asked_of(server)[1].body["messages"][1] == {"role": "assistant", "content": said}
 
 
-@system
 def test_an_empty_page_says_what_to_try_and_new_empties_it(browser):
     hints = "return document.getElementById('hints').offsetHeight > 0"
     with browser.page_of(Script("One.", "Two.")) as server:
@@ -8627,7 +8585,6 @@ def test_an_empty_page_says_what_to_try_and_new_empties_it(browser):
         assert asked_of(server)[1].body["messages"] == user("b")
 
 
-@system
 def test_a_wrong_key_is_told_and_nothing_is_left_of_it_when_it_is_corrected(browser):
     def give(key):
         browser.fill("key", "")
@@ -8651,7 +8608,6 @@ def test_a_wrong_key_is_told_and_nothing_is_left_of_it_when_it_is_corrected(brow
 
 # ------ the wire
 
-@system
 def test_the_wire_shows_the_request_the_response_and_each_event(browser):
     with browser.page_of(api_keys="secret", quirk="comment", listed=False) as server:
         browser.click("#new")
@@ -8677,7 +8633,6 @@ def test_the_wire_shows_the_request_the_response_and_each_event(browser):
             assert json.loads(envelope).items() <= json.loads(whole[len("data: "):]).items()
 
 
-@system
 @pytest.mark.parametrize("clicks, fields", [
     ([], {"stream": True, "stream_options": {"include_usage": True}}), (["#stream"], {}),
     (["#stream", "#tool"], {"tools": ..., "tool_choice": "required"})])
@@ -8693,7 +8648,6 @@ def test_the_switches_choose_what_goes_out(browser, clicks, fields):
         assert (browser.talk()[1][0] == "tool-call") == ("tools" in fields)
 
 
-@system
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_envelope_is_dim_in_the_light_and_in_the_dark_and_an_event_opens(browser, scheme):
     browser.cdp("Emulation.setEmulatedMedia",
@@ -8711,7 +8665,6 @@ def test_the_envelope_is_dim_in_the_light_and_in_the_dark_and_an_event_opens(bro
     assert ink < 200 and bold < 400 if scheme == "light" else ink > 500 and bold > 400
 
 
-@system
 def test_a_long_stream_is_all_said_while_the_wire_keeps_its_end(browser):
     with browser.page_of(lambda request: ("word " for _ in range(20000))):
         browser.type("Go!", ENTER)
@@ -8727,7 +8680,6 @@ def test_a_long_stream_is_all_said_while_the_wire_keeps_its_end(browser):
 
 # ------ for everybody, everywhere
 
-@system
 def test_the_keyboard_alone_is_enough(browser):
     def focus():
         return browser.js("const at = document.activeElement; return at.id || at.tagName")
@@ -8749,7 +8701,6 @@ def test_the_keyboard_alone_is_enough(browser):
             "model", "key", "stream", "tool", "quirk", "main", "text"]
 
 
-@system
 def test_each_control_has_a_name_and_the_reply_is_announced(browser):
     with browser.page_of(quirk_header=True):
         nodes = browser.cdp("Accessibility.getFullAXTree")["nodes"]
@@ -8760,7 +8711,6 @@ def test_each_control_has_a_name_and_the_reply_is_announced(browser):
     assert browser.js("return [talk.role, talk.ariaLive]") == ["log", "polite"]
 
 
-@system
 @pytest.mark.parametrize("width", [320, 699, 1280])
 def test_no_window_is_too_narrow(browser, width):
     browser.cdp("Emulation.setDeviceMetricsOverride", width=width, height=640,
@@ -8776,7 +8726,6 @@ def test_no_window_is_too_narrow(browser, width):
 
 # ------ strangers
 
-@system
 def test_nothing_is_requested_from_elsewhere(browser):
     with browser.page_of() as server:
         browser.say("Hi")
@@ -8789,7 +8738,6 @@ def test_nothing_is_requested_from_elsewhere(browser):
         assert {entry.path for entry in server.journal} == {"/", "/v1/models", CHAT_PATH}
 
 
-@system
 def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
     with Server() as other, browser.page_of():
         browser.js("""window.blocked = [];
@@ -8811,13 +8759,11 @@ const [url, found] = [location.hash.slice(1), []];
 const body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}';
 const framed = load => new Promise(resolve => {
   document.querySelector("iframe").onload = resolve; load(); });
+const post = more => fetch(url + "chat/completions", {method: "POST", body, ...more});
 const attempts = [
-  () => fetch(url + "chat/completions", {method: "POST", body}),
-  () => fetch(url + "chat/completions", {method: "POST", body, mode: "no-cors"}),
-  () => fetch(url + "chat/completions", {method: "POST", body, headers: {
-                "content-type": "application/json", authorization: "Bearer x"}}),
-  () => fetch(url + "models"),
-  () => fetch(url + "../journal"),
+  () => post({}), () => post({mode: "no-cors"}),
+  () => post({headers: {"content-type": "application/json", authorization: "Bearer x"}}),
+  () => fetch(url + "models"), () => fetch(url + "../journal"),
   () => navigator.sendBeacon(url + "chat/completions", body),
   () => framed(() => {
     const form = document.createElement("form"), input = document.createElement("input");
@@ -8829,16 +8775,13 @@ const attempts = [
   () => framed(() => { frame.location = url + "../"; }),
 ];
 (async () => {
-  for (const attempt of attempts) {
-    try { found.push((await (await attempt()).text())); } catch (error) { found.push(""); }
-  }
-  try { found.push(frame.document.body.innerText); } catch (error) { found.push(""); }
+  for (const attempt of [...attempts, () => ({text: () => frame.document.body.innerText})])
+    try { found.push(await (await attempt()).text()); } catch (error) { found.push(""); }
   window.found = found;
 })();
 </script>"""
 
 
-@system
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.example"])
 def test_a_page_from_elsewhere_can_neither_read_nor_cause_a_reply(browser, host):
     asked = []
@@ -8855,7 +8798,6 @@ def test_a_page_from_elsewhere_can_neither_read_nor_cause_a_reply(browser, host)
             assert any("frame-ancestors" in message for message in browser.violations())
 
 
-@system
 def test_a_name_that_leads_here_does_not_open_the_page(browser):
     with Server() as server:
         browser("POST", "/url", url=f"http://evil.example:{server.server_port}/")
@@ -8871,11 +8813,9 @@ def test_a_name_that_leads_here_does_not_open_the_page(browser):
 
 interop = pytest.mark.interop
 OLD, FIRST, ONE, NEW = SDKS = ["openai-0.28.1", "openai-1.0.0", "openai-1", "openai"]
-each_sdk, each_since_1_0 = (pytest.mark.parametrize("sdk", [
-    pytest.param(sdk, marks=interop) for sdk in sdks]) for sdks in (SDKS, SDKS[1:]))
+each_sdk = pytest.mark.parametrize("sdk", [pytest.param(sdk, marks=interop) for sdk in SDKS])
 
 PRELUDE_OF_OLD = """
-import asyncio, json, os, openai
 openai.api_base, openai.api_key = os.environ["OPENAI_BASE_URL"], "any"
 chat, complete = openai.ChatCompletion.create, openai.Completion.create
 achat = openai.ChatCompletion.acreate
@@ -8886,7 +8826,6 @@ def body_of(error): return (error.json_body or {}).get("error", {})    # none of
 def leave(stream): stream.close()
 """
 PRELUDE_OF_NEW = """
-import asyncio, json, os, openai
 client = openai.OpenAI(base_url=os.environ["OPENAI_BASE_URL"], api_key="any")
 chat, complete = client.chat.completions.create, client.completions.create
 def achat(**fields):
@@ -8899,7 +8838,10 @@ def plain(answer): return answer.model_dump()
 def body_of(error): return error.response.json()["error"]
 def leave(stream): stream.response.close()
 """
-ASK = 'ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}\n'
+ASK = """
+ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}
+def content_of(chunk): return getattr(chunk.choices[0].delta, "content", None)
+"""
 
 
 def printed_by(command, base_url="", **options):
@@ -8919,7 +8861,7 @@ def printed(sdk, script, base_url, *arguments):
 
 def said(sdk, script, server):
     """What a script prints that is written for all the generations of the SDK."""
-    prelude = PRELUDE_OF_OLD if sdk == OLD else PRELUDE_OF_NEW
+    prelude = "import asyncio, json, os, openai" + (PRELUDE_OF_OLD if sdk == OLD else PRELUDE_OF_NEW)
     return printed(sdk, prelude + ASK + script, server.base_url)
 
 
@@ -8938,17 +8880,13 @@ print(answer.object, answer.choices[0].message.role, answer.choices[0].message.c
 print(answer.choices[0].finish_reason, answer.usage.completion_tokens, type(answer.created))
 print(answer.usage.prompt_tokens + 3 == answer.usage.total_tokens)
 """, ["chat.completion assistant Hello world!", "stop 3 <class 'int'>", "True"]),
-    "a streamed chat comes piece by piece": (OLD, HELLO, """
-for chunk in chat(stream=True, **ask):
-    delta = chunk.choices[0].delta
-    print(chunk.object, repr(getattr(delta, "content", None)), chunk.choices[0].finish_reason)
-""", ["chat.completion.chunk '' None", "chat.completion.chunk 'Hello' None",
-      "chat.completion.chunk ' world' None", "chat.completion.chunk '!' None",
-      "chat.completion.chunk None stop"]),
-    "the usage of a streamed chat comes last, without choices": (OLD, HELLO, """
-*_, last = chat(stream=True, **ask, **extra(stream_options={"include_usage": True}))
+    "a streamed chat comes piece by piece, its usage last, without choices": (OLD, HELLO, """
+*chunks, last = chat(stream=True, **ask, **extra(stream_options={"include_usage": True}))
+for chunk in chunks:
+    print(chunk.object, repr(content_of(chunk)), chunk.choices[0].finish_reason)
 print(last.choices, dict(last.usage)["completion_tokens"])
-""", ["[] 3"]),
+""", [f"chat.completion.chunk {piece!r} None" for piece in ("", "Hello", " world", "!")]
+       + ["chat.completion.chunk None stop", "[] 3"]),
     "n choices are told apart by their index": (OLD, HELLO, """
 texts = ["", ""]
 for chunk in chat(stream=True, n=2, **ask):
@@ -8956,46 +8894,42 @@ for chunk in chat(stream=True, n=2, **ask):
         texts[choice.index] += getattr(choice.delta, "content", None) or ""
 print(texts, [choice.index for choice in chat(n=2, **ask).choices])
 """, ["['Hello world!', 'Hello world!'] [0, 1]"]),
-    "a completion obeys max_tokens and echo": (OLD, HELLO, """
+    "a completion obeys max_tokens and echo, a streamed one stop": (OLD, HELLO, """
 answer = complete(model="m", prompt="Well:", max_tokens=2, temperature=0, echo=True)
 print(answer.object, answer.choices[0].text, answer.choices[0].finish_reason)
-""", ["text_completion Well:Hello world length"]),
-    "a streamed completion obeys stop": (OLD, HELLO, """
 for chunk in complete(model="m", prompt=["x"], stop="wor", stream=True):
     print(chunk.object, repr(chunk.choices[0].text), chunk.choices[0].finish_reason)
-""", ["text_completion 'Hello' None", "text_completion ' ' None", "text_completion '' stop"]),
+""", ["text_completion Well:Hello world length", "text_completion 'Hello' None",
+      "text_completion ' ' None", "text_completion '' stop"]),
     "logprobs have their shape on both endpoints": (OLD, HELLO, """
 chosen = complete(model="m", prompt="x", logprobs=2).choices[0].logprobs
 print(chosen.tokens, len(chosen.token_logprobs), chosen.text_offset)
 chosen = plain(chat(**ask, **extra(logprobs=True, top_logprobs=2)))["choices"][0]["logprobs"]
 print([(token["token"], len(token["top_logprobs"])) for token in chosen["content"]])
 """, ["['Hello', ' world', '!'] 3 [1, 6, 12]", "[('Hello', 2), (' world', 2), ('!', 2)]"]),
-    "tool calls arrive whole": (OLD, always(CALLS), """
-choice = plain(chat(**ask, **extra(tools=[%r])))["choices"][0]
+    "tool calls arrive whole, streamed ones are told apart by their index": (OLD, always(CALLS), """
+tools = extra(tools=[%r])
+choice = plain(chat(**ask, **tools))["choices"][0]
 print(choice["finish_reason"], choice["message"]["content"])
 for call in choice["message"]["tool_calls"]:
     print(call["id"], call["type"], call["function"]["name"], call["function"]["arguments"])
-""" % ADD, ["tool_calls None", 'call_1 function add {"a":1}', 'call_2 function add {"a":2}']),
-    "streamed tool calls are told apart by their index": (OLD, always(CALLS), """
-ids, arguments = {}, {}
-for chunk in chat(stream=True, **ask, **extra(tools=[%r])):
+ids, arguments = ["", ""], ["", ""]
+for chunk in chat(stream=True, **ask, **tools):
     for call in plain(chunk)["choices"][0]["delta"].get("tool_calls") or []:
-        ids.setdefault(call["index"], []).append(call.get("id"))
-        old = arguments.get(call["index"], "")
-        arguments[call["index"]] = old + call["function"]["arguments"]
-print(arguments, [list(filter(None, ids[i])) for i in ids], chunk.choices[0].finish_reason)
-""" % ADD, ["""{0: '{"a":1}', 1: '{"a":2}'} [['call_1'], ['call_2']] tool_calls"""]),
-    "a forced tool is called with arguments that fit": (OLD, echo, """
-fields = extra(tools=[%r], tool_choice="required", parallel_tool_calls=False)
-choice = plain(chat(**ask, **fields))["choices"][0]
-call, = choice["message"]["tool_calls"]
+        ids[call["index"]] += call.get("id") or ""
+        arguments[call["index"]] += call["function"]["arguments"]
+print(*ids, *arguments, chunk.choices[0].finish_reason)
+""" % ADD, ["tool_calls None", 'call_1 function add {"a":1}', 'call_2 function add {"a":2}',
+            'call_1 call_2 {"a":1} {"a":2} tool_calls']),
+    "a forced tool and a legacy function are called with arguments that fit": (OLD, echo, """
+tool = %r
+fields = extra(tools=[tool], tool_choice="required", parallel_tool_calls=False)
+call, = plain(chat(**ask, **fields))["choices"][0]["message"]["tool_calls"]
 print(call["function"]["name"], type(json.loads(call["function"]["arguments"])["a"]))
-""" % ADD, ["add <class 'int'>"]),
-    "the legacy functions are called": (OLD, echo, """
-choice = chat(functions=[%r], function_call={"name": "add"}, **ask).choices[0]
+choice = chat(functions=[tool["function"]], function_call={"name": "add"}, **ask).choices[0]
 call = choice.message.function_call
 print(choice.finish_reason, call.name, type(json.loads(call.arguments)["a"]))
-""" % ADD["function"], ["function_call add <class 'int'>"]),
+""" % ADD, ["add <class 'int'>", "function_call add <class 'int'>"]),
     "json_object and json_schema are obeyed": (OLD, echo, """
 schema = {"name": "s", "schema": {"type": "object", "properties": {"b": {"type": "boolean"}},
                                   "required": ["b"]}}
@@ -9009,15 +8943,14 @@ print([model.id for model in list_models().data], retrieve_model("say").object)
     "an async stream is the same": (OLD, HELLO, """
 async def main():
     async for chunk in await achat(stream=True, **ask):
-        print(repr(getattr(chunk.choices[0].delta, "content", None)), end=" ")
+        print(repr(content_of(chunk)), end=" ")
 asyncio.run(main())
 """, ["'' 'Hello' ' world' '!' None "]),
     "no character is lost, streamed or not": (OLD, lambda request: AWKWARD[int(request["text"])], """
 for number in range(%d):
     ask["messages"][0]["content"] = str(number)
     print(ascii(chat(**ask).choices[0].message.content))
-    pieces = [chunk.choices[0].delta for chunk in chat(stream=True, **ask)]
-    print(ascii("".join(getattr(piece, "content", None) or "" for piece in pieces)))
+    print(ascii("".join(content_of(chunk) or "" for chunk in chat(stream=True, **ask))))
 """ % len(AWKWARD), [ascii(text) for text in AWKWARD for _ in range(2)]),
     "an error in mid stream raises": (OLD, always(Reply("Hello world!", quirk="error_event")), """
 try: print(*[chunk.choices[0].delta.content for chunk in chat(stream=True, **ask)])
@@ -9082,15 +9015,10 @@ def test_every_generation_reads_that(sdk, backend, script, lines):
 
 
 EXCEPTIONS = {  # status: its exception in 0.28.1, since 1.0
-    400: ("InvalidRequestError", "BadRequestError"),
-    401: ("AuthenticationError", "AuthenticationError"),
-    403: ("PermissionError", "PermissionDeniedError"),
-    404: ("InvalidRequestError", "NotFoundError"),
-    422: ("APIError", "UnprocessableEntityError"),
-    429: ("RateLimitError", "RateLimitError"),
-    500: ("APIError", "InternalServerError"),
-    503: ("ServiceUnavailableError", "InternalServerError"),
-}
+    400: ("InvalidRequestError", "BadRequestError"), 404: ("InvalidRequestError", "NotFoundError"),
+    401: ("AuthenticationError",) * 2, 403: ("PermissionError", "PermissionDeniedError"),
+    422: ("APIError", "UnprocessableEntityError"), 429: ("RateLimitError",) * 2,
+    500: ("APIError", "InternalServerError"), 503: ("ServiceUnavailableError", "InternalServerError")}
 DESCRIBE = """
 if "client" in globals(): client.max_retries = 0
 def refused(**fields):
@@ -9149,8 +9077,8 @@ def test_pieces_arrive_while_the_backend_still_works(sdk):
     with Server(backend) as server:
         assert said(sdk, """
 for chunk in chat(stream=True, **ask):
-    print(getattr(chunk.choices[0].delta, "content", None), end=" ")
-    if getattr(chunk.choices[0].delta, "content", None) == "first":
+    print(content_of(chunk), end=" ")
+    if content_of(chunk) == "first":
         chat(model="m", messages=[{"role": "user", "content": "The first has arrived."}])
 """, server) == [" first second None "]
 
@@ -9160,15 +9088,11 @@ for chunk in chat(stream=True, **ask):
 @interop
 def test_0_28_as_the_reference_documents_call_it():
     with Server() as server:
-        assert printed(OLD, """
-import sys, openai
-openai.api_base = sys.argv[1]
-openai.api_key = "EMPTY"
-messages = [{"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "你好"}]
-reply = openai.ChatCompletion.create(model="gpt-3.5-turbo", messages=messages)
+        assert said(OLD, """
+ask["messages"] = [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "你好"}]
+reply = openai.ChatCompletion.create(**ask)
 print(reply["choices"][0]["message"]["content"], reply.usage.total_tokens > 0)
-for chunk in openai.ChatCompletion.create(model="gpt-3.5-turbo", messages=messages, stream=True):
+for chunk in openai.ChatCompletion.create(stream=True, **ask):
     print(chunk["choices"][0]["delta"].get("content", ""), end="|")
 print(chunk.choices[0].finish_reason, dict(chunk.choices[0].delta), len(chunk.id))
 reply = openai.Completion.create(engine="gpt-3.5-turbo-instruct", prompt="Say this is a test",
@@ -9176,40 +9100,27 @@ reply = openai.Completion.create(engine="gpt-3.5-turbo-instruct", prompt="Say th
 print(reply["choices"][0]["text"], reply["choices"][0]["finish_reason"])
 for chunk in openai.Completion.create(model="m", prompt="你好", stream=True):
     print(chunk["choices"][0]["text"], end="|")
-""", server.base_url) == ["你好 True", "|你|好||stop {} 38", "Say this length", "你|好||"]
+""", server) == ["你好 True", "|你|好||stop {} 38", "Say this length", "你|好||"]
 
 
 BY_HAND = '''
 import json, sys, requests
 base = sys.argv[1]
-headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
-
-def chat_completions(messages, stream=False, path="/chat/completions", **fields):
-    return post(path, stream, {"messages": messages, **fields})
-
-def completions(prompt, stream=False, **fields):
-    return post("/completions", stream, {"prompt": prompt, **fields})
-
-def post(path, stream, fields):
+def ask(path, stream=False, **fields):
     fields = {"model": "m", "stream": stream, "max_tokens": 100, "temperature": 0.8, "top_p": 1,
               "presence_penalty": 0, "frequency_penalty": 0, **fields}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
     response = requests.post(base + path, headers=headers, json=fields, stream=stream)
-    return read(response) if stream else response.json()["choices"][0]
-
-def read(response):
-    for line in response.iter_lines():
-        if line:
-            line = line.decode("utf-8").replace("data: ", "")
-            if line != "[DONE]":
-                yield json.loads(line)["choices"][0]
-
+    if not stream:
+        return [response.json()["choices"][0]]
+    found = (line.decode("utf-8").replace("data: ", "") for line in response.iter_lines() if line)
+    return [json.loads(line)["choices"][0] for line in found if line != "[DONE]"]
 hello = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "你好"}]
-print(chat_completions(hello)['message']['content'])
-print(completions('你好')['text'])
-print(*[choice['text'] for choice in completions('你好', True)], sep='|')
-print(*[choice['delta'].get('content') for choice in chat_completions(hello, True)], sep='|')
-base = base[:-len('/v1')]
-print(*[choice['delta'].get('content') for choice in chat_completions(hello, True, '/sse')], sep='|')
+print(ask("/chat/completions", messages=hello)[0]["message"]["content"])
+print(ask("/completions", prompt="你好")[0]["text"])
+print(*[choice["text"] for choice in ask("/completions", True, prompt="你好")], sep="|")
+for base, path in (base, "/chat/completions"), (base[:-len("/v1")], "/sse"):
+    print(*[choice["delta"].get("content") for choice in ask(path, True, messages=hello)], sep="|")
 '''
 
 
@@ -9368,35 +9279,18 @@ def test_the_readme_says_what_the_official_sdk_makes_of_broken_events():
 # Many fixtures at once, as parallel test runners make them.
 
 FIFTY_FIXTURES = """
-import contextlib, os, sys, threading, urllib.request
+import contextlib, urllib.request
 from openai_compat import Server, say
-
-def held():
-    descriptors = len(os.listdir("/dev/fd")) if os.path.isdir("/dev/fd") else 0
-    return threading.active_count(), descriptors
-
-with Server() as server:            # what is made once and kept is made now
-    urllib.request.urlopen(server.base_url + "/models").read()
-before = held()
-for _ in range(5):
-    with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(Server(say("x"))) for _ in range(10)]
-        for server in servers:
-            urllib.request.urlopen(server.base_url + "/models").read()
-        print(*[server.server_port for server in servers])
-print(held() == before or (before, held()))
+with contextlib.ExitStack() as stack:
+    for server in [stack.enter_context(Server(say("x"))) for _ in range(50)]:
+        urllib.request.urlopen(server.base_url + "/models").read()
+        print(server.server_port)
 """
 
 
-def test_200_fixtures_in_4_processes_do_not_clash_and_leave_nothing():
-    command = [sys.executable, "-c", FIFTY_FIXTURES]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  cwd=str(HERE), universal_newlines=True) for _ in range(4)]
-    for process in processes:
-        lines = process.communicate(timeout=300)[0].splitlines()
-        assert process.returncode == 0, lines
-        assert lines[-1] == "True" and len(lines) == 6
-        assert all(len(set(line.split())) == 10 for line in lines[:-1])
+def test_200_fixtures_in_4_processes_do_not_clash():
+    for done in together(4, lambda: finished(sys.executable, "-c", FIFTY_FIXTURES, cwd=HERE)):
+        assert (done.returncode, len(set(done.stdout.split()))) == (0, 50), done.stderr
 
 
 # ==================================================================================
