@@ -5597,9 +5597,6 @@ def test_odd_but_legible_streams_are_read_also_in_single_bytes_with_crlf(body):
     assert text_in(*cut_into(1, body.replace(b"\n", b"\r\n"))) == "Hi there"
 
 
-VERY_LONG = "".join(f"{number:07d}" * 1000 for number in range(400))
-
-
 @pytest.mark.parametrize("body, text", rows({
     "nothing": (b"", ""), "a comment": (b": only a comment\n\n", ""), "a page": (b"<html>", ""),
     "no end": (ROLE_EVENT + HI_EVENT, "Hi"), "half an event": (HI_EVENT + THERE[:-9], "Hi"),
@@ -5620,9 +5617,11 @@ def test_a_stream_cut_at_any_byte_is_truncated_until_its_finish_reason_has_come(
 
 
 def test_a_truncated_stream_keeps_the_end_of_a_very_long_text():
+    parts = [f"{number:07d}" * 1000 for number in range(400)]
     with pytest.raises(StreamTruncated) as caught:
-        text_in(*(event(part) for part in cut_into(7000, VERY_LONG)))
-    assert 1 << 20 <= len(caught.value.text) < 1 << 22 and VERY_LONG.endswith(caught.value.text)
+        text_in(*map(event, parts))
+    kept = caught.value.text
+    assert 1 << 20 <= len(kept) < 1 << 22 and "".join(parts).endswith(kept)
 
 
 @pytest.mark.parametrize("said, message, code", [
@@ -6212,25 +6211,24 @@ def run(*words, base_url=None, stdin=b"", encoding="utf-8", **more):
 
 
 def ran(answers, *words, **how):
-    """(a command that has ended, the requests that it made) while a server played these.
-
-    The model is m, unless the server is to be asked for its models first.
-    """
+    """(what became of a command, the requests that it made) while a server played these."""
     answers = answers if isinstance(answers, list) else [answers]
-    model = {} if answers[0] == MODELS_REPLY else {"OPENAI_MODEL": "m"}
+    model = {} if answers[0] == MODELS_REPLY else {"OPENAI_MODEL": "m"}     # else it asks first
     with playing(*answers) as (base_url, requests):
         return run(*words, base_url=base_url, **model, **how), requests
 
 
 @contextlib.contextmanager
-def started(*words, base_url, **options):
-    """A process that runs: the client with these words."""
-    options = {"stdout": subprocess.PIPE, "env": environment(base_url), **options}
-    with subprocess.Popen([sys.executable, CLIENT, *words, "--model", "m"], **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def started(answers, *words, **options):
+    """(a process of the client, the requests that it makes) while a server plays these."""
+    with playing(*answers) as (base_url, requests):
+        options = {"stdout": subprocess.PIPE, "env": environment(base_url, OPENAI_MODEL="m"),
+                   **options}
+        with subprocess.Popen([sys.executable, CLIENT, *words], **options) as process:
+            try:
+                yield process, requests
+            finally:
+                process.kill()
 
 
 def test_the_file_is_a_command_that_needs_no_package():
@@ -6241,9 +6239,8 @@ def test_the_file_is_a_command_that_needs_no_package():
 @pytest.mark.parametrize("words, seen", [
     (["chat", "Hi"], b"Hi"), (["chat", "Hi", "--raw"], HI_EVENT)], ids=["text", "raw"])
 def test_chat_prints_the_answer_as_it_comes(words, seen):
-    with playing(then_held(STREAM_HEAD + transfer_chunk(HI_EVENT))) as (base_url, _):
-        with started(*words, base_url=base_url) as process:
-            assert process.stdout.read(len(seen)) == seen
+    with started([then_held(STREAM_HEAD + transfer_chunk(HI_EVENT))], *words) as (process, _):
+        assert process.stdout.read(len(seen)) == seen
 
 
 @pytest.mark.parametrize("words, stdin, fields", [
@@ -6334,7 +6331,7 @@ def test_curl_prints_a_command_that_asks_the_same(certificate):
         command = run(*words, "--curl", base_url=base_url, **key).stdout.decode()
         finished("sh", "-c", command, env=environment(**key))
     (line, sent, body), (curl_line, curl_sent, curl_body) = requests
-    assert line == curl_line and json.loads(body) == json.loads(curl_body) and "sk-1" not in command
+    assert "sk-1" not in command and (line, json.loads(body)) == (curl_line, json.loads(curl_body))
     for name in ("authorization", "content-type", "api-key"):
         assert sent[name] == curl_sent[name]
 
@@ -6414,11 +6411,10 @@ def test_a_terminal_that_knows_no_utf8_gets_question_marks():
 @posix
 def test_ctrl_c_is_status_130_and_closes_the_connection():
     answer = then_held(STREAM_HEAD + transfer_chunk(HI_EVENT))
-    with playing(answer) as (base_url, _):
-        with started("chat", "Hi", base_url=base_url, stderr=subprocess.PIPE) as process:
-            process.stdout.read(2)
-            process.send_signal(signal.SIGINT)
-            assert process.communicate()[1] == b""
+    with started([answer], "chat", "Hi", stderr=subprocess.PIPE) as (process, _):
+        process.stdout.read(2)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == b""
         assert process.returncode == 130 and answer.left.wait(PATIENCE)
 
 
@@ -6426,11 +6422,8 @@ def test_ctrl_c_is_status_130_and_closes_the_connection():
 # The conversation, on a pseudo-terminal, and the load generator.
 
 @contextlib.contextmanager
-def terminal(*words, base_url, stdout=None):
-    """A client on a terminal of its own: (process, expect, type).
-
-    `expect` reads up to a text, `type` writes.
-    """
+def terminal(answers, *words, stdout=None):
+    """As `started`, on a terminal, and `expect`, which reads up to a text, and `type`."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     seen = [""]  # and not yet expected
@@ -6442,11 +6435,11 @@ def terminal(*words, base_url, stdout=None):
         before, _, seen[0] = seen[0].partition(text)
         return before
 
-    with started(*words, base_url=base_url, stdin=slave, stdout=stdout or slave, stderr=slave,
-                 start_new_session=True) as process:
+    with started(answers, *words, stdin=slave, stdout=stdout or slave, stderr=slave,
+                 start_new_session=True) as (process, requests):
         os.close(slave)
         try:
-            yield process, expect, lambda text: os.write(master, text.encode())
+            yield process, requests, expect, lambda text: os.write(master, text.encode())
         finally:
             os.close(master)
 
@@ -6470,24 +6463,22 @@ CALL_REPLY = streamed(event(call_delta("{}", "g", index=0, id="2")), event({}, "
     "tool calls are shown but not kept": (
         [CALL_REPLY, GOOD], [("one", '"name": "g"'), ("two", "Hi there")], "\x04", "m", ["two"])}))
 def test_a_conversation(answers, talk, end, model, messages):
-    with playing(*answers) as (base_url, requests):
-        with terminal("chat", base_url=base_url) as (process, expect, type):
-            for line, told in talk:
-                expect("> "), type(line + "\n"), expect(told)
-            expect("> "), type(end)
-            assert process.wait(PATIENCE) == 0
+    with terminal(answers, "chat") as (process, requests, expect, type):
+        for line, told in talk:
+            expect("> "), type(line + "\n"), expect(told)
+        expect("> "), type(end)
+        assert process.wait(PATIENCE) == 0
     last = json.loads(requests[-1][2])
     assert (last["model"], [each["content"] for each in last["messages"]]) == (model, messages)
 
 
 def test_ctrl_c_stops_a_reply_but_not_the_conversation():
     answer = then_held(STREAM_HEAD + transfer_chunk(HI_EVENT))
-    with playing(answer, GOOD) as (base_url, requests):
-        with terminal("chat", base_url=base_url) as (process, expect, type):
-            expect("> "), type("one\n"), expect("Hi")
-            process.send_signal(signal.SIGINT)
-            assert answer.left.wait(PATIENCE)
-            expect("> "), type("two\n"), expect("Hi there")
+    with terminal([answer, GOOD], "chat") as (process, requests, expect, type):
+        expect("> "), type("one\n"), expect("Hi")
+        process.send_signal(signal.SIGINT)
+        assert answer.left.wait(PATIENCE)
+        expect("> "), type("two\n"), expect("Hi there")
     assert [m["content"] for m in json.loads(requests[1][2])["messages"]] == ["one", "Hi", "two"]
 
 
@@ -6496,14 +6487,13 @@ def test_reasoning_is_dim_on_a_terminal_and_nowhere_else():
     answer = streamed(*map(event, deltas), STOP, DONE)
     done, _ = ran(answer, "chat", "Hi")
     assert (done.stdout.strip(), done.stderr) == (b"Hi", b"")
-    with playing(answer) as (base_url, _):
-        with terminal("chat", "Hi", base_url=base_url) as (_, expect, type):
-            assert expect("\r\nHi") == "\x1b[2mHm\x1b[0m\x1b[2m.\x1b[0m\x1b[2mHm.\x1b[0m"
+    with terminal([answer], "chat", "Hi") as (_, _, expect, _):
+        assert expect("\r\nHi") == "\x1b[2mHm\x1b[0m\x1b[2m.\x1b[0m\x1b[2mHm.\x1b[0m"
 
 
 def test_the_prompts_of_a_conversation_are_not_in_the_file_of_its_replies(tmp_path):
-    with playing(GOOD) as (base_url, _), open(tmp_path / "said", "wb") as file:
-        with terminal("chat", base_url=base_url, stdout=file) as (process, expect, type):
+    with open(tmp_path / "said", "wb") as file:
+        with terminal([GOOD], "chat", stdout=file) as (process, _, expect, type):
             type("one\n\x04"), expect("> ")
             assert process.wait(PATIENCE) == 0
     assert (tmp_path / "said").read_bytes() == b"Hi there\n"
@@ -6548,22 +6538,21 @@ def test_percentiles_are_values_of_the_nearest_rank():
 
 @posix
 def test_ctrl_c_ends_a_measurement_with_its_report():
-    with playing(GOOD, GOOD, then_held(GOOD[:-60])) as (base_url, requests):
-        with started("bench", "--concurrency", "1", "--json", base_url=base_url) as process:
-            until(lambda: len(requests) == 3)
-            process.send_signal(signal.SIGINT)
-            report = json.loads(process.communicate()[0])
+    answers, words = [GOOD, GOOD, then_held(GOOD[:-60])], ["bench", "--concurrency", "1", "--json"]
+    with started(answers, *words) as (process, requests):
+        until(lambda: len(requests) == 3)
+        process.send_signal(signal.SIGINT)
+        report = json.loads(process.communicate()[0])
     assert (report["requests"], report["completed"], process.returncode) == (2, 2, 130)
 
 
 def test_the_progress_and_the_report_of_bench_are_for_people_on_a_terminal_but_not_its_json():
     bench = "bench", "--requests", "2"
-    with playing(GOOD) as (base_url, _):
-        with terminal(*bench, "--json", base_url=base_url) as (_, expect, type):
-            assert expect('"client_is_the_limit"').startswith("{\r\n")
-        with terminal(*bench, base_url=base_url) as (_, expect, type):
-            assert expect("requests  ").endswith("2 done, 0 failed\r\r\n")
-            expect("    2 of 2 completed")
+    with terminal([GOOD], *bench, "--json") as (_, _, expect, _):
+        assert expect('"client_is_the_limit"').startswith("{\r\n")
+    with terminal([GOOD], *bench) as (_, _, expect, _):
+        assert expect("requests  ").endswith("2 done, 0 failed\r\r\n")
+        expect("    2 of 2 completed")
 
 
 # ==================================================================================
@@ -8472,7 +8461,9 @@ def test_a_reply_is_shown_and_goes_out_with_the_next_message(browser, said, show
         browser.say("Hi", "And?")
         assert browser.talk() == [("user", "Hi"), *shown, ("user", "And?"), ("assistant", "Fine.")]
         first, second = asked_of(server)
-        assert first.body.get("stream", False) is stream
+        fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        assert first.body == {"model": "script", "messages": user("Hi"), "tool_choice": "required",
+                              "tools": first.body["tools"], **fields}
         _, reply, *answers, _ = second.body["messages"]
         calls = [call["function"] for call in reply.get("tool_calls", ())]
         carried = [("assistant", reply["content"]), ("refusal", reply.get("refusal")),
@@ -8555,6 +8546,7 @@ def test_an_empty_page_says_what_to_try_and_new_empties_it(browser):
     hints = "return document.getElementById('hints').offsetHeight > 0"
     with browser.page_of(Script("One.", "Two.")) as server:
         assert browser.js(hints)
+        assert browser.js("return getComputedStyle(quirk.parentNode).display") == "none"
         browser.say("a")
         assert not browser.js(hints)
         browser.click("#new")
@@ -8607,21 +8599,6 @@ def test_the_wire_shows_the_request_the_response_and_each_event(browser):
     for _, _, envelope, whole in lines:
         if envelope:
             assert json.loads(envelope).items() <= json.loads(whole[len("data: "):]).items()
-
-
-@pytest.mark.parametrize("clicks, fields", [
-    ([], {"stream": True, "stream_options": {"include_usage": True}}), (["#stream"], {}),
-    (["#stream", "#tool"], {"tools": ..., "tool_choice": "required"})])
-def test_the_switches_choose_what_goes_out(browser, clicks, fields):
-    with browser.page_of() as server:
-        for click in clicks:
-            browser.click(click)
-        browser.say("Hi")
-        body = asked_of(server)[0].body
-        assert set(body) == {"model", "messages", *fields}
-        assert all(body[name] == value for name, value in fields.items() if value != ...)
-        assert browser.js("return getComputedStyle(quirk.parentNode).display") == "none"
-        assert (browser.talk()[1][0] == "tool-call") == ("tools" in fields)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -8708,6 +8685,7 @@ def test_nothing_is_requested_from_elsewhere(browser):
             server.base_url[:-2]}
         assert browser.violations() == []
         assert {entry.path for entry in server.journal} == {"/", "/v1/models", CHAT_PATH}
+        assert asked_of(server)[0].body.keys() == {"model", "messages", "stream", "stream_options"}
 
 
 def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
@@ -9093,31 +9071,24 @@ RIGHT = 'assistant Hello big world tool_calls add{"a":1} add{"a":2}'
 NO_ROLE, NO_REASON = RIGHT.replace("assistant", "None"), RIGHT.replace("tool_calls", "None")
 ROLES, REPEATED = RIGHT.replace("assistant", "assistant+"), RIGHT.replace("add", "add+")
 CUT_SHORT = "assistant Hello None"          # taken for whole
-TORTURE = {  # quirk: (the official SDK, requests by hand, client.Client)
-    "comment":            (RIGHT, "JSONDecodeError", RIGHT),
-    "crlf":               (RIGHT, RIGHT, RIGHT),
-    "no_space":           (RIGHT, "JSONDecodeError", RIGHT),
-    "bom":                (NO_ROLE, "JSONDecodeError", RIGHT),
-    "id_field":           ("JSONDecodeError", "JSONDecodeError", RIGHT),
-    "retry_block":        ("JSONDecodeError", "JSONDecodeError", RIGHT),
-    "empty_data":         ("JSONDecodeError", "JSONDecodeError", RIGHT),
-    "split_bytes":        (RIGHT, RIGHT, RIGHT),
-    "one_write":          (RIGHT, RIGHT, RIGHT),
-    "no_role":            (NO_ROLE, NO_ROLE, RIGHT),
-    "role_every":         (ROLES, RIGHT, RIGHT),
-    "usage_always":       (RIGHT, "IndexError", RIGHT),
-    "no_done":            (RIGHT, RIGHT, RIGHT),
-    "no_finish":          (NO_REASON, NO_REASON, "StreamTruncated"),
-    "no_terminator":      (RIGHT, RIGHT, RIGHT),
-    "missing_tool_index": ("TypeError", "KeyError", RIGHT),
-    "duplicate_tool_id":  (REPEATED, REPEATED, RIGHT),
-    "bad_json":           ("JSONDecodeError", "JSONDecodeError", "BadReply"),
-    "error_event":        ("APIError", "KeyError", "APIError"),
-    "truncate":           (CUT_SHORT, CUT_SHORT, "StreamTruncated"),
-    "stall":              ("APITimeoutError", "ConnectionError", "ConnectionFailed"),
-    "reset":              ("APIConnectionError", "ChunkedEncodingError", "StreamTruncated"),
-    "html_502":           ("InternalServerError", "JSONDecodeError", "APIError"),
-}
+TORTURE = {quirk: row for quirks, *row in (  # the official SDK, requests by hand, client.Client
+    ("crlf split_bytes one_write no_done no_terminator", RIGHT, RIGHT, RIGHT),
+    ("comment no_space", RIGHT, "JSONDecodeError", RIGHT),
+    ("id_field retry_block empty_data", "JSONDecodeError", "JSONDecodeError", RIGHT),
+    ("bom", NO_ROLE, "JSONDecodeError", RIGHT),
+    ("no_role", NO_ROLE, NO_ROLE, RIGHT),
+    ("role_every", ROLES, RIGHT, RIGHT),
+    ("usage_always", RIGHT, "IndexError", RIGHT),
+    ("missing_tool_index", "TypeError", "KeyError", RIGHT),
+    ("duplicate_tool_id", REPEATED, REPEATED, RIGHT),
+    ("no_finish", NO_REASON, NO_REASON, "StreamTruncated"),
+    ("bad_json", "JSONDecodeError", "JSONDecodeError", "BadReply"),
+    ("error_event", "APIError", "KeyError", "APIError"),
+    ("truncate", CUT_SHORT, CUT_SHORT, "StreamTruncated"),
+    ("stall", "APITimeoutError", "ConnectionError", "ConnectionFailed"),
+    ("reset", "APIConnectionError", "ChunkedEncodingError", "StreamTruncated"),
+    ("html_502", "InternalServerError", "JSONDecodeError", "APIError"),
+) for quirk in quirks.split()}
 
 READERS = {"openai": """
 import openai
