@@ -6345,9 +6345,9 @@ def test_curl_of_the_models_sends_no_key_where_none_is_given():
 @pytest.mark.parametrize("words", [
     "chat", "chat -", "complete", "nonsense", "models --json --raw",
     *(f"chat Hi {more}" for more in (
-        "-", "--json --raw", "-p x", "-p x=@/no/such", "--config /no/such", "--base-url nowhere",
-        "--base-url http://me:pw@h/v1", "--timeout 0", "--timeout nan", "--temperature nan",
-        "--temperature 1e999", "-H 'no colon'", "-H colonless")),
+        "-", "--json --raw", "--raw --curl", "-p x", "-p x=@/no/such", "--config /no/such",
+        "--base-url nowhere", "--base-url http://me:pw@h/v1", "--timeout 0", "--timeout nan",
+        "--temperature nan", "--temperature 1e999", "-H 'no colon'", "-H colonless")),
     *(f"bench {more}" for more in ("--requests 0", "--concurrency 1001", "--curl", "--raw"))])
 def test_what_makes_no_sense_is_status_2(words):
     done = run(*shlex.split(words))
