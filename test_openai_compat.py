@@ -2744,28 +2744,25 @@ def test_any_other_error_is_a_500_stays_at_home_and_fails_the_block(error, piece
     assert "secret" in caplog.text and "Traceback" in caplog.text
 
 
-def test_a_connection_outlives_an_error():
-    with failing_at_its_end(failing(RuntimeError("x")), RuntimeError) as server:
-        assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
-
-
-def test_the_first_failure_of_several_fails_the_block_with_an_advice():
+def test_the_first_failure_of_several_fails_the_block_but_no_connection():
     errors = [KeyError("first"), ValueError("second")]
     server = Server(lambda request: raising(errors.pop(0))(request)).start()
-    assert [chat(server).status for _ in range(2)] == [500, 500]
+    assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
     with pytest.raises(KeyError, match="first") as fault:
         server.close()
     server.close()                              # closing twice is closing once
-    advice = "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
-    assert "Raise APIError" in advice
+    assert "Raise APIError" in "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
     assert fault.traceback[-1].name == "backend"    # where it came from, not where it was kept
 
 
-def test_an_error_in_the_block_comes_before_the_backends():
-    with pytest.raises(IndexError):
-        with Server(raising(ValueError("of the backend"))) as server:
+@pytest.mark.parametrize("backend, error", [
+    (raising(ValueError("of the backend")), IndexError), (Script("a", "left over"), KeyError),
+    (Script(), KeyboardInterrupt)])
+def test_what_ends_the_block_is_not_hidden(backend, error):
+    with pytest.raises(error, match="of the block"):
+        with Server(backend) as server:
             chat(server)
-            raise IndexError("of the block")
+            raise error("of the block")
 
 
 @contextlib.contextmanager
@@ -2908,11 +2905,16 @@ def test_each_event_is_one_transfer_chunk(backend):
 # ------ headers
 
 @both
-def test_a_reply_may_bring_headers_which_are_text_whatever_they_are_made_of(stream):
-    reply = Reply("x", headers={"x-mine": "7", "X-Count": 3})
-    reply.headers["x-late"] = 5
-    headers = ask(always(reply), stream=stream).headers
+def test_a_reply_has_the_servers_headers_and_its_own_which_become_text(stream):
+    reply = Reply("a", headers={"x-mine": "7", "X-Count": 3}, delay=(0.05, 0))
+    reply.headers["x-late"], begun = 5, time.monotonic()
+    headers = ask(reply, stream=stream).headers
     assert (headers["x-mine"], headers["x-count"], headers["x-late"]) == ("7", "3", "5")
+    taken = 1000 * (time.monotonic() - begun)
+    assert 50 <= int(headers["openai-processing-ms"]) <= taken      # until the first piece
+    if stream:
+        assert headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert headers["x-accel-buffering"] == "no" and "no-cache" in headers["cache-control"]
 
 
 @pytest.mark.parametrize("make", [Reply, lambda headers: APIError(400, "no", headers=headers)])
@@ -2932,19 +2934,6 @@ def test_every_reply_has_a_request_id_of_its_own():
             ("GET", "/health"), ("GET", "/nowhere"), ("POST", CHAT_PATH, HI),
             ("POST", CHAT_PATH, "{"), ("OPTIONS", CHAT_PATH))]
     assert len(set(ids)) == 5 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
-
-
-@both
-def test_the_processing_time_is_that_of_the_first_piece(stream):
-    begun = time.monotonic()
-    told = ask(Reply("a", delay=(0.05, 0)), stream=stream).headers["openai-processing-ms"]
-    assert told.isdigit() and 50 <= int(told) <= 1000 * (time.monotonic() - begun)
-
-
-def test_a_stream_says_what_it_is():
-    headers = ask(echo, stream=True).headers
-    assert headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert headers["x-accel-buffering"] == "no" and "no-cache" in headers["cache-control"]
 
 
 # ------ delays
@@ -2980,6 +2969,8 @@ def test_a_pause_ends_when_the_server_does():
 # Script.
 
 NOT_FOLLOWED = 400      # the status of a request that a script did not expect
+INCLUDING = {**HI, "stream": True,
+             "stream_options": {"include_usage": True, "include_obfuscation": False}}
 
 
 def contents(server, count, **fields):
@@ -3145,11 +3136,10 @@ def test_an_expectation_that_itself_fails_is_not_a_request_that_differs():
 
 @pytest.mark.parametrize("expect", [
     {}, {"model": "m"}, {"messages": HI["messages"]}, {"stream_options": {"include_usage": True}},
-    lambda body: body["model"] == "m", None])
-def test_a_request_as_expected_gets_its_step(expect):
-    options = {"include_usage": True, "include_obfuscation": False}
+    lambda body: body == INCLUDING, None])
+def test_a_request_as_expected_which_is_the_body_as_sent_gets_its_step(expect):
     with Server(Script(Reply("a", expect=expect))) as server:
-        assert chat(server, "Hello, world!", stream=True, stream_options=options).status == 200
+        assert post(server, CHAT_PATH, INCLUDING).status == 200
 
 
 def test_an_unexpected_request_does_not_use_up_its_step():
@@ -3160,25 +3150,12 @@ def test_an_unexpected_request_does_not_use_up_its_step():
     assert [each.text for each in got[1:]] == ["a", "b"]
 
 
-def test_expect_sees_the_body_as_sent():
-    with Server(Script(Reply("a", expect=lambda body: body == HI))) as server:
-        assert post(server, CHAT_PATH, HI).text == "a"
-
-
 def test_an_error_in_the_block_is_the_context_of_the_scripts():
     with pytest.raises(AssertionError, match="step 1") as fault:
         with Server(Script()) as server:
             chat(server)
             raise KeyError("of the block")
     assert isinstance(fault.value.__context__, KeyError)
-
-
-@pytest.mark.parametrize("steps, error", [(["left over"], KeyError), ([], KeyboardInterrupt)])
-def test_what_ends_the_block_is_not_hidden(steps, error):
-    with pytest.raises(error):
-        with Server(Script(*steps)) as server:
-            assert steps or chat(server).status == NOT_FOLLOWED
-            raise error("of the block")
 
 
 def test_a_script_can_be_checked_in_the_middle():
@@ -3210,9 +3187,6 @@ def test_twenty_clients_take_each_step_once():
 # ----------------------------------------------------------------------------------
 # Quirks.  What each does to the wire, told from what a reply without it looks like.
 
-NAMED = """comment crlf no_space bom id_field retry_block empty_data split_bytes one_write
-    no_role role_every usage_always no_done no_finish no_terminator missing_tool_index
-    duplicate_tool_id bad_json error_event truncate stall reset html_502""".split()
 STREAMED = {**HI, **TOOLS, "stream": True}
 PLAIN = "".join(f"data: {event}\n\n" for event in (
     ROLE, delta('"content":"a"'), delta('"content":"b"'), delta("", '"stop"'), "[DONE]"))
@@ -3233,11 +3207,6 @@ def written(quirk, backend=say("a", "b")):
 
 def chunks_in(body):
     return [loads(line[6:]) for line in body.split("\n") if line.startswith("data: {")]
-
-
-def test_the_quirks_are_those_that_are_named_and_say_what_they_do():
-    assert sorted(QUIRKS) == sorted(NAMED)
-    assert all(QUIRKS[name].__doc__ for name in NAMED)
 
 
 BENT = {  # quirk: the whole body with it
@@ -3264,14 +3233,10 @@ BENT = {  # quirk: the whole body with it
 @pytest.mark.parametrize("quirk", BENT)
 def test_a_quirk_does_what_it_says_and_no_more(quirk):
     chunks, how = quirked(quirk, lambda request: iter("ab"))
-    assert (pinned(b"".join(chunks)), how) == (BENT[quirk], "whole")
+    assert pinned(b"".join(chunks)) == BENT[quirk]
+    assert how == ("cut" if quirk == "no_terminator" else "whole")
     assert quirk != "split_bytes" or {len(chunk) for chunk in chunks} == {1}
     assert quirk != "one_write" or len(chunks) == 1
-
-
-def test_no_terminator_closes_without_the_last_transfer_chunk():
-    chunks, how = quirked("no_terminator")
-    assert how == "cut" and pinned(b"".join(chunks)) == PLAIN
 
 
 def test_usage_always_adds_a_usage_uninvited():
@@ -3299,25 +3264,24 @@ def test_bad_json_cuts_one_event_short(quirk, k):
         json.loads(blocks[k][6:])
 
 
-@pytest.mark.parametrize("quirk, k", [("error_event", 2), ("error_event@1", 1),
-                                      ("error_event@3", 3)])
+@pytest.mark.parametrize("quirk, k", [("error_event", 2), *((f"error_event@{k}", k) for k in (0, 1, 3))])
 def test_error_event_stands_in_the_place_of_the_rest(quirk, k):
     body = written(quirk)
     assert body.startswith(FIRST_EVENTS[k])
-    check_shape(loads(body[len(FIRST_EVENTS[k]) + 6:]), ERROR)
+    error = loads(body[len(FIRST_EVENTS[k]) + len("data: "):])
+    check_shape(error, ERROR)
+    assert error["error"]["type"] == "server_error"
 
 
-@pytest.mark.parametrize("quirk, body, k", [
-    ("reset", STREAMED, 2), ("reset@0", STREAMED, 0), ("reset@1", STREAMED, 1),
-    ("reset@4", STREAMED, 4), ("reset", HI, 0)])
+@pytest.mark.parametrize("quirk, body, k", [("reset", HI, 0), ("reset", STREAMED, 2), *(
+    (f"reset@{k}", STREAMED, k) for k in (0, 1, 4))])
 def test_reset_resets(quirk, body, k):
     chunks, how = quirked(quirk, body=body)
     assert how == "reset" and len(chunks) <= k      # what is on its way may be lost
 
 
-@pytest.mark.parametrize("quirk, body, k", [
-    ("stall", STREAMED, 2), ("stall@0", STREAMED, 0), ("stall@1", STREAMED, 1),
-    ("stall@4", STREAMED, 4), ("stall", HI, 0)])
+@pytest.mark.parametrize("quirk, body, k", [("stall", HI, 0), ("stall", STREAMED, 2), *(
+    (f"stall@{k}", STREAMED, k) for k in (0, 1, 4))])
 def test_stall_is_silent_until_the_client_leaves(quirk, body, k):
     with Server(say("a", "b"), quirk=quirk) as server:
         with dial(server) as client:
@@ -3342,16 +3306,15 @@ def test_html_502_is_a_page_of_a_proxy(stream):
     assert b"<html" in got.body and b"data:" not in got.body
 
 
-@pytest.mark.parametrize("quirk", [name for name in NAMED if name not in (
-    "stall", "reset", "html_502", "split_bytes")])
+@pytest.mark.parametrize("quirk", sorted({*QUIRKS} - {"stall", "reset", "html_502", "split_bytes"}))
 @pytest.mark.parametrize("path", BOTH)
 def test_a_quirk_about_events_leaves_a_whole_reply_as_it_is(path, quirk):
     plain, bent = (ask(Reply("a", quirk=each), path) for each in (None, quirk))
     assert bent.status == 200 and bent.json and pinned(bent.body) == pinned(plain.body)
 
 
-@pytest.mark.parametrize("quirk", NAMED)
-def test_every_quirk_works_on_a_text_completion(quirk):
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_every_quirk_says_what_it_does_and_works_on_a_text_completion(quirk):
     with Server(say("a", "b"), quirk=quirk) as server:
         with dial(server) as client:
             client.sendall(request_bytes({**PROMPT, "stream": True}, TEXT_PATH))
@@ -3363,6 +3326,7 @@ def test_every_quirk_works_on_a_text_completion(quirk):
                 assert quirk == "reset"
         bent = quirk not in ("no_role", "role_every", "missing_tool_index", "duplicate_tool_id")
         assert outcome(server) in (("quirk", "client left") if bent else ("complete",))
+    assert QUIRKS[quirk].__doc__
 
 
 @pytest.mark.parametrize("reply, server, header, allowed, events", [
@@ -3386,12 +3350,11 @@ def test_a_quirk_that_is_none_is_refused(name):
         assert chat(server, headers={"X-Quirk": name}).status == 400
 
 
-@pytest.mark.parametrize("method, path", [("GET", "/v1/models"), ("GET", "/health"),
-                                          ("OPTIONS", CHAT_PATH), ("GET", "/nowhere")])
-def test_quirks_touch_the_two_endpoints_only(method, path):
+def test_quirks_touch_the_two_endpoints_only():
     with Server(quirk="html_502", quirk_header=True) as server:
-        got = call(server, method, path, headers={"X-Quirk": "reset"})
-    assert got.status in (200, 204, 404)
+        assert [call(server, *request, headers={"X-Quirk": "reset"}).status for request in (
+            ("GET", "/v1/models"), ("GET", "/health"), ("GET", "/nowhere"),
+            ("OPTIONS", CHAT_PATH))] == [200, 200, 404, 204]
 
 
 @pytest.mark.parametrize("place", ["server", "reply", "header"])
@@ -3412,10 +3375,7 @@ def test_split_bytes_on_a_whole_reply_is_one_byte_a_transfer_chunk(place):
     ("usage_always", True, "quirk"), ("error_event@0", True, "quirk")])
 def test_the_outcome_is_quirk_only_where_something_was_bent(quirk, stream, ended):
     with Server(say("a", "b"), quirk=quirk) as server:
-        got = chat(server, stream=stream)
-        assert got.status == 200 and outcome(server) == ended
-        if quirk == "error_event@0":
-            assert got.error["type"] == "server_error" and got.body.count(b"data:") == 1
+        assert chat(server, stream=stream).status == 200 and outcome(server) == ended
 
 
 def test_a_scripts_reply_may_have_a_quirk():
@@ -3427,16 +3387,28 @@ def test_a_scripts_reply_may_have_a_quirk():
 # ----------------------------------------------------------------------------------
 # The journal.
 
-def test_the_journal_has_every_exchange():
-    with Server() as server:
-        post(server, CHAT_PATH, HI, {"X-Mine": "1"})
+ENTRY = {"method": str, "path": str, "headers": {str: str}, "body": (dict, None),
+         "status": (int, None), "events": int, "outcome": (str, None), "started": float,
+         "seconds": (float, None)}
+
+
+def test_the_journal_has_every_exchange_and_can_be_read_over_http():
+    with Server(say("a")) as server:
+        post(server, CHAT_PATH, STREAMED, {"X-Mine": "1"})
         call(server, "GET", "/v1/models?x=1")
-        first, second = server.journal
-    assert (first.method, first.path, first.body) == ("POST", CHAT_PATH, HI)
+        assert post(server, "/v1/responses", {"input": "Hi"}).error["code"] == "unknown_url"
+        first, second, third = server.journal
+        *told, last = loads(call(server, "GET", "/journal").body)
+    assert (first.method, first.path, first.body) == ("POST", CHAT_PATH, STREAMED)
     assert first.headers["x-mine"] == "1" and first.headers["content-length"]
-    assert (first.status, first.events, first.outcome) == (200, 0, "complete")
+    assert (first.status, first.events, first.outcome) == (200, 4, "complete")
     assert (second.method, second.path, second.body) == ("GET", "/v1/models?x=1", None)
     assert 0 <= first.seconds and first.started <= second.started <= time.time()
+    assert (third.status, third.body) == (404, {"input": "Hi"})
+    check_shape(last, ENTRY)
+    for entry, shown in zip((first, second, third), told):
+        check_shape(shown, ENTRY)
+        assert shown == {name: getattr(entry, name) for name in ENTRY}
 
 
 def test_an_entry_has_no_outcome_while_it_runs():
@@ -3506,13 +3478,6 @@ def test_the_journal_holds_each_body_once():
     assert said == [size] * count and count * size <= held < 1.5 * count * size
 
 
-def test_the_journal_keeps_the_body_that_came_to_an_unknown_endpoint():
-    with Server() as server:
-        got = post(server, "/v1/responses", {"model": "m", "input": "Hi"})
-        assert got.error["code"] == "unknown_url" and server.journal[0].status == 404
-        assert server.journal[0].body == {"model": "m", "input": "Hi"}
-
-
 def test_the_journal_is_a_list_that_keeps_the_last_and_can_be_emptied():
     with Server(journal=2) as server:
         for i in range(4):
@@ -3535,21 +3500,6 @@ def test_a_journal_that_is_not_kept_cannot_be_read():
     with Server(journal=0) as server:
         assert chat(server).status == 200 and list(server.journal) == []
         assert call(server, "GET", "/journal").error
-
-
-ENTRY = {"method": str, "path": str, "headers": {str: str}, "body": (dict, None),
-         "status": (int, None), "events": int, "outcome": (str, None), "started": float,
-         "seconds": (float, None)}
-
-
-def test_the_journal_can_be_read_over_http():
-    with Server(say("a")) as server:
-        post(server, CHAT_PATH, STREAMED)
-        first, *rest = loads(call(server, "GET", "/journal").body)
-    for entry in (first, *rest):
-        check_shape(entry, ENTRY)
-    assert (first["body"], first["status"], first["events"], first["outcome"]) == (
-        STREAMED, 200, 4, "complete")
 
 
 # ----------------------------------------------------------------------------------
@@ -3590,10 +3540,6 @@ def test_a_model_that_is_not_there_is_refused(method, path):
         "type": "invalid_request_error", "param": None, "code": "model_not_found"}
 
 
-def test_any_model_is_taken_where_none_is_named():
-    assert ask(echo, model="any/thing-1").json["model"] == "any/thing-1"
-
-
 # ----------------------------------------------------------------------------------
 # Keys.
 
@@ -3614,35 +3560,31 @@ def test_a_key_opens(headers):
         assert chat(server, headers=headers).status == 200
 
 
+WRONG_KEYS = {  # the key: what is told of it
+    "xyz": "***", "\xe9": "***", "abcdefghijklmno": "***", "abcdefghijklmnop": "abc***op",
+    "sk-wrong-but-long-enough": "sk-***gh", KEY + "x": "sk-***fx", KEY[:-1]: "sk-***de",
+    KEY.upper(): "SK-***EF"}
+
+
 @pytest.mark.parametrize("headers, said, code", [
     *((headers, "You didn't provide an API key.", None) for headers in (
         {}, {"Authorization": "Bearer"}, {"Authorization": "Bearer "}, {"Authorization": KEY},
         {"Authorization": f"Basic {KEY}"}, {"api-key": ""})),
-    *((headers, "Incorrect API key provided: ", "invalid_api_key")
-      for key in ("sk-wrong-but-long-enough", "xyz", KEY + "x", KEY[:-1], KEY.upper(), "\xe9")
-      for headers in ({"Authorization": f"Bearer {key}"}, {"api-key": key}))])
+    *((headers, f"Incorrect API key provided: {told}.", "invalid_api_key")
+      for key, told in WRONG_KEYS.items()
+      for headers in ({"Authorization": f"Bearer {key}".encode("latin-1")}, {"api-key": key}))])
 def test_without_a_right_key_there_is_a_401_that_does_not_repeat_it(headers, said, code):
     with Server(api_keys=KEY) as server:
-        got = chat(server, headers={k: value.encode("latin-1") for k, value in headers.items()})
+        got = chat(server, headers=headers)
     assert (got.status, got.error["type"], got.error["code"]) == (401, "invalid_request_error", code)
     assert got.error["message"].startswith(said)
-    assert not [value for value in headers.values()
-                if code and value.split()[-1] in got.error["message"]]
+    assert not [key for key in (*WRONG_KEYS, KEY) if key in got.error["message"]]
 
 
 def test_two_keys_in_one_request_are_refused():
     raw = posted(TEXT_JSON, f"Authorization: Bearer {KEY}\r\nAuthorization: Bearer x\r\n".encode())
     with Server(api_keys=KEY) as server:
         assert statuses(server, raw + LAST) == [400]
-
-
-def test_no_part_of_a_short_key_is_told():
-    with Server(api_keys=KEY) as server:
-        for length in range(1, 20):
-            key = "abcdefghijklmnopqrstuvw"[:length]
-            told = chat(server, headers={"api-key": key}).error["message"]
-            shown = told.partition("provided: ")[2].rstrip(".")
-            assert shown == ("***" if length < 16 else f"abc***{key[-2:]}")
 
 
 @pytest.mark.parametrize("method, path, status", [
@@ -3672,7 +3614,8 @@ ORIGINS = {
     403: ["http://evil.example", "null", "file://", "http://localhost.evil.example", "",
           "https://page.example:1", "http://page.example", "http://this.local:81",
           "http://127.0.0.1.evil.example", "http://evil.example/http://localhost",
-          "http://localhost@evil.example", "chrome-extension://x"]}
+          "http://localhost@evil.example", "chrome-extension://x", "http://[", "http://[::1",
+          "x" * 9999, "\xff"]}
 
 
 PAGE_ORIGIN, ANY = "https://page.example", "http://any.example"
@@ -3686,28 +3629,26 @@ ADMISSIONS = [  # the settings, the headers, and the status
       for origin, status in ((PAGE_ORIGIN, 200), ("http://page.example", 403))),
     ({"cors": "*"}, {"Origin": ANY}, 200), ({}, {"Origin": ANY}, 403),
     (OPENED[0], {**OPENED[1], "Origin": ANY}, 200), (OPENED[0], {**OPENED[1], "Host": "a.b"}, 200),
-    ({"host": "0.0.0.0"}, {"Host": "any.example"}, 200),
-]
+    ({"host": "0.0.0.0"}, {"Host": "any.example"}, 200), ({"host": "::1"}, {"Host": "[::1]"}, 200),
+    ({"host": "::1"}, {"Host": "evil.example"}, 403)]
+
+
+def server_on(host="127.0.0.1", **settings):
+    """A server on that address, if this machine has it."""
+    try:
+        return Server(host=host, **settings)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
 
 
 @pytest.mark.parametrize("settings, headers, status", ADMISSIONS)
 def test_host_and_origin_have_to_be_known_unless_keys_or_settings_open_them(
-        settings, headers, status):
-    with Server(**settings) as server:
+        calm, settings, headers, status):
+    with server_on(**settings) as server:
         got = chat(server, headers=headers)
     origin = headers.get("Origin")
     assert got.status == status and got.headers.get("vary") == ("origin" if origin is not None else None)
     assert got.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
-
-
-def test_on_the_other_loopback_a_browser_is_a_stranger_too():
-    try:
-        server = Server(host="::1")
-    except OSError:
-        pytest.skip("this machine has no ::1")
-    with server:
-        assert [chat(server, headers={"Host": host}).status
-                for host in ("[::1]", "evil.example")] == [200, 403]
 
 
 @both
@@ -3777,30 +3718,25 @@ def test_an_engine_in_the_path_is_the_model(path, model):
         assert post(server, path, {"prompt": "x"}).json["model"] == model
 
 
-@pytest.mark.parametrize("method, path", [
-    ("GET", "/v1x"), ("POST", "/v1/embeddings"), ("POST", "/v1/chat"),
-    ("GET", "/v1/chat/completions/x"), ("POST", "/v1/v1/v1/completions"),
-    ("POST", "/v1/responses"), ("GET", "/favicon.ico"),
-    ("POST", "/v1/chat/completions/x"), ("POST", "/v1/Chat/Completions"), ("GET", "/%00")])
-def test_a_path_that_means_nothing_is_a_404(method, path):
-    with Server() as server:
-        got = call(server, method, path)
-    assert got.status == 404 and got.error["type"] == "invalid_request_error"
-    assert method in got.error["message"]
-
-
 @pytest.mark.parametrize("method, path, allowed", [
-    ("GET", CHAT_PATH, "POST, OPTIONS"), ("PUT", TEXT_PATH, "POST, OPTIONS"),
-    ("DELETE", "/v1/models", "GET, HEAD, OPTIONS"), ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
-    ("POST", "/health", "GET, HEAD, OPTIONS"), ("PATCH", "/v1/models/x", "GET, HEAD, OPTIONS"),
-    ("HEAD", CHAT_PATH, "POST, OPTIONS"), ("TRACE", CHAT_PATH, "POST, OPTIONS"),
-    ("BREW", CHAT_PATH, "POST, OPTIONS")])
-def test_a_method_that_is_not_there_is_a_405_that_says_which_are(method, path, allowed):
+    *((method, path, None) for method, path in (
+        ("GET", "/v1x"), ("POST", "/v1/embeddings"), ("POST", "/v1/chat"), ("GET", "/%00"),
+        ("GET", "/v1/chat/completions/x"), ("POST", "/v1/v1/v1/completions"),
+        ("POST", "/v1/responses"), ("GET", "/favicon.ico"), ("POST", "/v1/chat/completions/x"),
+        ("POST", "/v1/Chat/Completions"))),
+    *((method, path, "POST, OPTIONS") for method, path in (
+        ("GET", CHAT_PATH), ("PUT", TEXT_PATH), ("HEAD", CHAT_PATH), ("TRACE", CHAT_PATH),
+        ("BREW", CHAT_PATH))),
+    *((method, path, "GET, HEAD, OPTIONS") for method, path in (
+        ("DELETE", "/v1/models"), ("POST", "/v1/models"), ("POST", "/health"),
+        ("PATCH", "/v1/models/x")))])
+def test_a_path_that_means_nothing_is_a_404_and_another_method_a_405(method, path, allowed):
     with Server() as server:
         got = call(server, method, path)
-    assert got.status == 405 and got.headers["allow"] == allowed
+    assert (got.status, got.headers.get("allow")) == (405 if allowed else 404, allowed)
     if method != "HEAD":
-        assert got.error["message"].startswith(f"Not allowed to {method} on ")
+        assert got.error["type"] == "invalid_request_error" and method in got.error["message"]
+        assert not allowed or got.error["message"].startswith(f"Not allowed to {method} on ")
 
 
 # ------ routes: endpoints of the user's
@@ -3898,12 +3834,6 @@ def test_a_route_that_is_no_function_is_refused():
         Server(routes={"/x": "embeddings"})
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "x"])
-def test_any_content_type_and_accept_will_do(kind):
-    with Server() as server:
-        assert chat(server, headers={"Content-Type": kind, "Accept": kind}).status == 200
-
-
 # ==================================================================================
 # HTTP: hostile input, limits, and (marker stress) load
 
@@ -3935,6 +3865,15 @@ def with_coding(coding, coded=b"0\r\n\r\n"):
     return post_chunked(coded).replace(b"chunked", coding)
 
 
+CHUNKS_TAKEN = {
+    "one": CODED,
+    "a size in capitals": CODED.replace(b"1b", b"1B"),
+    "a size with zeros before it": CODED.replace(b"1b", b"0001b").replace(b"0\r\n\r", b"000\r\n\r"),
+    "one for each byte": b"".join(b"1\r\n%c\r\n" % byte for byte in TEXT_JSON) + b"0\r\n\r\n",
+    "an extension": b"1b;a=b\r\n%b\r\n0;c\r\n\r\n" % TEXT_JSON,
+    "an extension with a string": CODED.replace(b"1b", b'1b ; a="b c;"'),
+    "trailers": CODED.replace(b"0\r\n", b"0\r\nX-Sum: 1\r\nX-More: 2\r\n"),
+}
 TAKEN = {
     "plain": (200, get(), get(version=b"1.7")),
     "empty lines": (200, b"\r\n" + get(), b"\r\n\r\n" + get(), posted(TEXT_JSON) + b"\r\n"),
@@ -3958,6 +3897,9 @@ TAKEN = {
     "a body that is no JSON": (400, posted(get())),
     "a coding in capitals": (200, with_coding(b"Chunked", CODED)),
     "an expectation with its body": (200, posted(TEXT_JSON, b"Expect: 100-continue\r\n")),
+    "any type": (200, *(posted(TEXT_JSON, b"Content-Type: %b\r\nAccept: %b\r\n" % (kind, kind))
+                        for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"x"))),
+    "transfer chunks": (200, *map(post_chunked, CHUNKS_TAKEN.values())),
 }
 MALFORMED = {
     "a version": (400, b"GET /health\r\n\r\n", get(version=b"1.10"),
@@ -4015,15 +3957,6 @@ MALFORMED = {
     "a trailer": (400, post_chunked(b"0\r\nX: y\r\n z\r\n\r\n"), post_chunked(b"0\r\nX y\r\n\r\n")),
     "trailers too many": (431, post_chunked(b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n")),
 }
-CHUNKS_TAKEN = {
-    "one": CODED,
-    "a size in capitals": CODED.replace(b"1b", b"1B"),
-    "a size with zeros before it": CODED.replace(b"1b", b"0001b").replace(b"0\r\n\r", b"000\r\n\r"),
-    "one for each byte": b"".join(b"1\r\n%c\r\n" % byte for byte in TEXT_JSON) + b"0\r\n\r\n",
-    "an extension": b"1b;a=b\r\n%b\r\n0;c\r\n\r\n" % TEXT_JSON,
-    "an extension with a string": CODED.replace(b"1b", b'1b ; a="b c;"'),
-    "trailers": CODED.replace(b"0\r\n", b"0\r\nX-Sum: 1\r\nX-More: 2\r\n"),
-}
 
 
 def examples(table):
@@ -4034,7 +3967,9 @@ def examples(table):
 
 @pytest.mark.parametrize("raw, status", examples(TAKEN))
 def test_a_request_that_was_read_whole_leaves_the_connection_open(server, calm, raw, status):
-    assert statuses(server, raw + LAST) == [status, 200]
+    got, last = talk(server, raw + LAST)
+    assert (got.status, last.status) == (status, 200)
+    assert b"POST" not in raw or status != 200 or got.text == "Hi"
 
 
 @pytest.mark.parametrize("raw, status", examples(MALFORMED))
@@ -4043,10 +3978,6 @@ def test_a_malformed_request_gets_one_refusal_and_a_close(server, calm, raw, sta
     assert got.status == status and got.error and got.headers["connection"] == "close"
 
 
-@pytest.mark.parametrize("coded", CHUNKS_TAKEN.values(), ids=CHUNKS_TAKEN)
-def test_transfer_chunks_are_decoded(server, calm, coded):
-    got, last = talk(server, post_chunked(coded) + LAST)
-    assert got.text == "Hi" and last.status == 200
 class Watchful(Server):
     """A server that tells whether it has read all that a client has sent so far."""
 
@@ -4092,21 +4023,17 @@ def test_where_a_request_is_cut_changes_nothing(watchful, raw):
             assert [got.status for got in replies(read_to_end(client))] == whole, raw[:place]
 
 
-def test_a_request_that_comes_byte_by_byte_is_the_same_request(server):
+@pytest.mark.parametrize("raw, size, replied", [
+    (posted(TEXT_JSON) + LAST, 1, [200, 200]),
+    (get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 80), 1000, [431])],
+    ids=["byte by byte", "too long a head"])
+def test_a_request_that_comes_in_pieces_is_the_same_request(server, raw, size, replied):
     with dial(server) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in posted(TEXT_JSON) + LAST:
-            client.send(bytes([byte]))
-        assert [got.status for got in replies(read_to_end(client))] == [200, 200]
-
-
-def test_long_heads_are_refused_however_they_come(server):
-    raw = get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 80)
-    with dial(server) as client:
-        for start in range(0, len(raw), 1000):
+        for start in range(0, len(raw), size):
             with contextlib.suppress(OSError):
-                client.sendall(raw[start:start + 1000])
-        assert [got.status for got in replies(read_to_end(client))] == [431]
+                client.sendall(raw[start:start + size])
+        assert [got.status for got in replies(read_to_end(client))] == replied
 
 
 def test_pipelined_requests_are_answered_in_order(server):
@@ -4182,12 +4109,6 @@ def test_who_expects_100_continue_is_refused_before_the_body(server, old, new, s
     raw = posted(b"", b"Expect: 100-continue\r\n").replace(old, new).replace(b": 0", b": 9")
     [got] = talk(server, raw)
     assert got.status == status and got.error
-
-
-@pytest.mark.parametrize("origin", [b"http://[", b"http://[::1", b"x" * 9999, b"\xff", b"null"])
-def test_no_origin_can_do_without_a_reply(server, calm, origin):
-    [got, _] = talk(server, get(headers=b"Host: x\r\nOrigin: %b\r\n" % origin) + LAST)
-    assert got.status == 403 and got.error
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"BREW"])
@@ -4289,13 +4210,7 @@ def test_beyond_max_connections_is_503_at_once_and_others_go_on():
         for client in (one, two):
             client.sendall(LAST)
             assert replies(read_to_end(client))[0].status == 200
-
-
-def test_a_place_that_is_free_again_is_given_away():
-    with Server(max_connections=1) as server:
-        with served(server):
-            assert statuses(server, LAST) == [503]
-        until(lambda: statuses(server, LAST) == [200])
+        until(lambda: statuses(server, LAST) == [200])      # a place that is free again
 
 
 TRICKLES = {
@@ -4534,47 +4449,20 @@ def descriptors():
     return 0                                    # a platform that does not tell
 
 
-def start_and_stop(times):
-    """Seconds for each, client included; every client has to see its connection end."""
-    seconds = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        server = Server(say("x")).start()
-        with served(server) as client:
-            server.close()
-            assert client.recv(1) == b""
-        seconds.append(time.perf_counter() - begin)
-    return sorted(seconds)
-
-
-def test_a_server_that_was_stopped_leaves_nothing_behind():
-    start_and_stop(1)
-    gc.collect()
-    threads, files = threading.active_count(), descriptors()
-    start_and_stop(50)
-    until(lambda: threading.active_count() <= threads and descriptors() <= files)
-
-
-def test_a_port_is_free_again_after_close():
+def test_a_port_is_free_again_after_close_but_for_another_server():
     with Server() as first, served(first):
         port = first.server_port
     with Server(port=port) as second:
         assert statuses(second, LAST) == [200]
     second.close()                              # once more does no harm
-
-
-def test_a_closed_server_cannot_be_started_again():
-    server = Server()
-    server.close()
     with pytest.raises(RuntimeError, match="closed"):
-        server.start()
+        second.start()
 
 
 @posix
 def test_a_child_of_the_program_does_not_keep_the_port():
     code = """
-import os, socket, sys
-sys.path.insert(0, %r)
+import os, socket
 from openai_compat import Server
 server = Server().start()
 child = os.fork() or os.read(0, 1) or os._exit(0)
@@ -4587,20 +4475,17 @@ except OSError:
 os.kill(child, 9)
 """
     ours, theirs = os.pipe()
-    with open(theirs, "wb"):
-        assert finished(sys.executable, "-c", code % str(HERE), stdin=ours).stdout == "refused\n"
-    os.close(ours)
+    with open(ours), open(theirs, "wb"):
+        said = finished(sys.executable, "-c", code, stdin=ours, cwd=str(HERE))
+    assert said.stdout == "refused\n"
 
 
 @pytest.mark.parametrize("host, url", [
     ("127.0.0.1", "http://127.0.0.1:{}/v1"), ("0.0.0.0", "http://127.0.0.1:{}/v1"),
-    ("localhost", "http://127.0.0.1:{}/v1"), ("::1", "http://[::1]:{}/v1"), ("::", "http://[::1]:{}/v1")])
+    ("localhost", "http://127.0.0.1:{}/v1"), ("::1", "http://[::1]:{}/v1"),
+    ("::", "http://[::1]:{}/v1")])
 def test_the_base_url_works_for_a_client(host, url):
-    try:
-        server = Server(host=host)
-    except OSError:
-        pytest.skip(f"this machine has no {host}")
-    with server, urllib.request.urlopen(server.base_url + "/models") as got:
+    with server_on(host) as server, urllib.request.urlopen(server.base_url + "/models") as got:
         assert server.base_url == url.format(server.server_port) and got.status == 200
 
 
@@ -4613,11 +4498,11 @@ NOISE = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\0", b":", b",", b";
          b"0", b"-1", b"+", b"0x", b"9" * 30, b"/", b"*", b"?", b"%", b"[", b"chunked", b"HTTP/1.0",
          b"Host: x\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n ",
          b"Connection: close\r\n", b"Expect: 100-continue\r\n", b"X" * 5000, b"Origin: http://[\r\n"]
-SOUND = [get(), get(b"/v1/models/m"), get(b"http://localhost/v1/models"), posted(TEXT_JSON), STREAM_REQUEST,
+SOUND = [get(), get(b"/v1/models/m"), get(b"http://localhost/v1/models"), STREAM_REQUEST,
          posted(CHAT_JSON, target=b"/v1/chat/completions"), get(b"*", method=b"OPTIONS"),
-         posted(CHAT_JSON, b"Expect: 100-continue\r\n"), posted(TEXT_JSON, b"Origin: http://localhost\r\n"),
-         posted(TEXT_JSON, b"Connection: keep-alive\r\n", version=b"1.0")] + [
-         post_chunked(coded) for coded in CHUNKS_TAKEN.values()]
+         posted(TEXT_JSON), posted(TEXT_JSON, b"Origin: http://localhost\r\n"),
+         posted(CHAT_JSON, b"Expect: 100-continue\r\n"), posted(TEXT_JSON, KEEP, version=b"1.0"),
+         *map(post_chunked, CHUNKS_TAKEN.values())]
 
 
 def mutated(raw, dice):
@@ -4631,82 +4516,72 @@ def mutated(raw, dice):
     return raw
 
 
-def exchanged(server, raws):
-    """What came back for each, all of them at once."""
-    with contextlib.ExitStack() as held:
-        clients = [held.enter_context(dial(server)) for _ in raws]
-        for client, raw in zip(clients, raws):
-            client.sendall(raw)
-        return [read_to_end(client) for client in clients]
-
-
 def test_mutated_bytes_get_sound_replies_and_a_close(calm):
     dice = random.Random(SEED)
+    raws = iter([mutated(dice.choice(SOUND), dice) + LAST for _ in range(CASES)])
     with Server(max_body=4096, request_timeout=0.3) as server:
-        for start in range(0, CASES, 50):
-            raws = [mutated(dice.choice(SOUND), dice) + LAST for _ in range(50)]
-            for raw, stream in zip(raws, exchanged(server, raws)):
+        for part in iter(lambda: [*itertools.islice(raws, 50)], []):
+            with contextlib.ExitStack() as held:
+                clients = [held.enter_context(dial(server)) for _ in part]
+                for client, raw in zip(clients, part):
+                    client.sendall(raw)
+                streams = [read_to_end(client) for client in clients]
+            for raw, stream in zip(part, streams):
                 found = [got for got in replies(stream) if got.status != 100]
                 assert found and not [1 for got in found if got.status in (500, 503)], (SEED, raw)
                 assert all(got.error for got in found if got.status >= 400), (SEED, raw)
 
 
-SURROGATE = "\ud800"
-STRANGE = [None, True, False, 0, 1, -1, 2.5, 10**30, -1e300, "", "x", "auto", SURROGATE, "\0",
+STRANGE = [None, True, False, 0, 1, -1, 2.5, 10**30, -1e300, "", "x", "auto", "\ud800", "\0",
            "y" * 3000, [], [None], [1], ["x"], [[]], [{}], {}, {"": None}, {"type": "function"},
            {"type": "x", "function": {}}, [{"role": "user"}], [{"type": "text", "text": 1}]]
-TOOL_F = {"type": "function", "function": {"name": "f", "description": "d", "strict": False,
-        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
-SCHEMA = {"type": "json_schema",
-          "json_schema": {"name": "n", "schema": TOOL_F["function"]["parameters"]}}
+TOOL_F = {"type": "function", "function": {
+    "name": "f", "description": "d", "strict": False,
+    "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
 CALL_F = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-FULL = [("/v1/chat/completions", {
+FULL = {"chat": (CHAT_PATH, {
     "model": "m", "stream": True, "stream_options": {"include_usage": True}, "n": 2, "seed": 1,
     "messages": [{"role": "system", "content": "s", "name": "n"},
                  {"role": "user", "content": [{"type": "text", "text": "t"},
                                               {"type": "image_url", "image_url": {"url": "u"}}]},
                  {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL_F]},
                  {"role": "tool", "tool_call_id": "1", "content": "c"}],
-    "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a", "b"], "temperature": 1,
-    "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {"1": 2},
-    "logprobs": True, "top_logprobs": 2, "user": "u", "tools": [TOOL_F], "tool_choice": "auto",
-    "parallel_tool_calls": False, "response_format": SCHEMA, "service_tier": "auto",
-    "metadata": {"a": "b"}, "store": False, "reasoning_effort": "low", "modalities": ["text"],
-    "prediction": {"type": "content", "content": "x"}, "verbosity": "low"}),
-    ("/v1/chat/completions", {
-    "model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [TOOL_F],
-    "tool_choice": {"type": "function", "function": {"name": "f"}},
-    "response_format": {"type": "json_object"}}),
-    ("/v1/chat/completions", {
-    "model": "m", "messages": [{"role": "user", "content": "x"},
-                               {"role": "assistant", "function_call": CALL_F["function"]},
-                               {"role": "function", "name": "f", "content": "c"}],
-    "functions": [TOOL_F["function"]], "function_call": {"name": "f"}}),
-    ("/v1/completions", {
-    "model": "m", "prompt": ["a", "b"], "suffix": "s", "max_tokens": 5, "temperature": 1, "n": 1,
-    "best_of": 2, "stream": False, "logprobs": 2, "echo": True, "stop": "x", "user": "u",
-    "logit_bias": {"1": 1}, "seed": 1, "top_p": 1, "presence_penalty": 0}),
-    ("/v1/completions", {
-    "model": "m", "prompt": [[1, 2], [3]], "stream": True, "n": 3, "logprobs": 0})]
+    "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a", "b"], "temperature": 1, "top_p": 1,
+    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {"1": 2}, "logprobs": True,
+    "top_logprobs": 2, "user": "u", "tools": [TOOL_F], "tool_choice": "auto", "store": False,
+    "parallel_tool_calls": False, "service_tier": "auto", "metadata": {"a": "b"},
+    "response_format": {"type": "json_schema", "json_schema": {
+        "name": "n", "schema": TOOL_F["function"]["parameters"]}},
+    "reasoning_effort": "low", "modalities": ["text"], "verbosity": "low",
+    "prediction": {"type": "content", "content": "x"}}),
+    "tools": (CHAT_PATH, {
+        "model": "m", "messages": user("x"), "tools": [TOOL_F],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "response_format": {"type": "json_object"}}),
+    "functions": (CHAT_PATH, {
+        "model": "m", "functions": [TOOL_F["function"]], "function_call": {"name": "f"},
+        "messages": [*user("x"), {"role": "assistant", "function_call": CALL_F["function"]},
+                     {"role": "function", "name": "f", "content": "c"}]}),
+    "text": (TEXT_PATH, {
+        "model": "m", "prompt": ["a", "b"], "suffix": "s", "max_tokens": 5, "temperature": 1,
+        "n": 1, "best_of": 2, "stream": False, "logprobs": 2, "echo": True, "stop": "x",
+        "user": "u", "logit_bias": {"1": 1}, "seed": 1, "top_p": 1, "presence_penalty": 0}),
+    "ids": (TEXT_PATH, {
+        "model": "m", "prompt": [[1, 2], [3]], "stream": True, "n": 3, "logprobs": 0})}
 
 
 def places(value, path=()):
     """The path of every field and item in a JSON value."""
-    steps = value if isinstance(value, dict) else range(len(value)) \
-        if isinstance(value, list) else ()
-    for step in steps:
-        yield path + (step,)
-        yield from places(value[step], path + (step,))
+    if isinstance(value, (dict, list)):
+        for step in value if isinstance(value, dict) else range(len(value)):
+            yield path + (step,)
+            yield from places(value[step], path + (step,))
 
 
 def changed(body, path, value):
     """A copy of the body with the field at the path set to a value."""
-    body = json.loads(json.dumps(body))
-    *parents, last = path
-    inner = body
-    for step in parents:
-        inner = inner[step]
-    inner[last] = value
+    body = copy.deepcopy(body)
+    functools.reduce(lambda inner, step: inner[step], path[:-1], body)[path[-1]] = value
     return body
 
 
@@ -4735,48 +4610,45 @@ def check_all(server, requests):
     """Send all on one connection, in order; look at each reply."""
     for start in range(0, len(requests), 20):
         part = requests[start:start + 20]
-        raw = b"".join(posted(json.dumps(body).encode(), target=path.encode())
-                       for path, body in part)
-        *got, last = talk(server, raw + LAST)
+        *got, _ = talk(server, b"".join(posted(json.dumps(body).encode(), target=path.encode())
+                                        for path, body in part) + LAST)
         assert len(got) == len(part)
         for request, reply in zip(part, got):
             assert sound(reply), (SEED, request, vars(reply))
 
 
-@pytest.mark.parametrize("path, body", FULL, ids=["chat", "tools", "functions", "text", "ids"])
+@pytest.mark.parametrize("path, body", rows(FULL))
 def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body):
     dice = random.Random(SEED)
-    valid = posted(json.dumps(body).encode(), target=path.encode())
-    assert statuses(roomy, valid + LAST) == [200, 200]
+    assert post(roomy, path, body).status == 200
     check_all(roomy, [
         (path, changed(body, place, value)) for place in places(body)
         for value in dice.sample(STRANGE, min(CASES // 50, len(STRANGE)))])
 
 
-FOREIGN = sorted({*openai_compat.CHAT_FIELDS, *openai_compat.COMPLETION_FIELDS, "prompts", "text", "index",
-                  "id", "endpoint", "body", "prompt", "messages", "best_of", "input", "stop_sequences"})
+FOREIGN = sorted({*openai_compat.CHAT_FIELDS, *openai_compat.COMPLETION_FIELDS, "prompts", "text",
+                  "index", "id", "endpoint", "body", "prompt", "messages", "best_of", "input",
+                  "stop_sequences"})
 
 
+@both
 @pytest.mark.parametrize("path, body", [(CHAT_PATH, HI), (TEXT_PATH, PROMPT)], ids=["chat", "text"])
 @pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.stress)])
-def test_any_value_in_a_field_of_the_other_endpoint_gets_a_sound_reply(roomy, calm, path, body, share):
+def test_any_value_in_a_field_of_the_other_endpoint_gets_a_sound_reply(
+        roomy, calm, path, body, share, stream):
     dice = random.Random(SEED)
-    check_all(roomy, [
-        (path, {**body, "stream": stream, name: value}) for name in FOREIGN for stream in (False, True)
-        for value in STRANGE if dice.random() < share])
+    check_all(roomy, [(path, {**body, "stream": stream, name: value}) for name in FOREIGN
+                      for value in STRANGE if dice.random() < share])
 
 
-FOREIGN_FIELDS = [  # each was a 500
+@both
+@pytest.mark.parametrize("path, fields", [      # each was a 500
     (CHAT_PATH, {"prompts": 5}), (TEXT_PATH, {"max_completion_tokens": "5"}),
     (TEXT_PATH, {"max_completion_tokens": -1}), (TEXT_PATH, {"functions": [TOOL_F["function"]]}),
     (TEXT_PATH, {"response_format": "json"}), (TEXT_PATH, {"response_format": {"type": "json_schema"}}),
     (TEXT_PATH, {"tools": [TOOL_F], "tool_choice": "required"}), (TEXT_PATH, {"messages": 5}),
-    (CHAT_PATH, {"messages": [{"role": "user", "content": [
-        {"type": "text", "text": "Hi"}, {"type": "image_url", "image_url": {"url": "u"}, "text": 5}]}]})]
-
-
-@both
-@pytest.mark.parametrize("path, fields", FOREIGN_FIELDS, ids=[str(list(each[1])) for each in FOREIGN_FIELDS])
+    (CHAT_PATH, {"messages": user([{"type": "text", "text": "Hi"}, {
+        "type": "image_url", "image_url": {"url": "u"}, "text": 5}])})])
 def test_a_field_that_means_nothing_here_is_passed_over(roomy, calm, path, fields, stream):
     body = {"model": "m", "prompt": "Hi", "messages": user("Hi"), "stream": stream, **fields}
     assert post(roomy, path, body).text == "Hi"
@@ -4785,11 +4657,8 @@ def test_a_field_that_means_nothing_here_is_passed_over(roomy, calm, path, field
 @pytest.mark.parametrize("count", [CASES, pytest.param(50000, marks=pytest.mark.stress)])
 def test_nested_noise_gets_a_sound_reply(roomy, calm, count):
     dice = random.Random(SEED)
-    cases = [dice.choice(FULL) for _ in range(count)]
     check_all(roomy, [(path, changed(body, dice.choice(list(places(body))), noise(dice)))
-                      for path, body in cases])
-
-
+                      for path, body in dice.choices(list(FULL.values()), k=count)])
 # ----------------------------------------------------------------------------------
 # Stress (`make stress`; STRESS=short for a minute of it).  The server is a process of
 # its own, so that what is measured is the server.  Each test prints a row of the table.
@@ -4820,18 +4689,16 @@ class Process(Running):
     def __init__(self, *flags, files=20000):
         super().__init__("--quiet", *(flags or ("--backend", "__main__:backend")),
                          start=(sys.executable, "-c", CHILD, str(files)), cwd=str(HERE))
-        self.child = self.process
+        self.proc = Path("/proc", str(self.process.pid))
 
     def memory(self, name="VmRSS"):
-        with open("/proc/%d/status" % self.child.pid) as status:
-            return int(re.search(name + r":\s*(\d+)", status.read())[1]) / 1024
+        return int(re.search(name + r":\s*(\d+)", (self.proc / "status").read_text())[1]) / 1024
 
     def descriptors(self):
-        return len(os.listdir("/proc/%d/fd" % self.child.pid))
+        return len(os.listdir(self.proc / "fd"))
 
     def cpu(self):
-        with open("/proc/%d/stat" % self.child.pid) as stat:
-            times = stat.read().rpartition(")")[2].split()[11:13]
+        times = (self.proc / "stat").read_text().rpartition(")")[2].split()[11:13]
         return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -4865,11 +4732,10 @@ class Stream:
     """One client of many: what came on its connection, and when."""
 
     def __init__(self, server, prompt):
+        self.rest, self.tail, self.texts, self.times = b"", b"", [], []
+        self.begun, self.client = time.monotonic(), dial(server)
         body = json.dumps({"model": "m", "prompt": prompt, "stream": True})
-        self.rest, self.texts, self.times, self.begun = b"", [], [], time.monotonic()
-        self.tail = b""
-        self.client = dial(server)
-        self.client.sendall(posted(body.encode(), b"Connection: close\r\n"))
+        self.client.sendall(posted(body.encode(), CLOSE))
 
     def read(self):
         """Take what is there; False at the end."""
@@ -4905,8 +4771,7 @@ def test_many_streams_at_once_are_complete_and_in_order(many_files, row, count, 
         before = server.memory()
         streams = [Stream(server, prompt) for _ in range(count)]
         during = watch_streams(streams, events, server.memory)
-    expected = prompt.encode()
-    assert all(b"".join(stream.texts) == expected for stream in streams)
+    assert all(b"".join(stream.texts) == prompt.encode() for stream in streams)
     assert all(stream.tail.endswith(b"0\r\n\r\n") for stream in streams)
     first = [stream.times[0] - stream.begun for stream in streams]
     whole = [stream.times[-1] - stream.times[0] for stream in streams]
@@ -4936,21 +4801,13 @@ class Slowloris:
             self.drops, self.client, self.sent = self.drops + 1, dial(self.server), 0
 
 
-def ask_on(connection, i):
-    """One completion, on a connection that is kept."""
-    connection.request("POST", "/v1/completions", b'{"model":"m","prompt":"number %d"}' % i)
-    reply = connection.getresponse()
-    assert reply.status == 200
-    return json.loads(reply.read())["choices"][0]["text"] == "number %d" % i
-
-
 @stress
 def test_slow_clients_do_not_disturb_the_others(row):
     seconds, slow, rate = (10, 100, 200) if SHORT else (60, 300, 200)
     late, good = [], 0
     with Process("--backend", "__main__:backend", "--request-timeout", "5") as server:
         snails = [Slowloris(server) for _ in range(slow)]
-        connections = [http.client.HTTPConnection(*server.server_address) for _ in range(8)]
+        connections = [HTTPConnection(*server.server_address) for _ in range(8)]
         begin = time.monotonic()
         for i in range(seconds * rate):
             due = begin + i / rate
@@ -4959,7 +4816,9 @@ def test_slow_clients_do_not_disturb_the_others(row):
             time.sleep(max(due - time.monotonic(), 0))
             if i % 50 == 0:
                 connections[i // 50 % 8].close()        # the next one dials again
-            good += ask_on(connections[i % 8], i)
+            connections[i % 8].request("POST", TEXT_PATH, b'{"model":"m","prompt":"number %d"}' % i)
+            with connections[i % 8].getresponse() as reply:
+                good += json.loads(reply.read())["choices"][0]["text"] == "number %d" % i
             late.append(time.monotonic() - due)
         took = time.monotonic() - begin
         for client in connections + [snail.client for snail in snails]:
@@ -4970,9 +4829,10 @@ def test_slow_clients_do_not_disturb_the_others(row):
     assert good == seconds * rate and sum(snail.drops for snail in snails) >= slow
 
 
-SOAK = [get(), posted(TEXT_JSON), STREAM_REQUEST, posted(CHAT_JSON, target=b"/v1/chat/completions"), posted(b"{"),
-        post_chunked(CHUNKS_TAKEN["one for each byte"]), get(b"/v1/nowhere"), get(b"/v1/models"),
-        posted(TEXT_JSON, b"Expect: 100-continue\r\n"), get(b"/v1/models/m", method=b"OPTIONS")]
+SOAK = [get(), posted(TEXT_JSON), STREAM_REQUEST, posted(CHAT_JSON, target=b"/v1/chat/completions"),
+        posted(b"{"), post_chunked(CHUNKS_TAKEN["one for each byte"]), get(b"/v1/nowhere"),
+        get(b"/v1/models"), posted(TEXT_JSON, b"Expect: 100-continue\r\n"),
+        get(b"/v1/models/m", method=b"OPTIONS")]
 
 
 @stress
@@ -5022,24 +4882,15 @@ def test_a_killed_client_ends_its_backends(row):
     code = "import socket, sys\nheld = []\nfor _ in range(50):\n    held.append(socket." \
            "create_connection(('127.0.0.1', int(sys.argv[1]))))\n    held[-1].sendall(%r)\n" \
            "print(held[-1].recv(1), flush=True)\nsys.stdin.read()" % STREAM_REQUEST
-    begun, closed = [], []
-
-    def backend(request):
-        begun.append(1)
-        try:
-            while True:
-                time.sleep(0.01)
-                yield "x"
-        finally:
-            closed.append(1)
-    with Server(backend) as server:
+    backends = [Endless(pause=0.01) for _ in range(50)]
+    waiting = iter(backends)
+    with Server(lambda request: next(waiting)(request)) as server:
         client = subprocess.Popen([sys.executable, "-c", code, str(server.server_port)],
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        client.stdout.readline()
-        until(lambda: len(begun) == 50)
+        assert all(each.begun.wait(PATIENCE) for each in backends)
         client.kill()
         begin = time.monotonic()
-        until(lambda: len(closed) == 50)
+        assert all(each.closed.wait(PATIENCE) for each in backends)
         client.communicate()
     row("a client with 50 streams, kill -9: 50 backends closed after %.0f ms",
         1000 * (time.monotonic() - begin))
@@ -5062,14 +4913,14 @@ def test_a_reset_at_any_event_ends_the_backend(row):
 
 
 @stress
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that one could catch")
+@posix
 def test_sigterm_lets_replies_finish_or_ends_them_with_an_error(row):
     with Process("--delay", "0.05") as server:
         prompts = ["w " * 40] * 50 + ["w " * 1000] * (0 if SHORT else 50)
         streams = [Stream(server, prompt) for prompt in prompts]
-        watch_streams(streams, 20, server.child.terminate)
+        watch_streams(streams, 20, server.process.terminate)
         begin = time.monotonic()
-        assert server.child.wait(5) == 0
+        assert server.process.wait(5) == 0
     done = [stream.tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for stream in streams]
     error = [b'data: {"error":' in stream.tail for stream in streams]
     row("SIGTERM beside %d streams: %d finished, %d ended with an error event after 10 s, %d "
@@ -5079,16 +4930,16 @@ def test_sigterm_lets_replies_finish_or_ends_them_with_an_error(row):
 
 
 @stress
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that one could catch")
+@posix
 def test_a_second_sigterm_ends_at_once(row):
     with Process("--delay", "0.2") as server:
         streams = [Stream(server, "w " * 1000) for _ in range(50)]
         assert all([stream.read() for stream in streams])       # each reply has begun
-        server.child.terminate()
+        server.process.terminate()
         until(lambda: is_closed(server))
-        server.child.terminate()
+        server.process.terminate()
         begin = time.monotonic()
-        assert server.child.wait(5) == 0
+        assert server.process.wait(5) == 0
         took = time.monotonic() - begin
         for stream in streams:
             read_to_end(stream.client)
@@ -5127,14 +4978,22 @@ def test_blocked_backends_hold_up_nobody(row):
         count, 1000 * (time.monotonic() - begin) / times)
 
 
-@stress
-def test_a_thousand_starts_and_stops_leave_nothing_behind(row):
-    start_and_stop(10)
-    threads, files = threading.active_count(), descriptors()
-    seconds = start_and_stop(200 if SHORT else 1000)
-    row("%d starts and stops with a connection held: median %.2f, p99 %.2f ms",
-        len(seconds), 1000 * of(seconds, 0.5), 1000 * of(seconds, 0.99))
+@pytest.mark.parametrize("count", [50, pytest.param(200 if SHORT else 1000, marks=stress)])
+def test_starts_and_stops_with_a_connection_held_leave_nothing_behind(row, count):
+    seconds, files, threads = [], None, None
+    for _ in range(count):
+        begin = time.perf_counter()
+        with Server(say("x")) as server, served(server) as client:
+            server.close()
+            assert client.recv(1) == b""
+        seconds.append(time.perf_counter() - begin)
+        if len(seconds) == 10:
+            gc.collect()
+            threads, files = threading.active_count(), descriptors()
     until(lambda: threading.active_count() <= threads and descriptors() <= files)
+    if count > 50:
+        row("%d starts and stops with a connection held: median %.2f, p99 %.2f ms",
+            count, 1000 * of(seconds, 0.5), 1000 * of(seconds, 0.99))
 
 
 # ==================================================================================
