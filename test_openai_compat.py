@@ -3105,16 +3105,6 @@ def test_a_script_that_is_given_later_is_the_one_that_is_checked():
         server.backend = Script("second")
 
 
-def test_parallel_requests_in_any_order_each_take_a_step_of_their_own():
-    steps = [Reply(str(i), expect={"seed": i % 3}) for i in range(30)]
-    with Server(Script(*steps, any_order=True)) as server:
-        seeds = iter([0, 1, 2] * 10)
-        said = together(10, lambda: [(seed, int(chat(server, seed=seed).text))
-                                     for seed in itertools.islice(seeds, 3)])
-    said = [text for each in said for seed, text in each if text % 3 == seed]
-    assert sorted(said) == list(range(30))
-
-
 def test_what_no_step_is_for_is_answered_otherwise():
     script = Script(Reply("main", expect={"n": 1}), otherwise=lambda request: "a title")
     with Server(script) as server:
@@ -3175,11 +3165,13 @@ def test_a_refused_request_takes_no_step():
         assert contents(server, 1) == ["a"]
 
 
-def test_twenty_clients_take_each_step_once():
+@pytest.mark.parametrize("any_order", [False, True], ids=["in order", "in any order"])
+def test_twenty_clients_take_each_step_once(any_order):
     def slow(body):                             # gives the others time to come between
         return not threading.Event().wait(0.001)
     steps = [str(i) for i in range(60)]
-    with Server(Script(*(Reply(step, expect=slow) for step in steps))) as server:
+    script = Script(*(Reply(step, expect=slow) for step in steps), any_order=any_order)
+    with Server(script) as server:
         said = together(20, lambda: contents(server, 3, n=2))
     assert sorted(itertools.chain(*said)) == sorted(steps)
 
@@ -3300,8 +3292,7 @@ def test_stall_is_silent_until_the_client_leaves(quirk, body, k):
 
 @both
 def test_html_502_is_a_page_of_a_proxy(stream):
-    with Server(quirk="html_502") as server:
-        got = chat(server, stream=stream)
+    got = ask(Reply("a", quirk="html_502"), stream=stream)
     assert got.status == 502 and got.headers["content-type"].startswith("text/html")
     assert b"<html" in got.body and b"data:" not in got.body
 
@@ -3509,6 +3500,12 @@ def listed(server):
     return [each["id"] for each in call(server, "GET", "/v1/models").json["data"]]
 
 
+def answer(method, path, body=None, headers=(), **settings):
+    """What a server with these settings answers to this request."""
+    with Server(**settings) as server:
+        return call(server, method, path, body, headers)
+
+
 named_model = always("x")
 named_model.model = "mine"
 
@@ -3530,11 +3527,10 @@ def test_models_are_listed_in_order_and_can_be_looked_up():
             assert call(server, "GET", path).json["id"] == id
 
 
-@pytest.mark.parametrize("method, path", [("POST", CHAT_PATH), ("POST", TEXT_PATH),
-                                          ("GET", "/v1/models/x")])
+@pytest.mark.parametrize("method, path", [
+    ("POST", CHAT_PATH), ("POST", TEXT_PATH), ("GET", "/v1/models/x")])
 def test_a_model_that_is_not_there_is_refused(method, path):
-    with Server(models=["a", "b/c"]) as server:
-        got = call(server, method, path, {**HI, **PROMPT, "model": "x"})
+    got = answer(method, path, {**HI, **PROMPT, "model": "x"}, models=["a", "b/c"])
     assert got.status == 404 and got.error == {
         "message": "The model `x` does not exist or you do not have access to it.",
         "type": "invalid_request_error", "param": None, "code": "model_not_found"}
@@ -3544,26 +3540,22 @@ def test_a_model_that_is_not_there_is_refused(method, path):
 # Keys.
 
 KEY = "sk-0123456789abcdef"
-
-
-UMLAUTS = "Bearer schl\xfcssel-sch\xf6n"
+UMLAUTS = "schl\xfcssel-sch\xf6n"
+WRONG_KEYS = {  # the key: what is told of it
+    "xyz": "***", "\xe9": "***", "abcdefghijklmno": "***", "abcdefghijklmnop": "abc***op",
+    "sk-wrong-but-long-enough": "sk-***gh", KEY + "x": "sk-***fx", KEY[:-1]: "sk-***de",
+    KEY.upper(): "SK-***EF"}
 
 
 @pytest.mark.parametrize("headers", [
     {"Authorization": f"Bearer {KEY}"}, {"authorization": f"bearer {KEY}"},
     {"AUTHORIZATION": f"BEARER {KEY}"}, {"Authorization": f"Bearer  {KEY} "}, {"api-key": KEY},
     {"Api-Key": KEY}, {"Authorization": "Basic eDp5", "api-key": KEY},
-    {"Authorization": "Bearer two"}, {"Authorization": UMLAUTS.encode("utf-8")},
-    {"Authorization": UMLAUTS.encode("latin-1")}])
+    {"Authorization": "Bearer two"}, *({"Authorization": f"Bearer {UMLAUTS}".encode(coding)}
+                                       for coding in ("utf-8", "latin-1"))])
 def test_a_key_opens(headers):
-    with Server(api_keys=(KEY, "two", UMLAUTS[len("Bearer "):])) as server:
-        assert chat(server, headers=headers).status == 200
-
-
-WRONG_KEYS = {  # the key: what is told of it
-    "xyz": "***", "\xe9": "***", "abcdefghijklmno": "***", "abcdefghijklmnop": "abc***op",
-    "sk-wrong-but-long-enough": "sk-***gh", KEY + "x": "sk-***fx", KEY[:-1]: "sk-***de",
-    KEY.upper(): "SK-***EF"}
+    got = answer("POST", CHAT_PATH, HI, headers, api_keys=(KEY, "two", UMLAUTS))
+    assert got.status == 200
 
 
 @pytest.mark.parametrize("headers, said, code", [
@@ -3574,8 +3566,7 @@ WRONG_KEYS = {  # the key: what is told of it
       for key, told in WRONG_KEYS.items()
       for headers in ({"Authorization": f"Bearer {key}".encode("latin-1")}, {"api-key": key}))])
 def test_without_a_right_key_there_is_a_401_that_does_not_repeat_it(headers, said, code):
-    with Server(api_keys=KEY) as server:
-        got = chat(server, headers=headers)
+    got = answer("POST", CHAT_PATH, HI, headers, api_keys=KEY)
     assert (got.status, got.error["type"], got.error["code"]) == (401, "invalid_request_error", code)
     assert got.error["message"].startswith(said)
     assert not [key for key in (*WRONG_KEYS, KEY) if key in got.error["message"]]
@@ -3601,23 +3592,19 @@ def test_what_needs_a_key_asks_for_it_before_the_body_is_looked_at(method, path,
 # ----------------------------------------------------------------------------------
 # A browser is a stranger.
 
-OWN = socket.gethostname()
 HOSTS = {
     200: ["localhost", "LOCALHOST", "localhost:1", "127.0.0.1", "127.0.0.1:8000", "10.1.2.3",
           "[::1]:80", "[fe80::1]", "name", "name:80", "a.localhost", "A.LocalHost", "b.local",
-          "B.LOCAL:1", "c.d.internal:9", OWN, "page.example", "PAGE.example"],
+          "B.LOCAL:1", "c.d.internal:9", socket.gethostname(), "page.example", "PAGE.example"],
     403: ["evil.example", "evil.example:8000", "localhost.evil.example", "a.localhost.example",
           "127.0.0.1.evil.example", "local.", "xlocalhost.example", "other.page.example", "a.b"]}
 ORIGINS = {
     200: ["http://localhost", "http://localhost:3000", "https://127.0.0.1:5", "http://[::1]:5",
           "http://app.localhost:3000", "http://this.local:80", "https://page.example"],
-    403: ["http://evil.example", "null", "file://", "http://localhost.evil.example", "",
-          "https://page.example:1", "http://page.example", "http://this.local:81",
-          "http://127.0.0.1.evil.example", "http://evil.example/http://localhost",
-          "http://localhost@evil.example", "chrome-extension://x", "http://[", "http://[::1",
-          "x" * 9999, "\xff"]}
-
-
+    403: ["http://evil.example", "null", "file://", "http://localhost.evil.example", "", "\xff",
+          "https://page.example:1", "http://page.example", "http://this.local:81", "http://[",
+          "http://127.0.0.1.evil.example", "http://evil.example/http://localhost", "http://[::1",
+          "http://localhost@evil.example", "chrome-extension://x", "x" * 9999]}
 PAGE_ORIGIN, ANY = "https://page.example", "http://any.example"
 OPENED = {"api_keys": KEY}, {"Authorization": f"Bearer {KEY}"}
 ADMISSIONS = [  # the settings, the headers, and the status
@@ -3647,41 +3634,37 @@ def test_host_and_origin_have_to_be_known_unless_keys_or_settings_open_them(
     with server_on(**settings) as server:
         got = chat(server, headers=headers)
     origin = headers.get("Origin")
-    assert got.status == status and got.headers.get("vary") == ("origin" if origin is not None else None)
+    assert got.status == status and ("Origin" in headers) == (got.headers.get("vary") == "origin")
     assert got.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+
+
+FRIEND = "http://localhost:3"
 
 
 @both
 @pytest.mark.parametrize("body", [HI, {}])
 def test_an_allowed_origin_may_read_errors_and_streams_too(body, stream):
-    with Server() as server:
-        headers = {"Origin": "http://localhost:3"}
-        got = post(server, CHAT_PATH, {**body, "stream": stream}, headers)
-    assert got.headers["access-control-allow-origin"] == "http://localhost:3"
-    assert "origin" in got.headers["vary"].lower()
+    headers = answer("POST", CHAT_PATH, {**body, "stream": stream}, {"Origin": FRIEND}).headers
+    assert headers["access-control-allow-origin"] == FRIEND
+    assert "origin" in headers["vary"].lower()
 
 
 @pytest.mark.parametrize("path", [
-    CHAT_PATH, TEXT_PATH, "/v1/models", "/health", "/nowhere", "/"])
-@pytest.mark.parametrize("keys", [(), KEY])
-def test_a_preflight_is_answered_everywhere_and_without_a_key(path, keys):
-    with Server(api_keys=keys) as server:
-        got = call(server, "OPTIONS", path, headers={
-            "Origin": "http://localhost:3", "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization,x-stainless-os"})
-    assert (got.status, got.body) == (204, b"")
-    assert got.headers["access-control-allow-origin"] == "http://localhost:3"
-    assert got.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
-    assert "POST" in got.headers["access-control-allow-methods"] or "/chat" not in path
-    assert int(got.headers["access-control-max-age"]) > 0
-
-
-def test_a_strangers_preflight_is_not_allowed():
-    with Server() as server:
-        got = call(server, "OPTIONS", CHAT_PATH, headers={
-            "Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
-    assert got.status == 204
-    assert not any(name.startswith("access-control-allow") for name in got.headers)
+    CHAT_PATH, TEXT_PATH, "/v1/models", "/health", "/nowhere", "/", "*"])
+@pytest.mark.parametrize("keys, origin", [((), FRIEND), (KEY, FRIEND), ((), ANY)])
+def test_a_preflight_is_answered_everywhere_without_a_key_and_allows_no_stranger(path, keys, origin):
+    got = answer("OPTIONS", path, None, {
+        "Origin": origin, "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-stainless-os"}, api_keys=keys)
+    allowed = {name: value for name, value in got.headers.items() if name.startswith("access-control")}
+    assert (got.status, got.body) == (204, b"") and "OPTIONS" in got.headers["allow"]
+    assert not {"content-length", "transfer-encoding"} & got.headers.keys()
+    assert bool(allowed) == (origin == FRIEND)
+    if allowed:
+        assert allowed["access-control-allow-origin"] == FRIEND
+        assert allowed["access-control-allow-headers"] == "authorization,x-stainless-os"
+        assert "POST" in allowed["access-control-allow-methods"] or "/chat" not in path
+        assert int(allowed["access-control-max-age"]) > 0
 
 
 # ----------------------------------------------------------------------------------
@@ -3703,36 +3686,34 @@ MEANT = {  # what a path means, and the ways to write it
 }
 
 
-@pytest.mark.parametrize("object, path", [(object, path) for object in MEANT
-                                          for path in MEANT[object]])
+@pytest.mark.parametrize("object, path", [
+    (object, path) for object in MEANT for path in MEANT[object]])
 def test_a_path_may_be_written(object, path):
-    with Server() as server:
-        got = call(server, "GET" if object == "list" else "POST", path, {**HI, **PROMPT})
-        assert got.json["object"] == object
+    got = answer("GET" if object == "list" else "POST", path, {**HI, **PROMPT})
+    assert got.json["object"] == object
 
 
-@pytest.mark.parametrize("path, model", [("/v1/engines/gpt/completions", "gpt"),
-                                         ("/v1/engines/a%2Fb/completions", "a/b")])
+@pytest.mark.parametrize("path, model", [
+    ("/v1/engines/gpt/completions", "gpt"), ("/v1/engines/a%2Fb/completions", "a/b")])
 def test_an_engine_in_the_path_is_the_model(path, model):
-    with Server() as server:
-        assert post(server, path, {"prompt": "x"}).json["model"] == model
+    assert answer("POST", path, {"prompt": "x"}).json["model"] == model
 
 
-@pytest.mark.parametrize("method, path, allowed", [
-    *((method, path, None) for method, path in (
-        ("GET", "/v1x"), ("POST", "/v1/embeddings"), ("POST", "/v1/chat"), ("GET", "/%00"),
-        ("GET", "/v1/chat/completions/x"), ("POST", "/v1/v1/v1/completions"),
-        ("POST", "/v1/responses"), ("GET", "/favicon.ico"), ("POST", "/v1/chat/completions/x"),
-        ("POST", "/v1/Chat/Completions"))),
-    *((method, path, "POST, OPTIONS") for method, path in (
-        ("GET", CHAT_PATH), ("PUT", TEXT_PATH), ("HEAD", CHAT_PATH), ("TRACE", CHAT_PATH),
-        ("BREW", CHAT_PATH))),
-    *((method, path, "GET, HEAD, OPTIONS") for method, path in (
-        ("DELETE", "/v1/models"), ("POST", "/v1/models"), ("POST", "/health"),
-        ("PATCH", "/v1/models/x")))])
-def test_a_path_that_means_nothing_is_a_404_and_another_method_a_405(method, path, allowed):
-    with Server() as server:
-        got = call(server, method, path)
+ALLOWED_METHODS = {  # the methods that a 405 names, none for a 404: the requests
+    None: ["GET /v1x", "POST /v1/embeddings", "POST /v1/chat", "GET /v1/chat/completions/x",
+           "POST /v1/v1/v1/completions", "POST /v1/responses", "GET /favicon.ico",
+           "POST /v1/chat/completions/x", "POST /v1/Chat/Completions", "GET /%00"],
+    "POST, OPTIONS": [*(f"{method} {CHAT_PATH}" for method in ("GET", "HEAD", "TRACE", "BREW")),
+                      f"PUT {TEXT_PATH}"],
+    "GET, HEAD, OPTIONS": ["DELETE /v1/models", "POST /v1/models", "POST /health",
+                           "PATCH /v1/models/x"]}
+
+
+@pytest.mark.parametrize("allowed, request_line", [
+    (allowed, line) for allowed in ALLOWED_METHODS for line in ALLOWED_METHODS[allowed]])
+def test_a_path_that_means_nothing_is_a_404_and_another_method_a_405(allowed, request_line):
+    method, path = request_line.split()
+    got = answer(method, path)
     assert (got.status, got.headers.get("allow")) == (405 if allowed else 404, allowed)
     if method != "HEAD":
         assert got.error["type"] == "invalid_request_error" and method in got.error["message"]
@@ -3843,9 +3824,25 @@ CHAT_JSON = b'{"model":"m","messages":[{"role":"user","content":"Hi"}]}'
 TEXT_JSON = b'{"model":"m","prompt":"Hi"}'
 
 
+class Watchful(Server):
+    """A server that tells whether it has read all that a client has sent so far."""
+
+    accepted = {}
+
+    def process_request(self, sock, address):
+        self.accepted[address] = sock
+        super().process_request(sock, address)
+
+    def has_taken(self, client):
+        connection = self.accepted.get(client.getsockname())
+        if connection is None or connection.fileno() < 0:       # of an earlier client
+            return False
+        return not select.select([connection], [], [], 0)[0]
+
+
 @pytest.fixture(scope="module")
 def server():
-    with Server(max_body=4096, request_timeout=30) as server:
+    with Watchful(max_body=4096) as server:
         yield server
 
 
@@ -3978,47 +3975,19 @@ def test_a_malformed_request_gets_one_refusal_and_a_close(server, calm, raw, sta
     assert got.status == status and got.error and got.headers["connection"] == "close"
 
 
-class Watchful(Server):
-    """A server that tells whether it has read all that a client has sent so far."""
-
-    accepted = {}
-
-    def process_request(self, sock, address):
-        self.accepted[address] = sock
-        super().process_request(sock, address)
-
-    def has_taken(self, client):
-        connection = self.accepted.get(client.getsockname())
-        if connection is None or connection.fileno() < 0:       # of an earlier client
-            return False
-        return not select.select([connection], [], [], 0)[0]
+CUT = [posted(TEXT_JSON, target=b"/v1/nowhere"), post_chunked(b"+5\r\nabcde\r\n0\r\n\r\n"),
+       post_chunked(b"5;a\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nX: y\r\n\r\n"), b"\r\n\r\n" + get(),
+       b"GET /health HTTP/1.1\nHost: x\n\n", get(headers=b"Host: x\r\nX: y\r\n z\r\n"),
+       get(headers=b"Host: x\rX: y\r\n"), b"\x16\x03\x01\x02\x00\x01" + b"\r\n\r\n"]
 
 
-@pytest.fixture(scope="module")
-def watchful():
-    with Watchful(max_body=4096) as server:
-        yield server
-
-
-CUT = {
-    "a length": posted(TEXT_JSON, target=b"/v1/nowhere"),
-    "transfer chunks": post_chunked(b"5;a\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nX: y\r\n\r\n"),
-    "empty lines": b"\r\n\r\n" + get(),
-    "bare LFs": b"GET /health HTTP/1.1\nHost: x\n\n",
-    "a folded header": get(headers=b"Host: x\r\nX: y\r\n z\r\n"),
-    "a bare CR": get(headers=b"Host: x\rX: y\r\n"),
-    "a malformed size": post_chunked(b"+5\r\nabcde\r\n0\r\n\r\n"),
-    "no HTTP": b"\x16\x03\x01\x02\x00\x01" + b"\r\n\r\n",
-}
-
-
-@pytest.mark.parametrize("raw", CUT.values(), ids=CUT)
-def test_where_a_request_is_cut_changes_nothing(watchful, raw):
-    whole = statuses(watchful, raw + LAST)
+@pytest.mark.parametrize("raw", CUT, ids=repr)
+def test_where_a_request_is_cut_changes_nothing(server, raw):
+    whole = statuses(server, raw + LAST)
     for place in range(1, len(raw)):
-        with dial(watchful) as client:
+        with dial(server) as client:
             client.sendall(raw[:place])
-            until(lambda: watchful.has_taken(client))
+            until(lambda: server.has_taken(client))
             client.sendall(raw[place:] + LAST)
             assert [got.status for got in replies(read_to_end(client))] == whole, raw[:place]
 
@@ -4044,24 +4013,28 @@ def test_pipelined_requests_are_answered_in_order(server):
 
 
 KEEP, CLOSE = b"Connection: keep-alive\r\n", b"Connection: close\r\n"
+STREAM_JSON = TEXT_JSON[:-1] + b',"stream":true}'
 KEPT = {  # what is sent: the statuses, and what the first reply says of its connection
-    "HTTP/1.1": (get(), [200, 200], None),
-    "Connection: close": (get(headers=b"Host: x\r\n" + CLOSE), [200], "close"),
-    "Connection: Close": (get(headers=b"Host: x\r\n" + CLOSE.replace(b"c", b"C")), [200], "close"),
-    "close among others": (get(headers=b"Host: x\r\nConnection: keep-alive, close\r\n"), [200],
-                           "close"),
+    "HTTP/1.1": (posted(TEXT_JSON), [200, 200], None),
+    "Connection: close": (posted(TEXT_JSON, CLOSE), [200], "close"),
+    "Connection: Close": (posted(TEXT_JSON, CLOSE.replace(b"c", b"C")), [200], "close"),
+    "close among others": (posted(TEXT_JSON, CLOSE.replace(b":", b": x,")), [200], "close"),
     "HTTP/1.0": (posted(TEXT_JSON, version=b"1.0"), [200], "close"),
     "HTTP/1.0 with close": (posted(TEXT_JSON, CLOSE, version=b"1.0"), [200], "close"),
     "HTTP/1.0 with keep-alive": (posted(TEXT_JSON, KEEP, version=b"1.0"), [200, 200], "keep-alive"),
-    "a refusal in a pipeline": (get() + get(headers=b"Host : x\r\n") + get(), [200, 400], None),
+    "a stream in HTTP/1.0": (posted(STREAM_JSON, version=b"1.0"), [200], "close"),
+    "it, with keep-alive": (posted(STREAM_JSON, KEEP, version=b"1.0"), [200], "close"),
+    "a refusal in a pipeline": (posted(TEXT_JSON) + get(headers=b"Host : x\r\n") + get(),
+                                [200, 400], None),
 }
 
 
 @pytest.mark.parametrize("raw, replied, said", rows(KEPT))
 def test_whether_a_connection_is_kept(server, raw, replied, said):
-    got = talk(server, raw + LAST)
-    assert [each.status for each in got] == replied
-    assert got[0].headers.get("connection") == said and "content-length" in got[0].headers
+    first, *others = talk(server, raw + LAST)
+    assert [first.status, *(each.status for each in others)] == replied and first.text == "Hi"
+    assert first.headers.get("connection") == said and "transfer-encoding" not in first.headers
+    assert ("content-length" in first.headers) == (STREAM_JSON not in raw)
 
 
 @pytest.mark.parametrize("target", [b"/health", b"/v1/models", b"/v1/models/m", b"/v1/x"])
@@ -4073,29 +4046,14 @@ def test_head_has_the_headers_of_get_and_no_body(server, target):
     assert there.status == 404 or int(bare.headers["content-length"]) == len(there.body)
 
 
-@pytest.mark.parametrize("target", [b"/v1/chat/completions", b"/health", b"/nowhere", b"*"])
-def test_options_is_204_everywhere(server, target):
-    got, _ = talk(server, get(target, method=b"OPTIONS") + LAST)
-    assert got.status == 204 and "OPTIONS" in got.headers["allow"]
-    assert "content-length" not in got.headers and "transfer-encoding" not in got.headers
-
-
-@pytest.mark.parametrize("headers", [b"", KEEP])
-def test_http_1_0_never_gets_transfer_chunks(server, headers):
-    body = TEXT_JSON[:-1] + b',"stream":true}'
-    [got] = talk(server, posted(body, headers, version=b"1.0") + LAST)
-    assert got.text == "Hi" and "transfer-encoding" not in got.headers
-    assert got.headers["connection"] == "close"
-
-
 @pytest.mark.parametrize("version, told, replied", [
     (b"1.1", b"HTTP/1.1 100 Continue\r\n\r\n", [100, 200, 200]), (b"1.0", b"", [200])])
 def test_who_expects_100_continue_is_told_to_go_on_unless_it_is_http_1_0(
-        watchful, version, told, replied):
+        server, version, told, replied):
     raw = posted(TEXT_JSON, b"Expect: 100-Continue\r\n", version=version)
-    with dial(watchful) as client:
+    with dial(server) as client:
         client.sendall(raw[:-len(TEXT_JSON)])
-        until(lambda: watchful.has_taken(client))
+        until(lambda: server.has_taken(client))
         assert not told or read_past(client, b"\r\n\r\n") == told
         client.sendall(TEXT_JSON + LAST)
         assert [got.status for got in replies(told + read_to_end(client))] == replied
@@ -4158,16 +4116,20 @@ BODIES = {  # what the refusal says: the bodies
     "deep": [CHAT_JSON[:-1] + b',"x":' + b"[" * DEPTH, b'{"x":' * DEPTH + b"1" + b"}" * DEPTH,
              with_field(b'"x":' + b"[" * DEPTH + b"]" * DEPTH)],
 }
-ODD_BODIES = {
-    "a BOM": (b"\xef\xbb\xbf" + CHAT_JSON, "Hi"),
-    "white space around it": (b" \r\n\t" + CHAT_JSON + b"\n\n", "Hi"),
-    "the last of two equal names": (CHAT_JSON.replace(b"{", b'{"messages":1,', 1), "Hi"),
-    "a lone surrogate": (CHAT_JSON.replace(b"Hi", b"\\ud800"), "\ud800"),
-    "an escaped NUL": (CHAT_JSON.replace(b"Hi", b"a\\u0000b"), "a\0b"),
-    "line separators": (CHAT_JSON.replace(b"Hi", "\x85\u2028".encode()), "\x85\u2028"),
-    "any character": (CHAT_JSON.replace(b"Hi", "é世😀".encode()), "é世😀"),
-    "an unknown field": (with_field(b'"unknown":[{}]'), "Hi"),
-}
+ODD_BODIES = [  # what is in the place of what in a body, and the text that is read
+    (CHAT_JSON, b"\xef\xbb\xbf" + CHAT_JSON, "Hi"), (CHAT_JSON, b" \r\n\t" + CHAT_JSON + b"\n\n", "Hi"),
+    (b"{", b'{"messages":1,', "Hi"), (b"}]", b'}],"unknown":[{}]', "Hi"),
+    (b"Hi", b"\\ud800", "\ud800"), (b"Hi", b"a\\u0000b", "a\0b"),
+    (b"Hi", "\x85\u2028".encode(), "\x85\u2028"), (b"Hi", "é世😀".encode(), "é世😀")]
+
+
+@both
+@pytest.mark.parametrize("old, new, text", ODD_BODIES)
+def test_an_odd_body_is_answered(roomy, calm, old, new, text, stream):
+    body = CHAT_JSON.replace(old, new, 1).replace(
+        b'"model":"m"', b'"model":"m","stream":true' if stream else b'"model":"m"')
+    got, _ = talk(roomy, posted(body, target=b"/v1/chat/completions") + LAST)
+    assert got.text == text
 @pytest.fixture(scope="module")
 def roomy():
     with Server(request_timeout=5) as server:
@@ -4181,14 +4143,6 @@ def test_a_body_that_is_no_request_is_a_400_that_says_why(roomy, calm, word, bod
     assert got.status == 400 and last.status == 200
     assert re.match("We could not parse the JSON body.*" + word, got.error["message"])
     assert (got.error["param"], got.error["code"]) == (None, None)
-
-
-@both
-@pytest.mark.parametrize("body, text", rows(ODD_BODIES))
-def test_an_odd_body_is_answered(roomy, calm, body, text, stream):
-    body = body.rstrip()[:-1] + (b',"stream":true}' if stream else b"}")
-    got, _ = talk(roomy, posted(body, target=b"/v1/chat/completions") + LAST)
-    assert got.text == text
 
 
 @pytest.mark.parametrize("coded", [posted, lambda body: post_chunked(
@@ -4274,7 +4228,7 @@ def test_an_idle_connection_ends_without_a_word_also_after_an_empty_line():
         assert one.recv(1) == other.recv(1) == b""
 
 
-STREAM_REQUEST = posted(TEXT_JSON[:-1] + b',"stream":true}')
+STREAM_REQUEST = posted(STREAM_JSON)
 
 
 def test_a_reader_that_stops_is_dropped_and_its_backend_closed():
@@ -4666,17 +4620,8 @@ def test_nested_noise_gets_a_sound_reply(roomy, calm, count):
 SHORT = os.environ.get("STRESS") == "short"
 stress = pytest.mark.stress
 CHILD = """
-import resource, sys, threading
-from openai_compat import Reply, echo, main
-
-def backend(request):
-    word, _, count = request["text"].partition(" ")
-    if word == "tick":
-        return Reply(" ".join(map(str, range(int(count)))), delay=0.05)
-    if word == "block":
-        threading.Event().wait()
-    return echo(request)
-
+import resource, sys
+from openai_compat import main
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(int(sys.argv[1]), most), most))
 sys.exit(main(sys.argv[2:]))
@@ -4687,8 +4632,8 @@ class Process(Running):
     """The command in a process of its own; knows its memory (MiB) and its descriptors."""
 
     def __init__(self, *flags, files=20000):
-        super().__init__("--quiet", *(flags or ("--backend", "__main__:backend")),
-                         start=(sys.executable, "-c", CHILD, str(files)), cwd=str(HERE))
+        super().__init__("--quiet", *flags, start=(sys.executable, "-c", CHILD, str(files)),
+                         cwd=str(HERE))
         self.proc = Path("/proc", str(self.process.pid))
 
     def memory(self, name="VmRSS"):
@@ -4785,48 +4730,50 @@ def test_many_streams_at_once_are_complete_and_in_order(many_files, row, count, 
 class Slowloris:
     """A client that sends a request byte by byte, and comes again when it is dropped."""
 
-    raw = b"POST /v1/completions HTTP/1.1\r\n" + b"X-Slow: y\r\n" * 90
-
     def __init__(self, server):
-        self.server, self.drops, self.client, self.sent = server, 0, dial(server), 0
+        self.server, self.drops = server, -1
+        self.come()
+
+    def come(self):
+        self.raw = iter(b"POST /v1/completions HTTP/1.1\r\n" + b"X-Slow: y\r\n" * 90)
+        self.client, self.drops = dial(self.server), self.drops + 1
 
     def step(self):
         try:
             if select.select([self.client], [], [], 0)[0]:
                 raise ConnectionError
-            self.client.send(self.raw[self.sent:self.sent + 1])
-            self.sent += 1
+            self.client.send(bytes([next(self.raw)]))
         except OSError:
             self.client.close()
-            self.drops, self.client, self.sent = self.drops + 1, dial(self.server), 0
+            self.come()
 
 
 @stress
 def test_slow_clients_do_not_disturb_the_others(row):
     seconds, slow, rate = (10, 100, 200) if SHORT else (60, 300, 200)
     late, good = [], 0
-    with Process("--backend", "__main__:backend", "--request-timeout", "5") as server:
+    with Process("--request-timeout", "5") as server:
         snails = [Slowloris(server) for _ in range(slow)]
         connections = [HTTPConnection(*server.server_address) for _ in range(8)]
         begin = time.monotonic()
         for i in range(seconds * rate):
-            due = begin + i / rate
+            due, connection = begin + i / rate, connections[i % 8]
             snails[i % slow].step()
             snails[(i + slow // 2) % slow].step()
             time.sleep(max(due - time.monotonic(), 0))
             if i % 50 == 0:
                 connections[i // 50 % 8].close()        # the next one dials again
-            connections[i % 8].request("POST", TEXT_PATH, b'{"model":"m","prompt":"number %d"}' % i)
-            with connections[i % 8].getresponse() as reply:
-                good += json.loads(reply.read())["choices"][0]["text"] == "number %d" % i
+            connection.request("POST", TEXT_PATH, b'{"model":"m","prompt":"number %d"}' % i)
+            good += loads(connection.getresponse().read())["choices"][0]["text"] == f"number {i}"
             late.append(time.monotonic() - due)
         took = time.monotonic() - begin
         for client in connections + [snail.client for snail in snails]:
             client.close()
+    drops = sum(snail.drops for snail in snails)
     row("%d requests at %.0f/s beside %d slow clients, dropped %d times: %d good; p50 %.1f, p99 "
-        "%.1f, worst %.0f ms", len(late), len(late) / took, slow, sum(s.drops for s in snails),
+        "%.1f, worst %.0f ms", len(late), len(late) / took, slow, drops,
         good, 1000 * of(late, 0.5), 1000 * of(late, 0.99), 1000 * max(late))
-    assert good == seconds * rate and sum(snail.drops for snail in snails) >= slow
+    assert good == seconds * rate and drops >= slow
 
 
 SOAK = [get(), posted(TEXT_JSON), STREAM_REQUEST, posted(CHAT_JSON, target=b"/v1/chat/completions"),
@@ -4878,25 +4825,6 @@ def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
 
 
 @stress
-def test_a_killed_client_ends_its_backends(row):
-    code = "import socket, sys\nheld = []\nfor _ in range(50):\n    held.append(socket." \
-           "create_connection(('127.0.0.1', int(sys.argv[1]))))\n    held[-1].sendall(%r)\n" \
-           "print(held[-1].recv(1), flush=True)\nsys.stdin.read()" % STREAM_REQUEST
-    backends = [Endless(pause=0.01) for _ in range(50)]
-    waiting = iter(backends)
-    with Server(lambda request: next(waiting)(request)) as server:
-        client = subprocess.Popen([sys.executable, "-c", code, str(server.server_port)],
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert all(each.begun.wait(PATIENCE) for each in backends)
-        client.kill()
-        begin = time.monotonic()
-        assert all(each.closed.wait(PATIENCE) for each in backends)
-        client.communicate()
-    row("a client with 50 streams, kill -9: 50 backends closed after %.0f ms",
-        1000 * (time.monotonic() - begin))
-
-
-@stress
 def test_a_reset_at_any_event_ends_the_backend(row):
     count = 50 if SHORT else 400
     with Server(lambda request: Endless(pause=0)(request)) as server:
@@ -4940,11 +4868,10 @@ def test_a_second_sigterm_ends_at_once(row):
         server.process.terminate()
         begin = time.monotonic()
         assert server.process.wait(5) == 0
-        took = time.monotonic() - begin
-        for stream in streams:
-            read_to_end(stream.client)
-            stream.client.close()
-    row("a second SIGTERM beside 50 streams: status 0 after %.0f ms", 1000 * took)
+        row("a second SIGTERM beside 50 streams: status 0 after %.0f ms",
+            1000 * (time.monotonic() - begin))
+    for stream in streams:
+        stream.client.close()
 
 
 @stress
@@ -4963,19 +4890,6 @@ def test_a_server_without_descriptors_recovers(row):
         assert statuses(server, LAST) == [200]
     row("150 connections at 64 descriptors: an old connection is served, %.2f s CPU in %.1f s; a "
         "new one %.0f ms after", spent, again - begin, 1000 * (time.monotonic() - again))
-
-
-@stress
-def test_blocked_backends_hold_up_nobody(row):
-    count, times = 200, 200 if SHORT else 2000
-    with Process() as server, contextlib.ExitStack() as held:
-        for _ in range(count):
-            held.enter_context(dial(server)).sendall(posted(TEXT_JSON.replace(b"Hi", b"block")))
-        begin = time.monotonic()
-        for _ in range(times // 20):
-            assert statuses(server, posted(TEXT_JSON) * 19 + LAST) == [200] * 20
-    row("%d requests beside %d backends that block for ever: all good, %.2f ms each", times,
-        count, 1000 * (time.monotonic() - begin) / times)
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(200 if SHORT else 1000, marks=stress)])
