@@ -2692,9 +2692,9 @@ def test_a_seed_freezes_the_ids_and_the_programs_own_random_is_left_alone():
             random.seed(7)
             made = [chat(server, **TOOLS).json for _ in range(2)]
         assert random.random() == random.Random(7).random()
-        return [(each["id"], each["choices"][0]["message"]["tool_calls"][0]["id"]) for each in made]
-    assert ids(7) == ids(7) and len(set(ids(7))) == 2
-    assert not {id for pair in ids() for id in pair} & {id for pair in ids() for id in pair}
+        return [id for each in made for id in (
+            each["id"], each["choices"][0]["message"]["tool_calls"][0]["id"])]
+    assert ids(7) == ids(7) and len({*ids(7)}) == 4 and not {*ids()} & {*ids()}
 
 
 def failing(error, *pieces):
@@ -2832,18 +2832,6 @@ def test_the_status_of_an_error_is_from_400_to_599(status, is_one):
         assert APIError(status, "x").status == status
 
 
-def test_a_generator_is_closed_when_the_limit_is_reached():
-    endless = Endless("a", "b")
-    assert ask(endless, max_tokens=2, stream=True).chunks and endless.closed.wait(PATIENCE)
-
-
-def test_all_generators_are_closed_when_one_fails():
-    choices = [Endless("a"), failing(TEAPOT, "a"), Endless("a")]
-    got = ask(lambda request: choices[request["index"]](request), n=3, stream=True)
-    assert got.error["code"] == "teapot"
-    assert choices[0].closed.is_set() and choices[2].closed.is_set()
-
-
 class Said(list):
     """Pieces that count how often they are closed; `fault` is raised then."""
 
@@ -2857,10 +2845,22 @@ class Said(list):
             raise self.fault
 
 
-def test_what_the_first_choice_says_is_closed_when_the_second_fails_at_once():
-    first = Said("a")
-    backend = Script(lambda request: first if request["index"] == 0 else raising(TEAPOT)(request))
-    assert ask(backend, n=2).status == 418 and first.closed == 1
+@pytest.mark.parametrize("second, fields, closed", rows({
+    "the limit is reached": (always("a b"), {"max_tokens": 1}, [1, 1]),
+    "a neighbour fails": (failing(TEAPOT, "a"), {"stream": True}, [1, 1]),
+    "a neighbour fails at once": (raising(TEAPOT), {}, [1, 0])}))
+@pytest.mark.parametrize("kind", [Script, lambda backend: backend], ids=["script", "function"])
+def test_what_the_choices_say_is_closed_when(second, fields, closed, kind):
+    said = [Said("a", "b"), Said("a", "b")]
+    choices = [always(said[0]), second, always(said[1])]
+    got = ask(kind(lambda request: choices[request["index"]](request)), n=3, **fields)
+    assert [each.closed for each in said] == closed
+    assert "max_tokens" in fields or got.error["code"] == "teapot"
+
+
+def test_a_generator_is_closed_when_the_limit_is_reached():
+    endless = Endless("a", "b")
+    assert ask(endless, max_tokens=2, stream=True).chunks and endless.closed.wait(PATIENCE)
 
 
 def test_a_fault_in_closing_harms_neither_the_neighbour_nor_the_connection():
@@ -2868,8 +2868,8 @@ def test_a_fault_in_closing_harms_neither_the_neighbour_nor_the_connection():
     body = json.dumps({**PROMPT, "n": 2}).encode()
     with failing_at_its_end(lambda request: choices[request["index"]], ValueError) as server:
         *got, _ = talk(server, posted(body) * 2 + LAST)
-    assert [[choice["text"] for choice in each.json["choices"]] for each in got] == [["a", "b"]] * 2
-    assert [choice.closed for choice in choices] == [2, 2]
+    texts = [[choice["text"] for choice in each.json["choices"]] for each in got]
+    assert texts == [["a", "b"]] * 2 and [choice.closed for choice in choices] == [2, 2]
 
 
 def test_a_reply_of_pieces_may_say_more():
@@ -2999,13 +2999,15 @@ def from_file(tmp_path, steps):
 
 
 STEPS = [
-    "世界", {"text": "b", "finish_reason": "length", "expect": {"model": "m"}}, {"text": ["b", "c"]},
+    "世界", {"text": "b", "finish_reason": "length", "expect": {"model": "m"}},
+    {"text": ["b", "c"]},
     {"tool_calls": [{"name": "f", "arguments": {"n": 1}}, {"name": "g", "arguments": "{}"}]},
     {"error": {"status": 429, "message": "slow down", "code": "rate_limit_exceeded",
                "headers": {"retry-after-ms": "20"}}, "delay": 0, "expect": {"n": 2}}]
 
 
-@pytest.mark.parametrize("make", [from_file, lambda _, steps: Script(*steps)], ids=["file", "dicts"])
+@pytest.mark.parametrize("make", [
+    from_file, lambda _, steps: Script(*steps)], ids=["a file", "dicts"])
 def test_a_script_may_come_from_a_file_or_from_dicts_as_in_one(tmp_path, make):
     with Server(make(tmp_path, STEPS)) as server:
         *got, refused = [chat(server, n=n, **TOOLS) for n in (1, 1, 1, 1, 2)]
@@ -3183,7 +3185,7 @@ STREAMED = {**HI, **TOOLS, "stream": True}
 PLAIN = "".join(f"data: {event}\n\n" for event in (
     ROLE, delta('"content":"a"'), delta('"content":"b"'), delta("", '"stop"'), "[DONE]"))
 PLAIN_EVENTS = PLAIN.split("\n\n")[:-1]
-FIRST_EVENTS = ["".join(f"{block}\n\n" for block in PLAIN_EVENTS[:k]) for k in range(len(PLAIN_EVENTS))]
+FIRST_EVENTS = ["\n\n".join([*PLAIN_EVENTS[:k], ""]) for k in range(len(PLAIN_EVENTS))]
 def quirked(quirk, backend=say("a", "b"), body=STREAMED):
     """(transfer chunks, how it ended) of a reply with that quirk."""
     with Server(backend, quirk=quirk) as server:
@@ -3207,7 +3209,8 @@ BENT = {  # quirk: the whole body with it
     "crlf": PLAIN.replace("\n", "\r\n"),
     "no_space": PLAIN.replace("data: ", "data:"),
     "bom": "\ufeff" + PLAIN,
-    "id_field": "".join(f"id: {i}\n{block}\n\n: comment\n\n" for i, block in enumerate(PLAIN_EVENTS)),
+    "id_field": "".join(f"id: {i}\n{event}\n\n: comment\n\n"
+                        for i, event in enumerate(PLAIN_EVENTS)),
     "retry_block": PLAIN.replace("data: ", "retry: 1000\n\ndata: "),
     "empty_data": PLAIN.replace("data: ", "data:\n\ndata: "),
     "split_bytes": PLAIN,
@@ -3232,9 +3235,9 @@ def test_a_quirk_does_what_it_says_and_no_more(quirk):
 
 
 def test_usage_always_adds_a_usage_uninvited():
-    *chunks, last = chunks_in(written("usage_always"))
-    assert all(chunk["usage"] for chunk in [*chunks, last]) and len(chunks) == len(PLAIN_EVENTS) - 1
-    assert last["choices"] == [] and all(chunk["choices"] for chunk in chunks)
+    chunks = chunks_in(written("usage_always"))
+    assert [len(chunk["choices"]) for chunk in chunks] == [1, 1, 1, 1, 0]
+    assert all(chunk["usage"] for chunk in chunks)
 
 
 def test_the_quirks_of_tool_calls_are_in_each_fragment():
@@ -3256,7 +3259,8 @@ def test_bad_json_cuts_one_event_short(quirk, k):
         json.loads(blocks[k][6:])
 
 
-@pytest.mark.parametrize("quirk, k", [("error_event", 2), *((f"error_event@{k}", k) for k in (0, 1, 3))])
+@pytest.mark.parametrize("quirk, k", [
+    ("error_event", 2), *((f"error_event@{k}", k) for k in (0, 1, 3))])
 def test_error_event_stands_in_the_place_of_the_rest(quirk, k):
     body = written(quirk)
     assert body.startswith(FIRST_EVENTS[k])
@@ -3282,7 +3286,7 @@ def test_stall_is_silent_until_the_client_leaves(quirk, body, k):
             while got.count(b"data: ") < k:
                 got += client.recv(65536)
             entry = until(lambda: server.journal and server.journal[0].body and server.journal[0])
-            assert entry.outcome is None
+            assert (entry.outcome, entry.seconds, k or entry.status) == (None, None, k or None)
             half_close(client)
             got += read_to_end(client)
         chunks, rest = transfer_chunks(got.partition(b"\r\n\r\n")[2])
@@ -3297,7 +3301,8 @@ def test_html_502_is_a_page_of_a_proxy(stream):
     assert b"<html" in got.body and b"data:" not in got.body
 
 
-@pytest.mark.parametrize("quirk", sorted({*QUIRKS} - {"stall", "reset", "html_502", "split_bytes"}))
+@pytest.mark.parametrize("quirk", sorted(
+    {*QUIRKS} - {"stall", "reset", "html_502", "split_bytes"}))
 @pytest.mark.parametrize("path", BOTH)
 def test_a_quirk_about_events_leaves_a_whole_reply_as_it_is(path, quirk):
     plain, bent = (ask(Reply("a", quirk=each), path) for each in (None, quirk))
@@ -3350,13 +3355,14 @@ def test_quirks_touch_the_two_endpoints_only():
 
 @pytest.mark.parametrize("place", ["server", "reply", "header"])
 def test_split_bytes_on_a_whole_reply_is_one_byte_a_transfer_chunk(place):
-    quirk = {place: "split_bytes"}
-    with Server(Reply("a", quirk=quirk.get("reply")), quirk_header=True,
-                quirk=quirk.get("server")) as server, dial(server) as client:
-        client.sendall(request_bytes(headers={"X-Quirk": "split_bytes"} if "header" in quirk else {}))
-        found, rest = transfer_chunks(read_to_end(client).partition(b"\r\n\r\n")[2])
+    server, reply, header = ("split_bytes" if each == place else None
+                             for each in ("server", "reply", "header"))
+    with Server(Reply("a", quirk=reply), quirk=server, quirk_header=True) as server:
+        with dial(server) as client:
+            client.sendall(request_bytes(headers={"X-Quirk": header} if header else {}))
+            found, rest = transfer_chunks(read_to_end(client).partition(b"\r\n\r\n")[2])
         assert rest == b"" and {len(each) for each in found} == {1} and outcome(server) == "quirk"
-        check_shape(loads(b"".join(found)), CHAT)
+    check_shape(loads(b"".join(found)), CHAT)
 
 
 @pytest.mark.parametrize("quirk, stream, ended", [
@@ -3402,16 +3408,6 @@ def test_the_journal_has_every_exchange_and_can_be_read_over_http():
         assert shown == {name: getattr(entry, name) for name in ENTRY}
 
 
-def test_an_entry_has_no_outcome_while_it_runs():
-    go_on = threading.Event()
-    with Server(lambda request: go_on.wait(60) and "a") as server, asking(server) as client:
-        entry = until(lambda: server.journal and server.journal[0].body and server.journal[0])
-        assert (entry.outcome, entry.status, entry.seconds) == (None, None, None)
-        go_on.set()
-        assert got_on(client).text == "a"
-        assert (entry.outcome, entry.status) == ("complete", 200)
-
-
 STREAM = {**HI, "stream": True}
 
 
@@ -3440,7 +3436,8 @@ SECRETS = {"Authorization": "Bearer SECRET", "Proxy-Authorization": "Basic SECRE
            "Cookie": "session=SECRET"}
 
 
-@pytest.mark.parametrize("query", ["api-key", "api_key", "key", "token", "access_token", "API-KEY"])
+@pytest.mark.parametrize("query", [
+    "api-key", "api_key", "key", "token", "access_token", "API-KEY"])
 def test_no_secret_stands_in_the_journal_the_log_or_a_cache(query, caplog):
     caplog.set_level("INFO", "openai_compat")
     with Server() as server:
@@ -3567,8 +3564,8 @@ def test_a_key_opens(headers):
       for headers in ({"Authorization": f"Bearer {key}".encode("latin-1")}, {"api-key": key}))])
 def test_without_a_right_key_there_is_a_401_that_does_not_repeat_it(headers, said, code):
     got = answer("POST", CHAT_PATH, HI, headers, api_keys=KEY)
-    assert (got.status, got.error["type"], got.error["code"]) == (401, "invalid_request_error", code)
-    assert got.error["message"].startswith(said)
+    assert (got.status, got.error["code"]) == (401, code)
+    assert got.error["type"] == "invalid_request_error" and got.error["message"].startswith(said)
     assert not [key for key in (*WRONG_KEYS, KEY) if key in got.error["message"]]
 
 
@@ -3608,7 +3605,8 @@ ORIGINS = {
 PAGE_ORIGIN, ANY = "https://page.example", "http://any.example"
 OPENED = {"api_keys": KEY}, {"Authorization": f"Bearer {KEY}"}
 ADMISSIONS = [  # the settings, the headers, and the status
-    *(({"cors": PAGE_ORIGIN}, {"Host": host}, status) for status in HOSTS for host in HOSTS[status]),
+    *(({"cors": PAGE_ORIGIN}, {"Host": host}, status)
+      for status in HOSTS for host in HOSTS[status]),
     *(({"cors": [PAGE_ORIGIN]}, {"Host": "this.local:80", "Origin": origin}, status)
       for status in ORIGINS for origin in ORIGINS[status]),
     *(({"cors": named}, {"Origin": origin}, status)
@@ -3652,19 +3650,19 @@ def test_an_allowed_origin_may_read_errors_and_streams_too(body, stream):
 @pytest.mark.parametrize("path", [
     CHAT_PATH, TEXT_PATH, "/v1/models", "/health", "/nowhere", "/", "*"])
 @pytest.mark.parametrize("keys, origin", [((), FRIEND), (KEY, FRIEND), ((), ANY)])
-def test_a_preflight_is_answered_everywhere_without_a_key_and_allows_no_stranger(path, keys, origin):
+def test_a_preflight_is_answered_without_a_key_and_allows_no_stranger(path, keys, origin):
     got = answer("OPTIONS", path, None, {
         "Origin": origin, "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,x-stainless-os"}, api_keys=keys)
-    allowed = {name: value for name, value in got.headers.items() if name.startswith("access-control")}
+    allowed = {name for name in got.headers if name.startswith("access-control")}
     assert (got.status, got.body) == (204, b"") and "OPTIONS" in got.headers["allow"]
     assert not {"content-length", "transfer-encoding"} & got.headers.keys()
     assert bool(allowed) == (origin == FRIEND)
     if allowed:
-        assert allowed["access-control-allow-origin"] == FRIEND
-        assert allowed["access-control-allow-headers"] == "authorization,x-stainless-os"
-        assert "POST" in allowed["access-control-allow-methods"] or "/chat" not in path
-        assert int(allowed["access-control-max-age"]) > 0
+        assert got.headers["access-control-allow-origin"] == FRIEND
+        assert got.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
+        assert "POST" in got.headers["access-control-allow-methods"] or "/chat" not in path
+        assert int(got.headers["access-control-max-age"]) > 0
 
 
 # ----------------------------------------------------------------------------------
@@ -3787,7 +3785,7 @@ def fails_later(body):
 @pytest.mark.parametrize("function, status, kind, words", [
     (raising(KeyError("of a route")), 500, KeyError, "of a route"),
     (fails_later, 200, KeyError, "of a route"),
-    (always({"a": math.nan}), 500, (TypeError, ValueError), None)], ids=["at once", "later", "NaN"])
+    (always({"a": math.nan}), 500, (TypeError, ValueError), None)])
 def test_the_failure_of_a_route_fails_the_block(function, status, kind, words):
     with failing_at_its_end("x", kind, words, routes={"/x": function}) as server:
         got = call(server, "POST", "/x", {})
@@ -3865,7 +3863,7 @@ def with_coding(coding, coded=b"0\r\n\r\n"):
 CHUNKS_TAKEN = {
     "one": CODED,
     "a size in capitals": CODED.replace(b"1b", b"1B"),
-    "a size with zeros before it": CODED.replace(b"1b", b"0001b").replace(b"0\r\n\r", b"000\r\n\r"),
+    "a size with zeros before it": b"0001b\r\n%b\r\n000\r\n\r\n" % TEXT_JSON,
     "one for each byte": b"".join(b"1\r\n%c\r\n" % byte for byte in TEXT_JSON) + b"0\r\n\r\n",
     "an extension": b"1b;a=b\r\n%b\r\n0;c\r\n\r\n" % TEXT_JSON,
     "an extension with a string": CODED.replace(b"1b", b'1b ; a="b c;"'),
@@ -3941,17 +3939,20 @@ MALFORMED = {
     "another expectation": (417, posted(TEXT_JSON, b"Expect: 200-ok\r\n")),
     "a gzip body": (400, posted(b"\x1f\x8b\x08\0\0\0\0\0", b"Content-Encoding: gzip\r\n")),
     "the size of a transfer chunk": (
-        400, post_chunked(b"f" * 16 + b"\r\n"), *(post_chunked(CODED.replace(b"1b", size, 1))
-              for size in (b"+1b", b"-1b", b"0x1b", b"1_b", b" 1b", b"1b ", b"1g", b"", b"1a", b"1c"))),
+        400, post_chunked(b"f" * 16 + b"\r\n"), *(
+            post_chunked(CODED.replace(b"1b", size, 1)) for size in (
+                b"+1b", b"-1b", b"0x1b", b"1_b", b" 1b", b"1b ", b"1g", b"", b"1a", b"1c"))),
     "the extension of a transfer chunk": (
         400, *(post_chunked(CODED.replace(b"1b\r\n", line, 1)) for line in (
-            b";a\r\n", b"1b\n", b"1b;a\nb\r\n", b"1b;a\rb\r\n", b"1b;\0\r\n", b"1b;%b\r\n" % LONG))),
+            b";a\r\n", b"1b\n", b"1b;a\nb\r\n", b"1b;a\rb\r\n", b"1b;\0\r\n",
+            b"1b;%b\r\n" % LONG))),
     "what follows a transfer chunk": (400, post_chunked(b"1b\r\n%bXX0\r\n\r\n" % TEXT_JSON),
                                       post_chunked(b"1b\r\n%b0\r\n\r\n" % TEXT_JSON)),
     "transfer chunks beyond max_body": (
         413, post_chunked(b"1001\r\n%b\r\n0\r\n\r\n" % LONG[:4097]),
         post_chunked(b"800\r\n%b\r\n" % LONG[:2048] * 3 + b"0\r\n\r\n")),
-    "a trailer": (400, post_chunked(b"0\r\nX: y\r\n z\r\n\r\n"), post_chunked(b"0\r\nX y\r\n\r\n")),
+    "a trailer": (400, post_chunked(b"0\r\nX: y\r\n z\r\n\r\n"),
+                  post_chunked(b"0\r\nX y\r\n\r\n")),
     "trailers too many": (431, post_chunked(b"0\r\n" + b"X: y\r\n" * 101 + b"\r\n")),
 }
 
@@ -4021,7 +4022,7 @@ KEPT = {  # what is sent: the statuses, and what the first reply says of its con
     "close among others": (posted(TEXT_JSON, CLOSE.replace(b":", b": x,")), [200], "close"),
     "HTTP/1.0": (posted(TEXT_JSON, version=b"1.0"), [200], "close"),
     "HTTP/1.0 with close": (posted(TEXT_JSON, CLOSE, version=b"1.0"), [200], "close"),
-    "HTTP/1.0 with keep-alive": (posted(TEXT_JSON, KEEP, version=b"1.0"), [200, 200], "keep-alive"),
+    "HTTP/1.0, keep-alive": (posted(TEXT_JSON, KEEP, version=b"1.0"), [200, 200], "keep-alive"),
     "a stream in HTTP/1.0": (posted(STREAM_JSON, version=b"1.0"), [200], "close"),
     "it, with keep-alive": (posted(STREAM_JSON, KEEP, version=b"1.0"), [200], "close"),
     "a refusal in a pipeline": (posted(TEXT_JSON) + get(headers=b"Host : x\r\n") + get(),
@@ -4078,12 +4079,14 @@ def test_an_unread_body_never_becomes_a_request(method):
     assert got in ([401], [401, 200])
 
 
-def test_a_refused_client_can_read_the_refusal_before_it_has_sent_all(server):
+def test_a_refused_client_can_read_the_refusal_before_it_has_sent_all_and_is_then_cut_off(server):
     with dial(server) as client:
         client.sendall(get(b"/v1/completions", b"Host: x\r\nContent-Length: 9999999\r\n", b"POST"))
         with contextlib.suppress(OSError):
             client.sendall(b" " * 9999999)
         [got] = replies(read_to_end(client))
+        with pytest.raises(OSError):
+            until(lambda: client.sendall(LONG))
     assert got.status == 413 and got.error["code"] == "request_too_large"
 
 
@@ -4117,7 +4120,7 @@ BODIES = {  # what the refusal says: the bodies
              with_field(b'"x":' + b"[" * DEPTH + b"]" * DEPTH)],
 }
 ODD_BODIES = [  # what is in the place of what in a body, and the text that is read
-    (CHAT_JSON, b"\xef\xbb\xbf" + CHAT_JSON, "Hi"), (CHAT_JSON, b" \r\n\t" + CHAT_JSON + b"\n\n", "Hi"),
+    (b"{", b"\xef\xbb\xbf{", "Hi"), (CHAT_JSON, b" \r\n\t" + CHAT_JSON + b"\n\n", "Hi"),
     (b"{", b'{"messages":1,', "Hi"), (b"}]", b'}],"unknown":[{}]', "Hi"),
     (b"Hi", b"\\ud800", "\ud800"), (b"Hi", b"a\\u0000b", "a\0b"),
     (b"Hi", "\x85\u2028".encode(), "\x85\u2028"), (b"Hi", "é世😀".encode(), "é世😀")]
@@ -4137,7 +4140,8 @@ def roomy():
 
 
 @pytest.mark.parametrize("word, body", [
-    pytest.param(word, body, id=f"{word}: {body[:60]}") for word in BODIES for body in BODIES[word]])
+    pytest.param(word, body, id=f"{word}: {body[:60]}")
+    for word in BODIES for body in BODIES[word]])
 def test_a_body_that_is_no_request_is_a_400_that_says_why(roomy, calm, word, body):
     got, last = talk(roomy, posted(body, target=b"/v1/chat/completions") + LAST)
     assert got.status == 400 and last.status == 200
@@ -4205,14 +4209,6 @@ def test_the_time_limit_covers_a_fast_sender_too():
             until(lambda: client.sendall(b"1;%b\r\n \r\n" % LONG[:50000])
                   or select.select([client], [], [], 0)[0])
         assert read_past(client, b"\r\n").startswith(b"HTTP/1.1 408 ")
-
-
-def test_a_refused_client_that_goes_on_sending_is_cut_off(server):
-    with dial(server) as client:
-        client.sendall(b"\0" * 10)
-        assert [got.status for got in replies(read_to_end(client))] == [400]
-        with pytest.raises(OSError):
-            until(lambda: client.sendall(LONG))
 
 
 def test_slow_requests_do_not_slow_others():
@@ -4339,7 +4335,8 @@ def test_a_client_may_leave_in_the_middle_of_a_request(server, calm, place):
 
 def test_a_backend_that_blocks_holds_up_neither_others_nor_the_end(caplog):
     blocked = Endless(waits=True)
-    with Server(lambda request: blocked(request) if request["text"] == "block" else "done") as server:
+    backends = {"block": blocked, "Hi": echo}
+    with Server(lambda request: backends[request["text"]](request)) as server:
         with dial(server) as client:
             client.sendall(posted(TEXT_JSON.replace(b"Hi", b"block")))
             assert blocked.begun.wait(PATIENCE)
@@ -4365,8 +4362,8 @@ def test_a_server_may_be_closed_by_its_own_backend():
 
 @pytest.mark.parametrize("name, value", [
     *(("request_timeout", value) for value in (0, -1, math.nan, 1e19, math.inf, "5", True)),
-    ("max_body", -1), ("max_body", "1"), ("max_connections", 0), ("journal", -1), ("journal", None),
-    ("quirk", "bogus"), ("max_body", math.nan)], ids=repr)
+    ("max_body", -1), ("max_body", "1"), ("max_body", math.nan), ("max_connections", 0),
+    ("journal", -1), ("journal", None), ("quirk", "bogus")], ids=repr)
 def test_a_setting_that_cannot_be_obeyed_is_refused_at_the_start(name, value):
     with pytest.raises(ValueError, match=name if name != "quirk" else "bogus"):
         Server(**{name: value})
@@ -4448,10 +4445,11 @@ def test_the_base_url_works_for_a_client(host, url):
 
 CASES = int(os.environ.get("FUZZ_CASES", 300))
 SEED = int(os.environ.get("FUZZ_SEED", random.randrange(10**6)))
-NOISE = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\0", b":", b",", b";", b"\x7f", b"\xff",
-         b"0", b"-1", b"+", b"0x", b"9" * 30, b"/", b"*", b"?", b"%", b"[", b"chunked", b"HTTP/1.0",
-         b"Host: x\r\n", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\r\n ",
-         b"Connection: close\r\n", b"Expect: 100-continue\r\n", b"X" * 5000, b"Origin: http://[\r\n"]
+NOISE = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\0", b":", b",", b";", b"\x7f",
+         b"\xff", b"0", b"-1", b"+", b"0x", b"9" * 30, b"/", b"*", b"?", b"%", b"[", b"chunked",
+         b"HTTP/1.0", b"Host: x\r\n", b"Content-Length: 3\r\n", b"\r\n ", CLOSE,
+         b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n", b"X" * 5000,
+         b"Origin: http://[\r\n"]
 SOUND = [get(), get(b"/v1/models/m"), get(b"http://localhost/v1/models"), STREAM_REQUEST,
          posted(CHAT_JSON, target=b"/v1/chat/completions"), get(b"*", method=b"OPTIONS"),
          posted(TEXT_JSON), posted(TEXT_JSON, b"Origin: http://localhost\r\n"),
@@ -4550,11 +4548,11 @@ def noise(dice, depth=4):
 
 
 def sound(got):
-    """Is it a whole reply of the shape that its status and its content type promise?"""
-    if got.status != 200:
-        return got.status == 400 and got.error
+    """Is it a refusal, or a whole reply of the shape that its content type promises?"""
+    if got.status == 400:
+        return got.error
     if got.headers["content-type"] == "application/json":
-        return json.loads(got.body)["choices"]
+        return got.status == 200 and json.loads(got.body)["choices"]
     *events, done, end = got.body.decode().split("\n\n")
     return (done, end) == ("data: [DONE]", "") and all(
         "choices" in json.loads(event[len("data: "):]) for event in events)
@@ -4586,7 +4584,7 @@ FOREIGN = sorted({*openai_compat.CHAT_FIELDS, *openai_compat.COMPLETION_FIELDS, 
 
 
 @both
-@pytest.mark.parametrize("path, body", [(CHAT_PATH, HI), (TEXT_PATH, PROMPT)], ids=["chat", "text"])
+@pytest.mark.parametrize("path, body", [(CHAT_PATH, HI), (TEXT_PATH, PROMPT)])
 @pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.stress)])
 def test_any_value_in_a_field_of_the_other_endpoint_gets_a_sound_reply(
         roomy, calm, path, body, share, stream):
@@ -4599,8 +4597,9 @@ def test_any_value_in_a_field_of_the_other_endpoint_gets_a_sound_reply(
 @pytest.mark.parametrize("path, fields", [      # each was a 500
     (CHAT_PATH, {"prompts": 5}), (TEXT_PATH, {"max_completion_tokens": "5"}),
     (TEXT_PATH, {"max_completion_tokens": -1}), (TEXT_PATH, {"functions": [TOOL_F["function"]]}),
-    (TEXT_PATH, {"response_format": "json"}), (TEXT_PATH, {"response_format": {"type": "json_schema"}}),
-    (TEXT_PATH, {"tools": [TOOL_F], "tool_choice": "required"}), (TEXT_PATH, {"messages": 5}),
+    (TEXT_PATH, {"response_format": "json"}), (TEXT_PATH, {"messages": 5}),
+    (TEXT_PATH, {"response_format": {"type": "json_schema"}}),
+    (TEXT_PATH, {"tools": [TOOL_F], "tool_choice": "required"}),
     (CHAT_PATH, {"messages": user([{"type": "text", "text": "Hi"}, {
         "type": "image_url", "image_url": {"url": "u"}, "text": 5}])})])
 def test_a_field_that_means_nothing_here_is_passed_over(roomy, calm, path, fields, stream):
@@ -4776,7 +4775,7 @@ def test_slow_clients_do_not_disturb_the_others(row):
     assert good == seconds * rate and drops >= slow
 
 
-SOAK = [get(), posted(TEXT_JSON), STREAM_REQUEST, posted(CHAT_JSON, target=b"/v1/chat/completions"),
+SOAK = [get(), posted(TEXT_JSON), STREAM_REQUEST, posted(CHAT_JSON, target=CHAT_PATH.encode()),
         posted(b"{"), post_chunked(CHUNKS_TAKEN["one for each byte"]), get(b"/v1/nowhere"),
         get(b"/v1/models"), posted(TEXT_JSON, b"Expect: 100-continue\r\n"),
         get(b"/v1/models/m", method=b"OPTIONS")]
@@ -4818,8 +4817,8 @@ def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
         assert statuses(server, posted(body + b" ")[:9999]) == [413]
         whole = server.memory("VmHWM")
         assert statuses(server, post_chunked(tiny) + LAST) == [400, 200]
-        row("32 MiB twice: 200, one byte more twice: 413; %.0f MiB at most, %.0f before; %d transfer"
-            " chunks of 2 bytes: %.0f MiB at most", whole, before, len(tiny) // 7,
+        row("32 MiB twice: 200, one byte more twice: 413; %.0f MiB at most, %.0f before; %d "
+            "transfer chunks of 2 bytes: %.0f MiB at most", whole, before, len(tiny) // 7,
             server.memory("VmHWM"))
         assert server.memory("VmHWM") < before + 8 * 32
 
