@@ -2814,8 +2814,7 @@ def test_an_error_can_be_pickled_and_copied():
 def test_an_errors_type_and_code_follow_from_its_status(status, given, kind, code, retry):
     error = APIError(status, "x", **given)
     assert str(error) == error.message == "x" and error.headers.get(RETRY) == retry
-    assert error.body() == {
-        "error": {"message": "x", "type": kind, "param": None, "code": code}}
+    assert error.body() == {"error": {"message": "x", "type": kind, "param": None, "code": code}}
 
 
 @pytest.mark.parametrize("status, is_one", [(399, False), (400, True), (599, True), (600, False)])
@@ -2850,11 +2849,6 @@ def test_what_the_choices_say_is_closed_when(second, fields, closed, kind):
     assert "max_tokens" in fields or got.error["code"] == "teapot"
 
 
-def test_a_generator_is_closed_when_the_limit_is_reached():
-    endless = Endless("a", "b")
-    assert ask(endless, max_tokens=2, stream=True).chunks and endless.closed.wait(PATIENCE)
-
-
 def test_a_fault_in_closing_harms_neither_the_neighbour_nor_the_connection():
     choices = [Said("a"), Said("b", fault=ValueError("no"))]
     body = json.dumps({**PROMPT, "n": 2}).encode()
@@ -2865,8 +2859,7 @@ def test_a_fault_in_closing_harms_neither_the_neighbour_nor_the_connection():
 
 
 def test_a_reply_of_pieces_may_say_more():
-    reply = Reply(["a", "b"], finish_reason="length", tool_calls=[ToolCall("f", {})])
-    said, reason = message(reply)
+    said, reason = message(Reply(["a", "b"], finish_reason="length", tool_calls=[ToolCall("f")]))
     assert (said["content"], len(said["tool_calls"]), reason) == ("ab", 1, "length")
 
 
@@ -2912,8 +2905,7 @@ def test_a_header_cannot_smuggle_another(make):
     for value in ("a\r\nset-cookie: b", "a\nb", "a\0b"):
         with pytest.raises(ValueError):
             make(headers={"x-mine": value})
-    for name in ("a b", "a:", "", "\xe4", "a\r\nb",
-                 "Content-Length", "transfer-encoding", "connection"):
+    for name in "a b|a:||\xe4|a\r\nb|Content-Length|transfer-encoding|connection".split("|"):
         with pytest.raises(ValueError, match="cannot be the name of a response header"):
             make(headers={name: "1"})
 
@@ -2961,8 +2953,7 @@ INCLUDING = {**HI, "stream": True,
              "stream_options": {"include_usage": True, "include_obfuscation": False}}
 LONG_TEXT = "a" * 300 + "%s" + "z" * 300
 STEPS = [
-    "世界", {"text": "b", "finish_reason": "length", "expect": {"model": "m"}},
-    {"text": ["b", "c"]},
+    "世界", {"text": ["b", "c"]}, {"text": "b", "finish_reason": "length", "expect": {"model": "m"}},
     {"tool_calls": [{"name": "f", "arguments": {"n": 1}}, {"name": "g", "arguments": "{}"}]},
     {"error": {"status": 429, "message": "slow down", "code": "rate_limit_exceeded",
                "headers": {"retry-after-ms": "20"}}, "delay": 0, "expect": {"n": 2}}]
@@ -2975,15 +2966,15 @@ def contents(server, count, **fields):
 def test_a_script_is_taken_step_by_step_and_all_choices_say_the_same():
     def spoken(request):
         yield from "cd"
-    script = Script("a", Reply("b"), spoken, lambda request: request["text"], TEAPOT, "t",
-                    ToolCall("f"), [ToolCall("f"), ToolCall("g")])
+    script = Script("a", Reply("b"), spoken, lambda request: request["text"], TEAPOT, Reply(
+        "", quirk="html_502"), "t", ToolCall("f"), [ToolCall("f"), ToolCall("g")])
     with Server(script, quirk_header=True) as server:
         assert chat(server, n=0).status == 400      # what is refused takes no step
         assert chat(server, headers={"X-Quirk": "bogus"}).status == 400
         for text in ("a", "b", "cd", "Hi"):
             said = said_in_turn(chat(server, n=3, stream=True).chunks)
             assert [said[index]["text"] for index in range(3)] == [text] * 3
-        assert chat(server).error["code"] == "teapot"
+        assert chat(server).error["code"] == "teapot" and chat(server, stream=True).status == 502
         assert post(server, TEXT_PATH, PROMPT).text == "t"
         made = [said_in_turn(chat(server, stream=True, **TOOLS).chunks)[0]["calls"] for _ in "12"]
     assert made == [[("f", "{}")], [("f", "{}"), ("g", "{}")]]
@@ -3002,7 +2993,7 @@ def test_a_script_may_come_from_a_file_or_from_dicts_as_in_one(tmp_path, make):
         *got, refused = [chat(server, n=n, **TOOLS) for n in (1, 1, 1, 1, 2)]
     said = [each.json["choices"][0] for each in got]
     assert [(each["message"]["content"], each["finish_reason"]) for each in said] == [
-        ("世界", "stop"), ("b", "length"), ("bc", "stop"), (None, "tool_calls")]
+        ("世界", "stop"), ("bc", "stop"), ("b", "length"), (None, "tool_calls")]
     assert [made["function"] for made in said[3]["message"]["tool_calls"]] == [
         {"name": "f", "arguments": '{"n":1}'}, {"name": "g", "arguments": "{}"}]
     assert refused.status == 429 and refused.headers["retry-after-ms"] == "20"
@@ -3035,10 +3026,9 @@ DIFFERENCES = {  # what is expected, the fields of the body, and what the refusa
     "another value": ({"model": "m", "n": 2}, {"n": 1}, "n is 1, expected 2"),
     "the type": ({"temperature": "1"}, {"temperature": 1}, "temperature is 1, expected '1'"),
     "an absent field": ({"temperature": 0}, {}, "temperature is absent, expected 0"),
-    "a field of a field": (
-        {"stream_options": {"include_usage": True}},
-        {"stream": True, "stream_options": {"include_usage": False}},
-        "stream_options.include_usage is False, expected True"),
+    "a field of a field": ({"stream_options": {"include_usage": True}},
+                           {"stream": True, "stream_options": {"include_usage": False}},
+                           "stream_options.include_usage is False, expected True"),
     "a dict in a list": ({"messages": [{"content": "Hi"}]}, {},
                          "messages[0].content is 'Hello, world!', expected 'Hi'"),
     "no list": ({"messages": []}, {}, "messages has 1 item", "expected 0"),
@@ -3343,12 +3333,6 @@ def test_the_outcome_is_quirk_only_where_something_was_bent(quirk, stream, ended
         assert chat(server, stream=stream).status == 200 and outcome(server) == ended
 
 
-def test_a_scripts_reply_may_have_a_quirk():
-    with Server(Script(Reply("a", quirk="no_done"), "b")) as server:
-        assert b"[DONE]" not in post(server, CHAT_PATH, STREAMED).body
-        assert post(server, CHAT_PATH, STREAMED).chunks
-
-
 # ----------------------------------------------------------------------------------
 # The journal.
 
@@ -3591,8 +3575,7 @@ def server_on(host="127.0.0.1", **settings):
 
 
 @pytest.mark.parametrize("settings, headers, status", ADMISSIONS)
-@pytest.mark.parametrize("fields, answered", [({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)],
-                         ids=["whole", "streamed", "refused"])
+@pytest.mark.parametrize("fields, answered", [({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)])
 def test_host_and_origin_have_to_be_known_unless_keys_or_settings_open_them(
         calm, settings, headers, status, fields, answered):
     with server_on(**settings) as server:
@@ -3723,8 +3706,7 @@ def test_a_route_is_an_endpoint_like_the_others(method, path, body, status, said
     ({}, {"Origin": "https://evil.example"}, 403)])
 def test_who_may_use_a_route_is_checked_as_elsewhere(settings, headers, status):
     with Server(routes=ROUTES, **settings) as server:
-        got = call(server, "POST", "/v1/embeddings", {"input": "x"}, headers)
-        assert got.status == status
+        assert call(server, "POST", "/v1/embeddings", {"input": "x"}, headers).status == status
         assert call(server, "OPTIONS", "/files").headers["allow"] == "GET, PUT, HEAD, OPTIONS"
 
 
@@ -3800,10 +3782,6 @@ def with_length(length):
     return posted(TEXT_JSON).replace(b": 27", b":" + length)
 
 
-def with_coding(coding, coded=b"0\r\n\r\n"):
-    return post_chunked(coded).replace(b"chunked", coding)
-
-
 TAKEN = {
     "plain": (200, get(), get(version=b"1.7"), posted(TEXT_JSON), STREAM_REQUEST,
               posted(TEXT_JSON, KEEP, version=b"1.0"),
@@ -3828,7 +3806,7 @@ TAKEN = {
                           post_chunked(b"1\r\nx\r\n0\r\n\r\n", target=b"/v1/x")),
     "a body that spells a request": (404, posted(get(), target=b"/v1/nowhere")),
     "a body that is no JSON": (400, posted(get())),
-    "a coding in capitals": (200, with_coding(b"Chunked", CODED)),
+    "a coding in capitals": (200, post_chunked(CODED).replace(b"chunked", b"Chunked")),
     "an expectation with its body": (200, posted(TEXT_JSON, b"Expect: 100-continue\r\n")),
     "any type": (200, *(posted(TEXT_JSON, b"Content-Type: %b\r\nAccept: %b\r\n" % (kind, kind))
                         for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"x"))),
@@ -3878,7 +3856,8 @@ MALFORMED = {
     "a length beside transfer chunks": (400, post_chunked(CODED, b"Content-Length: 27\r\n")),
     "transfer chunks in HTTP/1.0": (400, post_chunked(CODED, version=b"1.0")),
     "a coding twice": (400, post_chunked(b"0\r\n\r\n", b"Transfer-Encoding: chunked\r\n")),
-    "a coding": (501, *map(with_coding, (b"gzip, chunked", b"xchunked", b""))),
+    "a coding": (501, *(post_chunked(b"0\r\n\r\n").replace(b"chunked", coding)
+                        for coding in (b"gzip, chunked", b"xchunked", b""))),
     "another expectation": (417, posted(TEXT_JSON, b"Expect: 200-ok\r\n")),
     "a gzip body": (400, posted(b"\x1f\x8b\x08\0\0\0\0\0", b"Content-Encoding: gzip\r\n")),
     "the size of a transfer chunk": (
@@ -4337,10 +4316,9 @@ except OSError:
     print("refused")
 os.kill(child, 9)
 """
-    ours, theirs = os.pipe()
-    with open(ours), open(theirs, "wb"):
-        said = finished(sys.executable, "-c", code, stdin=ours, cwd=str(HERE))
-    assert said.stdout == "refused\n"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=str(HERE), stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdout.read() == b"refused\n"
 
 
 @pytest.mark.parametrize("host, url", [
