@@ -1184,6 +1184,9 @@ BROKEN = [  # param, (code, message), conversation
     ("messages[0].tool_calls[0].function.arguments",
      ("invalid_type", "Invalid type for '{}': expected a string, but got an object instead."),
      made_call(function={"name": "f", "arguments": {}})),
+    ("messages[0].function_call.arguments",
+     ("invalid_type", "Invalid type for '{}': expected a string, but got an integer instead."),
+     [{"role": "assistant", "function_call": {"name": "f", "arguments": 5}}]),
 ]
 
 
@@ -1513,6 +1516,7 @@ def test_a_sample_is_a_small_instance_of_its_schema(schema, instance):
 @pytest.mark.parametrize("schema, instance", [
     *(({"$ref": pointer, "$defs": {name: {"const": 1}}}, 1) for pointer, name in (
         ("#/$defs/a~1b", "a/b"), ("#/$defs/a~01b", "a~1b"), ("#/%24defs/a%20b", "a b"))),
+    ({"$ref": "#/$defs/a/anyOf/1", "$defs": {"a": {"anyOf": [STRING, {"const": 1}]}}}, 1),
     ({"items": [INTEGER, STRING], "minItems": 2, "maxItems": 2}, [0, "text"])])
 def test_a_reference_is_a_json_pointer_and_items_a_list_as_in_older_drafts(schema, instance):
     assert sample(schema) == instance
@@ -2360,7 +2364,7 @@ def test_the_first_failure_of_several_fails_the_block_but_no_connection():
     assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
     with pytest.raises(KeyError, match="first") as fault:
         server.close()
-    server.close()                              # closing twice is closing once
+    server.shutdown()                           # closing twice is closing once
     assert "Raise APIError" in "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
     assert fault.traceback[-1].name == "backend"    # where it came from, not where it was kept
 
@@ -3341,7 +3345,8 @@ def test_the_generator_of_a_route_is_closed_when_the_client_leaves():
 
 
 @pytest.mark.parametrize("route, function, error, words", [
-    ("/x", "embeddings", TypeError, "function"), *(
+    ("/x", "embeddings", TypeError, "function"), ("HEAD /x", embeddings, ValueError, "HEAD"),
+    ("OPTIONS /x", embeddings, ValueError, "OPTIONS"), *(
         (route, embeddings, ValueError, "is not a path, or that of a built-in endpoint")
         for route in ("/chat/completions", "/v1/models", "GET /models/x", "/", "GET /health",
                       "/engines/x/completions", "embeddings", "POST /sse"))])
@@ -3867,9 +3872,10 @@ def test_a_server_may_be_closed_by_its_own_backend():
 @pytest.mark.parametrize("name, value", [
     *(("request_timeout", value) for value in (0, -1, math.nan, 1e19, math.inf, "5", True)),
     ("max_body", -1), ("max_body", "1"), ("max_body", math.nan), ("max_connections", 0),
-    ("journal", -1), ("journal", None), ("quirk", "bogus")], ids=repr)
+    ("max_connections", 1.5), ("journal", 1e3), ("journal", -1), ("journal", None),
+    ("quirk", "bogus"), ("api_keys", [None]), ("api_keys", ""), ("models", [1])], ids=repr)
 def test_a_setting_that_cannot_be_obeyed_is_refused_at_the_start(name, value):
-    with pytest.raises(ValueError, match=name if name != "quirk" else "bogus"):
+    with pytest.raises((ValueError, TypeError), match=name if name != "quirk" else "bogus"):
         Server(**{name: value})
 
 
@@ -5628,11 +5634,15 @@ def test_the_client_leaving_ends_a_program_and_its_children(gate, code, processe
 
 
 @posix
-@pytest.mark.parametrize("stop", [".", None], ids=["a stop", "the end of the server"])
-def test_a_program_ends_at(gate, stop):
+@pytest.mark.parametrize("stop, more", [(".", 0), (None, 0), (None, 2**22)], ids=[
+    "a stop", "the end of the server", "its end when more has come than is read ahead"])
+def test_a_program_ends_at(gate, stop, more):
     speaker = gate.program("door = knock(); out('one. two'); door.recv(1)")
-    with Server(command(speaker)) as server, asking(server, stop=stop):
+    with Server(command(speaker)) as server, asking(server, stop=stop) as client:
         door = gate.arrival()
+        client.settimeout(0.5)
+        with contextlib.suppress(socket.timeout):
+            client.sendall(b"x" * more)
         if stop is None:
             server.close()
         assert ended(door)
@@ -5681,6 +5691,7 @@ ABOVE = (b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"H\
 JSON_TYPE = {"content_type": "application/json"}
 ODD = b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'
 REFUSAL = b'{"error": {"code": "model_not_found"}}\n'
+TOLD = b"A stream ends so:\ndata: [DONE]\n\nThis is none." + b"x" * 2**17
 EXCHANGES = {   # the bytes of an upstream, and the status and the body that are in them
     "whole":    (reply(ODD, **JSON_TYPE), 200, ODD),
     "streamed": (streamed(*ABOVE), 200, b"".join(ABOVE)),
@@ -5688,6 +5699,7 @@ EXCHANGES = {   # the bytes of an upstream, and the status and the body that are
     "refused":  (reply(REFUSAL, "404 Not Found", **JSON_TYPE), 404, REFUSAL),
     "no UTF-8": (reply(b"\xff\xfe\x00", content_type="text/html"), 200, b"\xff\xfe\x00"),
     "empty":    (reply(b"", **JSON_TYPE), 200, b""),
+    "no stream": (reply(TOLD, content_type="text/plain"), 200, TOLD),
     "to the close": (b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(ABOVE), 200, b"".join(ABOVE)),
 }
 
@@ -6065,6 +6077,16 @@ def test_a_recording_of_another_engine_or_path_is_none(tape):
         assert [call(server, "GET", f"/models/{id}").status for id in ("say", "x")] == [200, 404]
 
 
+def test_every_endpoint_on_a_tape_is_replayed_and_with_a_relay_the_relays_too(tape):
+    with Server(routes={path: lambda body: [path] for path in ("/a", "/b")}) as first:
+        with Server(Relay(first.base_url, record=str(tape), paths=["/a"])) as server:
+            body = post(server, "/a", "{}").body
+        with Server(Replay(str(tape), relay=Relay(first.base_url, paths="/b"))) as server:
+            assert post(server, "/b", "{}").status == 200
+    with Server(Replay(str(tape))) as server:
+        assert post(server, "/a", "{}").body == body and post(server, "/c", "{}").status == 404
+
+
 def test_what_is_missing_on_a_tape_is_asked_for_and_recorded(tape):
     def said(texts, relay=None):
         with Server(Replay(str(tape), relay=relay)) as server:
@@ -6187,9 +6209,9 @@ def test_a_client_that_leaves_does_not_wait_for_a_pause(tape):
 
 
 def test_the_pauses_of_the_upstream_are_on_the_tape(tape):
-    recorded(tape, "x", backend=Script(Reply("a b c", delay=(0, 0.1))))
-    writes = json.loads(tape.read_text())["writes"]
-    assert sum(pause for pause, _ in writes[1:]) >= 0.1     # of 0.2: a busy machine reads late
+    recorded(tape, "x", backend=Script(Reply("a b c", delay=(0.1, 0.1))))
+    first, *more = [pause for pause, _ in json.loads(tape.read_text())["writes"]]
+    assert first >= 0.1 and sum(more) >= 0.1            # of 0.2: a busy machine reads late
 
 
 def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tape):
@@ -6449,6 +6471,7 @@ def test_no_key_is_printed_also_if_it_arrives_in_pieces(flags):
             for name, value in {"Authorization": f"Bearer {key}", "AUTHORIZATION": key,
                                 "authorization": f"bearer  {key}", "API-Key": key}.items():
                 chat(server, headers={name: value})
+        talk(server, get(headers=b"Host: x\r\nAuthorization : Bearer sk-right-0123456789\r\n"))
         with dial(server) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             for byte in request_bytes(headers={"Authorization": "Bearer sk-wrong-0123456789"}):
@@ -6486,9 +6509,11 @@ def environment_beside(*flags, **variables):
 
 def test_a_command_finds_the_server_in_its_environment_and_nothing_is_left_at_its_end():
     port, host = free_port(), "127.0.0.5" if sys.platform == "linux" else "127.0.0.1"
-    found = environment_beside("--port", str(port), "--host", host, NO_PROXY="intra.example")
+    found = environment_beside("--port", str(port), "--host", host, NO_PROXY="intra.example",
+                               no_proxy="other.example")
     assert found["OPENAI_API_BASE"] == found["OPENAI_BASE_URL"] == f"http://{host}:{port}/v1"
-    assert {host, "127.0.0.1", "intra.example"} <= {*found["NO_PROXY"].split(",")}
+    hosts = {host, "127.0.0.1", "intra.example", "other.example"}
+    assert hosts <= {*found["NO_PROXY"].split(",")}
     assert found["no_proxy"] == found["NO_PROXY"] and found["OPENAI_API_KEY"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, port))
@@ -6716,6 +6741,14 @@ def test_a_context_does_as_well_as_files_and_silent_clients_block_nobody(tls_fil
         with secured(server, tls_files) as client:
             client.sendall(request_bytes())
             assert got_on(client).text == "Hello, world!"
+
+
+def test_a_reply_that_ends_with_its_connection_is_known_to_be_whole(tls_files):
+    context = ssl.create_default_context(cafile=tls_files[0])
+    with Server(tls=tls_files) as server, dial(server) as plain, context.wrap_socket(
+            plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False) as client:
+        client.sendall(posted(b'{"model": "m", "prompt": "x", "stream": true}', version=b"1.0"))
+        assert read_to_end(client).endswith(b"data: [DONE]\n\n")   # else an SSLEOFError
 
 
 def test_only_tls_1_2_and_newer_are_spoken(tls_files):
