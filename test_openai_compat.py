@@ -2363,8 +2363,8 @@ def test_the_first_failure_of_several_fails_the_block_but_no_connection():
     server = Server(lambda request: raising(errors.pop(0))(request)).start()
     assert statuses(server, posted(TEXT_JSON) * 2 + LAST) == [500, 500, 200]
     with pytest.raises(KeyError, match="first") as fault:
-        server.close()
-    server.shutdown()                           # closing twice is closing once
+        server.shutdown()                       # the name in socketserver for close
+    server.close()                              # closing twice is closing once
     assert "Raise APIError" in "".join(getattr(fault.value, "__notes__", ["Raise APIError"]))
     assert fault.traceback[-1].name == "backend"    # where it came from, not where it was kept
 
