@@ -64,7 +64,7 @@ The stages, in the order of this file.  Each is a small function over the one ab
     pieces
         | segments_of                         each with its kind and its tokens
     segments
-        | up_to, until_stop                   cut to the limits; the last says why
+        | up_to, until_stop                   cut at max_tokens and stop
     sequences
         | chat_chunks, completion_chunks      the chunks of each piece
     chunks ------ fold ------> completion     when "stream" is false
@@ -139,7 +139,7 @@ log = logging.getLogger("openai_compat")
 
 # ----------------------------------------------------------------------------------
 # Errors and JSON.  There is one exception for everything that is refused.  Raise it
-# anywhere; only the HTTP handler catches it, and it always goes out in one shape.
+# anywhere; the HTTP handler makes a response of it, always in one shape.
 
 ERROR_KINDS = {  # status: (type, code); a hundred stands for its whole class
     400: ("invalid_request_error", None),
@@ -159,15 +159,17 @@ def header_fields(headers):
         {'retry-after': '3'}
 
     Raises ValueError for a malformed name, for a line end in a value (it would start
-    another header), and for the headers that the server itself sets to frame the body.
+    another header) and other characters that cannot be sent, and for the headers that
+    the server itself sets to frame the body.
     """
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
         if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a response header")
-        if re.search("[\r\n\0]", value):
-            raise ValueError(f"the header {name!r} has a line end or a NUL in it")
+        if re.search("[\r\n\0]|[^\0-\xff]", value):
+            raise ValueError(f"the header {name!r} has a line end, a NUL or a character "
+                             "outside Latin-1 in it")
     return fields
 
 
@@ -225,7 +227,7 @@ class BackendFault(APIError):
 
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
-MOST_NESTED = 200               # levels; more could exhaust the stack later
+MOST_NESTED = 200               # levels; `copied` and `to_json` call themselves
 
 
 def reject_number(text):
@@ -341,32 +343,13 @@ def to_json(value):
 #     [spec]                      an array of values that fit the spec
 #     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
 #                                 required but may be null
-#     Tagged, Either, Map, Bounded: see below
+#     Tagged, Either, Map, Bounded: below, each with its check
 #     a function                  of a path and the value there; raises, or returns
 # The messages are the API's own, word for word.
 
 TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
     "string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
     "array": (list,), "object": (dict,)}
-
-
-class Object:
-    """The spec of an object with these fields; it may have others."""
-
-    def __init__(self, fields):
-        self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
-        self.required = [name[:-1] for name in fields if name[-1] in "!?"]
-        self.nullable = [name[:-1] for name in fields if name[-1] == "?"]
-
-
-# An object of several shapes: the value of the field `tag` says which one it has.
-Tagged = collections.namedtuple("Tagged", "tag shapes")
-# A string, or else an array or an object.
-Either = collections.namedtuple("Either", "text other")
-# An object with any keys: at most `pairs` of them, each at most `key` characters long.
-Map = collections.namedtuple("Map", "value key pairs")
-# A number within bounds, or something whose length is.
-Bounded = collections.namedtuple("Bounded", "inner least most")
 
 
 def invalid(message, param, code=None):
@@ -393,7 +376,7 @@ def bad_number(where, value, kind, side, bound):
 
 
 def bad_length(where, value, kind, side, bound):
-    """A length out of bounds, where the least is 1.  The code is "empty_array",
+    """A length out of bounds; a least one is never above 1.  The code is "empty_array",
     "string_above_max_length" and the like."""
     name = JSON_NAMES[type(value)]
     if value:
@@ -417,10 +400,14 @@ def check(where, value, spec):
     """
     if callable(spec):
         spec(where, value)
-    elif type(spec) is not str:
-        CHECKS[type(spec)](where, value, spec)
+    elif type(spec) is tuple:
+        check_word(where, value, spec)
+    elif type(spec) is list:
+        check(where, value, "array")
+        for i, item in enumerate(value):
+            check(f"{where}[{i}]", item, spec[0])
     elif type(value) not in TYPES[spec]:
-        raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])
+        raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])  # the last names it
 
 
 def check_word(where, value, words):
@@ -432,56 +419,70 @@ def check_word(where, value, words):
                       f"{supported}.", where, "invalid_value")
 
 
-def check_items(where, value, spec):
-    check(where, value, "array")
-    for i, item in enumerate(value):
-        check(f"{where}[{i}]", item, spec[0])
+class Object:
+    """An object with these fields; it may have others."""
+
+    def __init__(self, fields):
+        self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
+        self.required = [name[:-1] for name in fields if name[-1] in "!?"]
+        self.nullable = [name[:-1] for name in fields if name[-1] == "?"]
+
+    def __call__(self, where, value):
+        check(where, value, "object")
+        path = f"{where}." if where else ""
+        for name in self.required:
+            is_null = name in value and name in self.nullable
+            if value.get(name) is None and not is_null:
+                raise missing(f"{path}{name}")
+        for name, item in value.items():
+            if item is not None and name in self.fields:
+                check(f"{path}{name}", item, self.fields[name])
 
 
-def check_members(where, value, spec):
-    check(where, value, "object")
-    path = f"{where}." if where else ""
-    for name in spec.required:
-        is_null = name in value and name in spec.nullable
-        if value.get(name) is None and not is_null:
-            raise missing(f"{path}{name}")
-    for name, item in value.items():
-        if item is not None and name in spec.fields:
-            check(f"{path}{name}", item, spec.fields[name])
+class Tagged(collections.namedtuple("Tagged", "tag shapes")):
+    """An object of several shapes: the value of the field `tag` says which one it has."""
+
+    def __call__(self, where, value):
+        check(where, value, "object")
+        shape = value.get(self.tag)
+        if shape is None:
+            raise missing(f"{where}.{self.tag}")
+        check_word(f"{where}.{self.tag}", shape, tuple(self.shapes))
+        check(where, value, self.shapes[shape])
 
 
-def check_tagged(where, value, spec):
-    check(where, value, "object")
-    shape = value.get(spec.tag)
-    if shape is None:
-        raise missing(f"{where}.{spec.tag}")
-    check_word(f"{where}.{spec.tag}", shape, tuple(spec.shapes))
-    check(where, value, spec.shapes[shape])
+class Either(collections.namedtuple("Either", "text other")):
+    """A string, or else an array or an object."""
+
+    def __call__(self, where, value):
+        other = "array" if isinstance(self.other, list) else "object"
+        if type(value) not in (str, *TYPES[other]):
+            raise mistyped(where, value, f"one of a string or an {other}")
+        check(where, value, self.text if type(value) is str else self.other)
 
 
-def check_either(where, value, spec):
-    kind = "array" if isinstance(spec.other, list) else "object"
-    if type(value) not in (str, *TYPES[kind]):
-        raise mistyped(where, value, f"one of a string or an {kind}")
-    check(where, value, spec.text if type(value) is str else spec.other)
+class Bounded(collections.namedtuple("Bounded", "inner least most")):
+    """A number within bounds, or something whose length is."""
+
+    def __call__(self, where, value):
+        check(where, value, self.inner)
+        kind = "array" if isinstance(self.inner, list) else self.inner
+        is_number = kind in ("integer", "decimal")
+        size, error = (value, bad_number) if is_number else (len(value), bad_length)
+        if self.least is not None and size < self.least:
+            raise error(where, value, kind, "minimum", self.least)
+        if self.most is not None and size > self.most:
+            raise error(where, value, kind, "maximum", self.most)
 
 
-def check_map(where, value, spec):
-    check(where, value, Bounded("object", None, spec.pairs))
-    for name, item in value.items():
-        check(where, name, Bounded("string", None, spec.key))
-        check(f"{where}.{name[:64]}", item, spec.value)
+class Map(collections.namedtuple("Map", "value key pairs")):
+    """An object with any keys: at most `pairs`, each at most `key` characters long."""
 
-
-def check_bounded(where, value, spec):
-    check(where, value, spec.inner)
-    kind = "array" if isinstance(spec.inner, list) else spec.inner
-    is_number = kind in ("integer", "decimal")
-    size, error = (value, bad_number) if is_number else (len(value), bad_length)
-    if spec.least is not None and size < spec.least:
-        raise error(where, value, kind, "minimum", spec.least)
-    if spec.most is not None and size > spec.most:
-        raise error(where, value, kind, "maximum", spec.most)
+    def __call__(self, where, value):
+        check(where, value, Bounded("object", None, self.pairs))
+        for name, item in value.items():
+            check(where, name, Bounded("string", None, self.key))
+            check(f"{where}.{name[:64]}", item, self.value)
 
 
 def check_name(where, value):
@@ -491,11 +492,6 @@ def check_name(where, value):
         raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
                       "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
                       "invalid_value")
-
-
-CHECKS = {tuple: check_word, list: check_items, Object: check_members,
-          Tagged: check_tagged, Either: check_either, Map: check_map,
-          Bounded: check_bounded}
 
 
 # {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
@@ -514,7 +510,7 @@ ALLOWED = Object({"mode!": ("auto", "required"),
 TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
     "type", {**NAMED_TOOL, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
 # {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-CALLED = Object({"name!": "string"})    # its input is checked with the conversation
+CALLED = Object({"name!": "string"})    # check_conversation checks the input, if strict
 TOOL_CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
                             "custom": Object({"id!": "string", "custom!": CALLED})})
 # "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
@@ -621,7 +617,7 @@ def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
     if body.get("model") in (None, ""):     # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
-    check_members("", body, fields)
+    check("", body, fields)
     given = {name: value for name, value in body.items() if value is not None}
     for name, other, message in NEEDS:
         if name in fields.fields and name in given and not given.get(other):
@@ -641,7 +637,7 @@ def check_input(where, call):
     check(f"{where}.{kind}", call[kind], Object({f"{CALL_INPUT[kind]}!": "string"}))
 
 
-# The words of the next three are the API's own, "preceeding" and "messages.[0]" too.
+# These three messages are the API's own, with "preceeding" and "messages.[0]".
 def check_answer(i, call_id, called):
     """The tool message i must answer one of the calls of the turn before it."""
     if not called:
@@ -664,11 +660,11 @@ def unanswered_calls(i, ids):
 
 def check_conversation(messages):
     """Refuse a tool call without its answer, and an answer without its call."""
-    called, unanswered, i = [], [], 0   # the ids of the last turn's calls
+    called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
     for i, message in enumerate(messages):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
-            unanswered = [id for id in unanswered if id != message["tool_call_id"]]
+            unanswered.pop(message["tool_call_id"], None)
             continue
         if unanswered:
             raise unanswered_calls(i, unanswered)
@@ -679,9 +675,10 @@ def check_conversation(messages):
                   Object({"arguments!": "string"}))
         for j, call in enumerate(calls):
             check_input(f"messages[{i}].tool_calls[{j}]", call)
-        called = unanswered = [call["id"] for call in calls]
+        called = {call["id"]: call for call in calls}
+        unanswered = dict(called)
     if unanswered:
-        raise unanswered_calls(i, unanswered)
+        raise unanswered_calls(len(messages) - 1, unanswered)
 
 
 def tool_names(tools):
@@ -706,8 +703,9 @@ def chosen_tools(tool_choice):
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
     for tool in chosen_tools(request["tool_choice"]):
-        [name] = tool_names([tool])
-        if name not in tool_names(request["tools"]):
+        kind, name = tool["type"], tool[tool["type"]]["name"]
+        if (kind, name) not in [(each["type"], each[each["type"]]["name"])
+                                for each in request["tools"]]:
             raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
                           "tool_choice")
     call = request["function_call"]
@@ -838,7 +836,8 @@ def count_choices(request):
 # one token.  `Server(tokenize=...)` takes a real tokenizer.
 #
 # A backend yields pieces: str and ToolCall.  `segments_of` makes segments of them:
-# pairs of a kind and what is said in tokens, which can be counted and cut.
+# pairs of a kind and what is said in tokens, which can be counted and cut.  (A text that
+# is known as a whole, and a refusal, become segments in part 2: see `said_by`.)
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
@@ -883,13 +882,13 @@ def combines(character):
 
 def recombined(tokens):
     """Join each token that starts with a combining character to the one before."""
-    whole = []
+    whole, parts = [], []
     for token in tokens:
-        if whole and (combines(token[0]) or whole[-1][-1] == ZERO_WIDTH_JOINER):
-            whole[-1] += token
-        else:
-            whole.append(token)
-    return whole
+        if parts and not (combines(token[0]) or parts[-1][-1] == ZERO_WIDTH_JOINER):
+            whole.append("".join(parts))
+            parts = []
+        parts.append(token)
+    return [*whole, "".join(parts)] if parts else whole
 
 
 def tokenize(text):
@@ -910,7 +909,8 @@ def slices(text, size=65536):
     """Cut a long text into slices, before a space where there is one.
 
     A list of tokens takes about forty times the memory of its text, so the tokens of a
-    long text are counted slice by slice.  (A flag at the edge of a slice may be cut.)
+    long text are counted slice by slice.  (A word, white space or a flag at the edge of
+    a slice may be cut.)
     """
     start = 0
     while len(text) - start > size:
@@ -923,21 +923,6 @@ def slices(text, size=65536):
         start = end
     if text:
         yield text[start:]
-
-
-def split(text, tokenize, one_by_one=True):
-    """A text as lists of tokens: one token each, which a stream needs, or else few long
-    lists, which cost less.
-
-    Example:
-        >>> list(split("Hi you", tokenize)), list(split("Hi you", tokenize, False))
-        ([['Hi'], [' you']], [['Hi', ' you']])
-    """
-    for tokens in map(tokenize, slices(text)):
-        if one_by_one:
-            yield from ([token] for token in tokens)
-        elif tokens:
-            yield tokens
 
 
 def segments_of(pieces, tokenize, make_id, finish_reason=None):
@@ -1000,7 +985,8 @@ def prompts_of(request, tokenize):
 
 
 # ----------------------------------------------------------------------------------
-# Sequences.  A sequence is the segments of one choice, cut to the request's limits.
+# Sequences.  A sequence is the segments of one choice, cut at the limits and the stops of
+# the request; its last one has the finish_reason.
 
 def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
@@ -1012,7 +998,8 @@ def one_call(segments):
 
 
 def up_to(segments, limit):
-    """At most `limit` tokens.  The input of a call counts, but is never cut.
+    """Cut the text after `limit` tokens.  A call counts, but goes out whole, also if it
+    exceeds the limit.
 
     Example:
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
@@ -1124,8 +1111,8 @@ def token_limit(request):
 def sequence(segments, request):
     """The segments of one choice -> the same, cut to the limits of the request.
 
-    Closing the result leaves the backend's generator open: `Server.replies` has it
-    closed when the exchange ends.
+    These generators do not close their source when they stop early.  `Server.replies`
+    has the generator of a backend closed when the exchange ends.
     """
     if request["endpoint"] == "chat" and (
             not request["parallel_tool_calls"] or is_legacy(request)):
@@ -1153,7 +1140,8 @@ SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as 
 
 
 class Usage:
-    """Counts the tokens of a reply: each prompt once, and what all its choices say.
+    """The tokens of a reply: each prompt once, and what all its choices say, to which the
+    generators of the choices add while they run.
 
     `corrections` (the `usage` of a Reply) replace counted fields.
 
@@ -1165,12 +1153,14 @@ class Usage:
     """
 
     def __init__(self, prompts=(), corrections=None):
-        self.prompts, self.corrections = prompts, dict(corrections or {})
+        self.prompts = prompts
+        self.corrections = {name: value for name, value in (corrections or {}).items()
+                            if value is not None}
         self.completion_tokens = 0
 
     def counters(self, details=()):
-        prompt = self.corrections.get("prompt_tokens")
         completion = self.corrections.get("completion_tokens", self.completion_tokens)
+        prompt = self.corrections.get("prompt_tokens")
         if prompt is None:
             prompt = sum(each.count() for each in self.prompts)
         return {"prompt_tokens": prompt, "completion_tokens": completion,
@@ -1552,7 +1542,7 @@ class Response:
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
     writes, which are bytes that go out in one send each, as soon as they come.  ready:
-    nothing is still being made, so several writes may share a send.
+    all writes are there already, so several may share a send.
     """
 
     def __init__(self, status, headers, body=b"", ready=False):
@@ -2307,6 +2297,21 @@ def while_connected(pieces):
     for piece in pieces:
         pause(0)
         yield piece
+
+
+def split(text, tokenize, one_by_one=True):
+    """A text as lists of tokens: one token each, which a stream needs, or else few long
+    lists, which cost less.
+
+    Example:
+        >>> list(split("Hi you", tokenize)), list(split("Hi you", tokenize, False))
+        ([['Hi'], [' you']], [['Hi', ' you']])
+    """
+    for tokens in map(tokenize, slices(text)):
+        if one_by_one:
+            yield from ([token] for token in tokens)
+        elif tokens:
+            yield tokens
 
 
 def said_by(reply, tokenize, make_id, one_by_one):
