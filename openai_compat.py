@@ -168,8 +168,8 @@ def header_fields(headers):
         if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a response header")
         if re.search("[\r\n\0]|[^\0-\xff]", value):
-            raise ValueError(f"the header {name!r} has a line end, a NUL or a character "
-                             "outside Latin-1 in it")
+            raise ValueError(f"the header {name!r} has a line end, a NUL or a "
+                             "character outside Latin-1 in it")
     return fields
 
 
@@ -440,7 +440,7 @@ class Object:
 
 
 class Tagged(collections.namedtuple("Tagged", "tag shapes")):
-    """An object of several shapes: the value of the field `tag` says which one it has."""
+    """An object of several shapes: the value of the field `tag` says which it has."""
 
     def __call__(self, where, value):
         check(where, value, "object")
@@ -836,8 +836,8 @@ def count_choices(request):
 # one token.  `Server(tokenize=...)` takes a real tokenizer.
 #
 # A backend yields pieces: str and ToolCall.  `segments_of` makes segments of them:
-# pairs of a kind and what is said in tokens, which can be counted and cut.  (A text that
-# is known as a whole, and a refusal, become segments in part 2: see `said_by`.)
+# pairs of a kind and what is said in tokens, which can be counted and cut.  (A refusal,
+# and a text that is known as a whole, become segments in part 2: see `said_by`.)
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
@@ -985,8 +985,8 @@ def prompts_of(request, tokenize):
 
 
 # ----------------------------------------------------------------------------------
-# Sequences.  A sequence is the segments of one choice, cut at the limits and the stops of
-# the request; its last one has the finish_reason.
+# Sequences.  A sequence is the segments of one choice, cut at the limits and the stops
+# of the request; its last one has the finish_reason.
 
 def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
@@ -1140,8 +1140,8 @@ SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as 
 
 
 class Usage:
-    """The tokens of a reply: each prompt once, and what all its choices say, to which the
-    generators of the choices add while they run.
+    """The tokens of a reply: each prompt once, and what all its choices say.  The
+    generators of the choices add to `completion_tokens` while they run.
 
     `corrections` (the `usage` of a Reply) replace counted fields.
 
@@ -1585,7 +1585,7 @@ NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def ready(files, event, seconds=None):
+def ready_files(files, event, seconds=None):
     """Those of the files that can be read (or written: EVENT_WRITE) within so many
     seconds."""
     with Selector() as selector:
@@ -1596,6 +1596,7 @@ def ready(files, event, seconds=None):
 
 class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
+    A client that half-closes has left, too.
 
     seconds: how long the client may take to read what was sent.  deadline: when the
     request that is being read must be complete, on the clock time.monotonic.
@@ -1674,7 +1675,7 @@ class Connection:
             self.pause(0)
             files, seconds = ([source], 1) if self.is_full() else (
                 [source, self.sock], None)
-            found = ready(files, selectors.EVENT_READ, seconds)
+            found = ready_files(files, selectors.EVENT_READ, seconds)
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
@@ -1683,7 +1684,7 @@ class Connection:
             try:
                 view = view[self.sock.send(view):]
             except NOT_NOW:
-                if not ready([self.sock], selectors.EVENT_WRITE, longest):
+                if not ready_files([self.sock], selectors.EVENT_WRITE, longest):
                     raise ClientLeft from None
             except OSError:
                 raise ClientLeft from None
@@ -2063,12 +2064,12 @@ class Sampler:
         self.spend(len(schema) + sum(map(len, lists)))
         for keyword in filter(RULES.__contains__, schema):
             (kind, rule), argument = RULES[keyword], schema[keyword]
+            if kind not in ("any", *json_types(value)):
+                continue
             verdict = rule(value, argument) if callable(rule) else rule
-            if kind not in ["any", *json_types(value)]:
-                verdict = True
             if verdict is False:
                 return keyword
-            claim = value, keyword, argument    # hashed only where the value is a str
+            claim = value, keyword, argument    # only those of strings go into the set
             if verdict is None and kind == "string" and self.trusting:
                 self.trusted.add(claim)
             elif verdict is None and (kind != "string" or claim not in self.trusted):
@@ -2093,7 +2094,7 @@ class Sampler:
 
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
-        schemas = [each for each in schemas if each is not False]  # seen further out
+        schemas = [each for each in schemas if each is not False]  # the caller refuses
         fault = unsatisfiable("$ref", "it contains itself without an end")
         for trusting, values in self.candidates(schemas, name, above):
             try:
@@ -2132,7 +2133,8 @@ class Sampler:
         yield from ((True, [value]) for value in stated(here, "default") + examples)
         listed = stated(here, "const") + sum(stated(here, "enum"), [])
         yield from ((False, [value]) for value in listed)
-        types = (kind if type(kind) is list else [kind] for kind in stated(here, "type"))
+        types = (each if type(each) is list else [each]
+                 for each in stated(here, "type"))
         implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
         kinds = sum(types, []) or filter("any".__ne__, implied)
         for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
@@ -2330,7 +2332,7 @@ def said_by(reply, tokenize, make_id, one_by_one):
 
 
 def paced(segments, delay, error):
-    """Each segment so many seconds after the one before; an error instead of the end."""
+    """Each segment so many seconds after the one before; the error is the end."""
     seconds, between = delay_pair(delay)
     for kind, value in segments:
         if error or kind != "end":
@@ -2760,7 +2762,7 @@ class PassingOn:
         return Response(status, headers, writes)
 
 
-REQUEST_HEADERS = re.compile("authorization|accept|content-type|user-agent"
+REQUEST_HEADERS = re.compile("authorization|api-key|accept|content-type|user-agent"
                              "|idempotency-key|openai-.*|x-stainless-.*")
 RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
@@ -2863,7 +2865,7 @@ class Relay(PassingOn):
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        is_plain = not (self.upstream.query or self.upstream.username)
+        is_plain = not (self.upstream.query or "@" in self.upstream.netloc)
         if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
                 and is_plain):
             raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: "
@@ -2879,7 +2881,8 @@ class Relay(PassingOn):
         headers = {name: value for name, value in incoming.headers.items()
                    if REQUEST_HEADERS.fullmatch(name)}
         if incoming.has_our_key:        # the upstream must not see a key of this server
-            headers.pop("authorization", None)
+            headers = {name: headers[name]
+                       for name in headers.keys() - {"authorization", "api-key"}}
         if self.api_key:
             headers["authorization"] = f"Bearer {self.api_key}"
         return {**JSON, **headers, "accept-encoding": "identity"}
@@ -2924,7 +2927,8 @@ class Relay(PassingOn):
         except (ClientLeft, APIError) as error:
             self.miss(error)
             raise
-        headers = {name.lower(): value for name, value in response.getheaders()
+        headers = {name.lower(): " ".join(value.split())    # a folded one, too
+                   for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
         if is_event_stream(headers):
@@ -3013,9 +3017,11 @@ class Replay(PassingOn):
                 try:
                     recording = json.loads(line)
                     recording["headers"] = header_fields({**recording["headers"]})
-                    waits = [wait for wait, text in recording["writes"]
-                             if as_bytes(text) is not None]
-                    if not all(map(is_number, [recording["status"], *waits])):
+                    for wait, text in recording["writes"]:
+                        as_bytes(text)          # raises if it cannot be sent
+                        if not is_number(wait):
+                            raise ValueError
+                    if recording["status"] not in range(200, 600):
                         raise ValueError
                     self.add(recording)
                 except (ValueError, KeyError, TypeError):
@@ -3326,7 +3332,7 @@ class Exchange:
 
     method, path: as sent; secrets in a query are masked.  headers: lower-case names,
     secrets masked.  body: a dict or None; each access gives a new one.  status.
-    events: how many were sent.  outcome: "complete", "client left", "error", "quirk",
+    events: how many there were, before a quirk saw them.  outcome: "complete", "client left", "error", "quirk",
     or None while it runs.  started: seconds since 1970.  seconds: how long it took.
     """
 
@@ -3561,16 +3567,18 @@ class Handler(BaseHTTPRequestHandler):
         incoming.exchange.status = status
         framing = {} if status == 204 else framing
         self.pending = [self.response_head(incoming, response, framing)]
-        self.send_writes(incoming, writes, encode, writes_per_send(response))
+        self.send_writes(incoming, response, writes, encode)
         self.pending.append(end)
         incoming.end()
         self.flush(incoming)
 
-    def send_writes(self, incoming, writes, encode, most):
-        """A body that comes piece by piece; what fails in it becomes an error event.
+    def send_writes(self, incoming, response, writes, encode):
+        """A body that comes piece by piece.  What fails in an event stream becomes an
+        error event; another body is cut.
 
         [DONE] waits for the last transfer chunk, which goes out in the same send.
         """
+        most = writes_per_send(response)
         try:
             for write in filter(None, writes):      # an empty one would spell the end
                 self.pending.append(encode(write))
@@ -3581,6 +3589,8 @@ class Handler(BaseHTTPRequestHandler):
         except BaseException as error:
             incoming.failed = True
             refusal = self.server.refusal(error, incoming)
+            if not is_event_stream(response.headers):
+                raise Cut("fin") from None
             self.pending.append(encode(event(refusal.body())))
 
     def cut(self, incoming, how):
@@ -4011,7 +4021,8 @@ class Server(ThreadingHTTPServer):
         """Add a row of `routes`, such as "GET /files" or "/embeddings"."""
         *method, path = route.split() or [route]
         method, (path, model) = "".join(method).upper() or "POST", normal_path(path)
-        if path in self.ROUTES or model is not None or "/" not in route:
+        if (path in self.ROUTES or model is not None or "/" not in route
+                or len(route.split()) > 2):
             raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint")
         if method in ("HEAD", "OPTIONS"):
             raise ValueError(f"the route {route!r}: the server itself answers {method}")
@@ -4157,7 +4168,8 @@ class Server(ThreadingHTTPServer):
         if not is_meant:
             log.error("The backend failed in %r; raise APIError where it is meant",
                       incoming.exchange, exc_info=error)
-        if self.failure is None and not (is_meant and type(error) is not BackendFault):
+        is_fault = not is_meant or type(error) is BackendFault
+        if self.failure is None and is_fault:
             self.failure = error, traceback
         elif self.failure is None or self.failure[0] is not error:
             error.__context__ = None
@@ -4394,7 +4406,8 @@ class Server(ThreadingHTTPServer):
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method not in methods:
             raise APIError(405, f"Not allowed to {incoming.method} on "
-                           f"{incoming.route}. (HINT: use {' or '.join(methods)} instead.)",
+                           f"{incoming.route}. (HINT: use {' or '.join(methods)} "
+                           "instead.)",
                            headers={"allow": allowed_methods(methods)})
         return methods[method](self, incoming)
 
