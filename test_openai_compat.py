@@ -6715,6 +6715,149 @@ def test_the_client_needs_no_package():
     assert finished(sys.executable, "-B", "-S", "-c", code, cwd=HERE).returncode == 0
 
 
+# ---------------------------------------------------------------------------
+# What servers and users did that an earlier client took the wrong way.
+
+@pytest.mark.parametrize("deltas, field, value", [
+    ([{"audio": {"data": [1, 2]}}, {"audio": {"data": [3]}}], "audio", {"data": [1, 2, 3]}),
+    ([{"refusal": [1]}, {"refusal": [{"a": 1}]}], "refusal", [1, {"a": 1}]),
+    ([{"content": [{"type": "text", "text": "a"}]}, {"content": "b"}], "content", "ab")])
+def test_only_content_and_thinking_are_lists_of_parts(deltas, field, value):
+    assert folded(*deltas)[field] == value
+
+
+def test_choices_of_a_whole_reply_without_an_index_keep_their_places():
+    whole = {"choices": [{"message": {"content": text}} for text in "ab"]}
+    with playing(reply(whole)) as (base_url, _):
+        choices = fold(streaming(base_url))["choices"]
+    assert [(each["index"], each["message"]["content"]) for each in choices] == [(0, "a"), (1, "b")]
+
+
+def dripping(connection):
+    connection.sendall(b"HTTP/1.1 500 No\r\n\r\n")
+    for _ in range(2000):
+        connection.sendall(b"x")
+        threading.Event().wait(0.01)
+
+
+@pytest.mark.parametrize("answer, least, most", [
+    (dripping, 1, 1999), (b"HTTP/1.1 400 No" + streamed(*[b"word"] * 300)[15:], 1200, 1200),
+    (reply(b"x" * 3_000_000, "400 No"), 100_000, 100_000)], ids=["drips", "small chunks", "long"])
+def test_the_body_of_an_error_has_a_limit_of_time_and_of_bytes_not_of_reads(
+        answer, least, most, monkeypatch):
+    monkeypatch.setattr(client, "_ERROR_BODY", 0.1 if answer is dripping else PATIENCE)
+    assert least <= len(refused_by(answer, max_retries=0)[0].message) <= most
+
+
+WARMING = reply(b"Service is warming up", content_type="text/plain")
+
+
+@both
+@pytest.mark.parametrize("answer, error, told", [
+    (WARMING, BadReply, "the server's reply is text/plain, not JSON"),
+    (reply({"error": {"code": 429, "message": "busy"}}), client.APIError, "429: busy"),
+    (b"HTTP/1.1 502 \r\n\r\n<html>", client.APIError, "502: Bad Gateway"),
+    (b"nonsense\r\n\r\n", ConnectionFailed, "/v1: nonsense")])
+def test_streamed_or_not_an_error_says_what_the_server_did(answer, error, told, stream):
+    with playing(answer) as (base_url, _), pytest.raises(error) as caught:
+        list(Client(base_url, max_retries=0).chat_completions("Hi", "m", stream=stream))
+    assert told in str(caught.value) and "running" not in str(caught.value)
+
+
+def test_the_code_of_an_error_is_its_status_where_the_response_was_fine():
+    for given, status in ((429, 429), ("429", None), (399, None), (600, None), (None, None)):
+        with pytest.raises(client.APIError) as caught:
+            list(chunks([json.dumps({"error": {"message": "busy", "code": given}})]))
+        assert (caught.value.status, caught.value.retryable) == (status, status == 429)
+    assert refused_by(reply({"error": {"message": "no", "code": 429}}, "400 No"))[0].status == 400
+    assert refused_by(reply({"error": {"message": "no", "code": 429}}, retry_after_ms="1"))[1] == 3
+
+
+@pytest.mark.parametrize("said", ["{}", "null", ""])
+def test_an_error_event_that_says_nothing_is_an_error(said):
+    with pytest.raises(client.APIError, match="without a message"):
+        chunks_read(f"event: error\ndata: {said}\n\n".encode()).__next__()
+
+
+@pytest.mark.parametrize("query, key, echoed, shown", [
+    ("", "EMPTY", "messages must not be empty", "messages must not be empty"),
+    ("?key=abcd+efgh", "", "abcd+efgh abcd efgh", "*** ***"), ("?SECRETKEY", "", "SECRETKEY", "***"),
+    ("?k=%ff%feabcdef", "", "%ff%feabcdef", "***"), ("?k=c2VjcmV0cw==", "", "c2VjcmV0cw==", "***")])
+def test_a_secret_is_each_value_of_the_query_but_no_short_word(query, key, echoed, shown):
+    with playing(refusal_reply("400 No", message=echoed)) as (base_url, _):
+        with pytest.raises(client.APIError) as caught:
+            Client(base_url + query, key).models()
+    assert caught.value.message == shown
+
+
+def test_the_wait_that_a_server_asks_for_is_read_before_secrets_are_concealed(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with playing(reply({"error": "no"}, "429 No", retry_after="90.000000"), MODELS_REPLY) as (base_url, _):
+        asking = Client(base_url)
+        asking.add_header("X-Budget", "90.000000")
+        asking.models()
+    assert waits == [90]
+
+
+def test_a_header_cannot_hide_in_a_name_and_a_key_loses_its_line_end():
+    asking = Client(api_key="sk-abc\n")
+    assert asking.headers["Authorization"] == "Bearer sk-abc"
+    with pytest.raises(ClientError, match="X:Y"):
+        asking.add_header("X:Y", "v")
+    with pytest.raises(ClientError, match="Authorization"):
+        Client(api_key="sk-\nabc")
+
+
+def test_what_a_user_cannot_send_is_a_value_error():
+    too_deep = functools.reduce(lambda inner, _: [inner], range(100_000), 5)
+    for params in ({"x": too_deep}, {"x": float("nan")}):
+        with pytest.raises(ValueError):
+            Client("http://127.0.0.1:1/v1").chat_completions("Hi", "m", **params)
+
+
+def test_a_cut_stream_that_was_not_asked_for_is_asked_again_and_silence_keeps_the_text():
+    assert len(completed(streamed(HI_EVENT), reply(WHOLE))[1]) == 2
+    assert type(refused_by(streamed(HI_EVENT), max_retries=0)[0]) is ConnectionFailed
+    with playing(then_held(STREAM_HEAD + transfer_chunk(HI_EVENT))) as (base_url, _):
+        with pytest.raises(ConnectionFailed) as caught:
+            list(streaming(base_url, timeout=0.2))
+    assert caught.value.text == "Hi"
+
+
+def test_messages_keep_what_moves_no_cursor():
+    for text, shown in (("a\xa0b\u3000c\U0001f469\u200d\U0001f680", None), ("a\x9bb", "a\\x9bb"),
+                        ("\u2066\u200f\u061c", "\\u2066\\u200f\\u061c"), ("\ud83d\r", "\\ud83d\\x0d")):
+        assert str(ClientError(text)) == (shown or text).replace("\\x0d", "\\r")
+
+
+def test_show_keeps_no_chunk_of_which_all_is_shown():
+    kept, delta = [], {"role": "assistant", "content": "x", "refusal": None, "tool_calls": []}
+    list(client._shown([one(delta)] * 5 + [one({"reasoning": "x"})] * 5 + [one({}, "stop")], kept))
+    assert len(kept) == 1
+
+
+def test_a_stream_that_is_cut_in_its_reasoning_leaves_no_line_open():
+    with playing(streamed(event({"reasoning": "Hm"}))) as (base_url, _):
+        with terminal("chat", "Hi", base_url=base_url) as (_, expect, type):
+            assert expect("client.py: ").endswith("Hm\x1b[0m\r\n")
+
+
+def test_curl_sends_the_content_type_that_the_user_gave_and_no_model_is_no_line():
+    words = ["chat", "Hi", "--model", "m", "-H", "content-type: application/x"]
+    _, requests = ran_on(GOOD, words=words)
+    command = run(*words, "--curl", base_url="http://h/v1").stdout.decode()
+    assert requests[0][1]["content-type"] == "application/x" and "Content-Type: application/x'" in command
+    assert "application/json" not in command
+    assert ran_on(reply({"data": []}), words=["models"])[0].stdout == b""
+
+
+def test_a_command_of_the_conversation_may_end_with_a_tab():
+    talk = client.Conversation(None, {"messages": []})
+    talk.obey("/system\tBe brief ")
+    assert talk.system == [{"role": "system", "content": "Be brief"}]
+
+
 # ==================================================================================
 # PROGRAMS, RELAY AND REPLAY, THE COMMAND LINE, TLS, NGINX
 
