@@ -646,8 +646,7 @@ def _as_chunk(completion):
 # is never followed (urllib would turn the POST into a GET, and take the key along).
 
 _CONNECT = 10      # seconds to wait for a connection; a reply may take much longer
-_ERROR_BODY = 5    # seconds for the body of an error, whose status is known, and for
-                   # each read of it: together they take less than twice as long
+_ERROR_BODY = 5    # seconds for a read of an error's body, and until the last read
 _LOOPBACK = re.compile(r"127\..*|(.*\.)?localhost|::1|0\.0\.0\.0")
 
 
@@ -757,8 +756,8 @@ _PUBLIC = {"api-version", "openai-organization", "openai-project", "user-agent"}
 def _secrets_in(headers, query):
     """The values to keep out of messages, longest first: those of headers and of the
     query of the base URL, as it spells them and decoded. A field of the query without
-    "=" is a value. What has fewer than 8 characters is no real key but a word, such as
-    the EMPTY that local servers are given, and messages may well hold it.
+    "=" is a value. What has fewer than 8 characters is a word, which messages may well
+    hold; only the key may be shorter, such as the EMPTY that local servers are given.
 
     Example:
         >>> _secrets_in({"Authorization": "Bearer sk-12345"}, "sig=my%20secret")
@@ -767,16 +766,20 @@ def _secrets_in(headers, query):
     fields = [["", *field.split("=", 1)][-2:] for field in query.split("&")]
     secrets = set()
     for name, value in [*headers.items(), *fields]:
+        least = 4 if name == "Authorization" else 8
         if name.lower() not in _PUBLIC:
-            secrets |= {value, urllib.parse.unquote_plus(value), *value.split()[-1:]}
-    return sorted((text for text in secrets if len(text) >= 8), key=len, reverse=True)
+            spelt = value, urllib.parse.unquote_plus(value), *value.split()[-1:]
+            secrets.update(text for text in spelt if len(text) >= least)
+    return sorted(secrets, key=len, reverse=True)
 
 
 def _spellings(secret):
     r"""A pattern for a secret as JSON, a URL or a repr may spell it: each character
-    as it is, behind backslashes, as \u0041 or as %41."""
-    return "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u{ord(c):04x}|%{ord(c):02x})"
+    as it is, behind backslashes, as \u0041 or as %41. Only a long one is also found in
+    the other case: EMPTY may be a key, but "empty" is a word."""
+    text = "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u{ord(c):04x}|%{ord(c):02x})"
                    for c in secret)
+    return f"(?i:{text})" if len(secret) >= 8 else text
 
 
 class Client:
@@ -794,8 +797,8 @@ class Client:
     and others when all are there; `retrying`, a function that gets the error and the
     seconds before each wait for a retry.
 
-    No error's text holds the key, the value of a header or of the base URL's query,
-    unless it is shorter than 8 characters, or known to be public.
+    No error holds the key, nor the value of a header or of the base URL's query, if it
+    is not public and has 8 characters or more (of the key 4 suffice).
 
     One client may be used by many threads. OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent
     along where they are set. Raises ClientError for settings that cannot be used.
@@ -909,8 +912,8 @@ class Client:
         """Replace the secrets in all that an error holds by ***: each error of a
         request passes here. Its cause goes too: it may quote what the server sent."""
         secrets = _secrets_in(self.headers, self.base.query)
-        pattern = "|".join(map(_spellings, secrets)) or "(?!)"  # which matches nowhere
-        replace = re.compile(pattern, re.IGNORECASE).sub
+        # (?!) matches nowhere.
+        replace = re.compile("|".join(map(_spellings, secrets)) or "(?!)").sub
 
         def hide(value):
             return replace("***", value) if isinstance(value, str) else value
@@ -982,13 +985,11 @@ class Client:
 
     def _read_json(self, response):
         """The body of a response: one JSON document, or a stream although unasked."""
-        folded = None
         try:
             with contextlib.closing(response):
                 body = b"".join(reads(response))
             start = body.lstrip(_BLANK)
-            if _STREAM.match(start):
-                folded = fold(chunks(events(lines([start]))))
+            folded = _STREAM.match(start) and fold(chunks(events(lines([start]))))
         except StreamTruncated as error:  # nothing of it was handed on: ask again
             raise ConnectionFailed(error.message) from error
         self.watch(body)  # only now: a reply that was cut is asked for again
@@ -1004,8 +1005,8 @@ class Client:
                 break
         if not start or _STREAM.match(start):
             return chunks(events(lines(itertools.chain([start], body))))
-        whole = _with_choices(self._document(response, start + b"".join(body)))
-        return [_as_chunk(whole)]
+        whole = self._document(response, start + b"".join(body))
+        return [_as_chunk(_with_choices(whole))]
 
     def _document(self, response, body):
         try:
@@ -1134,8 +1135,8 @@ def curl(client, path, request=None):
 # each question. A question that failed is taken back, so that it can be asked again.
 
 class Conversation:
-    """A line that begins with one of these words is a command, any other is asked (also
-    one with a space before the word):
+    """A line that begins with one of these words is a command, any other is asked. (So
+    is one with a space before the word.)
 
       /system TEXT   what the model shall be (nothing: forget it)
       /model NAME    ask another model (nothing: list them)
