@@ -73,7 +73,8 @@ __all__ = ["Client", "ClientError", "APIError", "ConnectionFailed", "StreamTrunc
 # that it is. What a server says may end up on a terminal or in a log: an error's texts
 # hold no control characters, and Client takes its secrets out of each error it raises.
 
-# What moves the cursor or the direction of writing, and lone surrogates. Not \t and \n.
+# What moves the cursor or turns the direction of writing, and lone surrogates; but not
+# the tab and the line feed.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
                       "\u2066-\u2069\ud800-\udfff]")
 
@@ -1318,27 +1319,27 @@ def parsed(argv):
     option, switch = parser.add_argument, {"action": "store_true"}
     texts = {"action": "append", "default": []}  # an option that may be repeated
     option("command", nargs="?", choices=_COMMANDS, help="what to do")
-    option("words", nargs="*", metavar="PROMPT", help="words; - is standard input")
+    option("words", nargs="*", metavar="PROMPT", help="the question; - or none: stdin")
     option("--base-url", help="the server, up to /v1; else OPENAI_BASE_URL")
     option("--api-key", help="the key; else OPENAI_API_KEY, which ps does not show")
     option("-H", **texts, help='"Name: value", such as an api-key; may be repeated')
     option("--config", help="INI file: [OpenAI] API_SECRET_KEY, MODEL, BASE_URL")
     option("--cafile", help="authorities to trust, PEM; else SSL_CERT_FILE")
-    option("--timeout", type=float, default=600, help="most seconds of silence: 600")
+    option("--timeout", type=float, default=600, help="longest silence, seconds; 600")
     option("--retries", type=int, help="how often to try again: 2, with bench 0")
     option("--model", help="the model; else OPENAI_MODEL, or the server's first")
     option("--system", help="a system message")
     option("--max-tokens", type=int, help="the longest reply")
     option("--temperature", type=finite, help="0 to 2: how far the reply may vary")
     option("--stop", **texts, help="end the reply before this text; may be repeated")
-    option("-p", **texts, metavar="NAME=VALUE", help="any: JSON, else text; or @FILE")
+    option("-p", **texts, metavar="NAME=VALUE", help="a parameter: JSON, text or @FILE")
     option("--no-stream", **switch, help="let the reply come in one piece")
     option("--json", **switch, help="print the completion as one JSON document")
     option("--raw", **switch, help="print the bytes of the reply as they come")
-    option("--curl", **switch, help="print a curl command; ask at most for a model")
+    option("--curl", **switch, help="print it as a curl command; ask only for a model")
     option("--prompt", help="the PROMPT, or its last words")
-    option("--requests", type=int, default=100, help="bench: how many in all: 100")
-    option("--concurrency", type=int, default=8, help="bench: how many at a time: 8")
+    option("--requests", type=int, default=100, help="bench: how many in all; 100")
+    option("--concurrency", type=int, default=8, help="bench: at once, to 1000; 8")
     return parser, parser.parse_intermixed_args(argv)
 
 

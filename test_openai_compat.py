@@ -5484,7 +5484,7 @@ def single_bytes(body):
 
 def test_the_examples_of_the_client_are_true():
     found = {test.name: test for test in doctest.DocTestFinder().find(client) if test.examples}
-    for name in ("lines", "events", "chunks", "pieces", "fold"):
+    for name in ("reads", "lines", "events", "chunks", "pieces", "fold"):
         assert "Example:" in found["client." + name].docstring
     for test in found.values():
         output = []
