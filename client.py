@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Ask any OpenAI-compatible server, with nothing but Python's standard library.
+r"""Ask any OpenAI-compatible server, with Python 3.8 or later and nothing else.
 
     python3 client.py chat "Hello!"              one question, the reply as it comes
     python3 client.py chat                       a conversation
@@ -51,6 +51,7 @@ import email.utils
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -58,6 +59,7 @@ import socket
 import ssl
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 
@@ -71,13 +73,19 @@ __all__ = ["Client", "ClientError", "APIError", "ConnectionFailed", "StreamTrunc
 # that it is. What a server says may end up on a terminal or in a log: an error's texts
 # hold no control characters, and Client takes its secrets out of each error it raises.
 
+# What moves the cursor or turns the direction of writing, and lone surrogates; but not
+# the tab and the line feed.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
+                      "\u2066-\u2069\ud800-\udfff]")
+
 
 class ClientError(Exception):
     """The base of all errors here; raised itself when the client is set up wrongly.
     `message` says what went wrong; `headers` are those of the response, if there was
-    one."""
+    one; `retryable` is True where the same request may succeed later; `text` is what
+    came of a stream that was cut or fell silent."""
 
-    headers = {}
+    headers, retryable, code, text = {}, False, None, ""
 
     def __init__(self, message):
         self.message = str(_printable(message))
@@ -87,10 +95,10 @@ class ClientError(Exception):
 class APIError(ClientError):
     """The server refused: with a status, or with an error event in a stream.
 
-    `status` (None for an error event), `message`, `type`, `code` and `param` are those
-    of the API's envelope {"error": {...}}; `request_id` is one of the headers. `kind`
-    is status and code in a few words: "404 model_not_found". `retryable` is True where
-    the same request may succeed later.
+    `message`, `type`, `code` and `param` are those of the API's envelope
+    {"error": {...}}. `status` is the response's, or the `code` of an error that came
+    with status 200, if that is one (400 to 599), else None. `request_id` is one of the
+    headers. `kind` is status and code in a few words: "404 model_not_found".
     """
 
     def __init__(self, status, message, type=None, code=None, param=None, headers=None):
@@ -108,17 +116,15 @@ class APIError(ClientError):
 
 
 class ConnectionFailed(ClientError):
-    """No response: no connection, no trust in a certificate, or silence for too long.
-    `retryable` and `code` are there as in an APIError."""
+    """No response: no connection, no trust in a certificate, or silence for too long,
+    which may come in the middle of a stream."""
 
-    retryable, code = True, None
+    retryable = True
 
 
 class StreamTruncated(ClientError):
     """A stream ended before it was complete. `text` is the first choice's text so far
     (of a very long one the end, a million characters or more)."""
-
-    text = ""
 
 
 class BadReply(ClientError):
@@ -136,50 +142,26 @@ def _printable(value):
     """
     if value is None or isinstance(value, (int, float)):
         return value
-    text = _text_or_json(value)[:100_000]
-    return "".join(c if c.isprintable() or c in "\n\t" else
-                   c.encode("unicode_escape").decode() for c in text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(),
+                        _text_or_json(value)[:100_000])
 
 
 def _text_or_json(value):
     return value if isinstance(value, str) else _as_json(value)
 
 
-def _as_json(value, encoding="utf-8", **how):
+def _as_json(value, encoding="utf-8", too_deep=BadReply, **how):
     """JSON text that `encoding` can hold: characters as they are, escaped where they
-    must be (a lone surrogate has no UTF-8, a Chinese sentence no Latin-1)."""
+    must be (a lone surrogate has no UTF-8, a Chinese sentence no Latin-1). Raises
+    `too_deep` for a value that is nested too deeply."""
     try:
         text = json.dumps(value, ensure_ascii=False, **how)
         text.encode(encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value, **how)
     except RecursionError:
-        raise BadReply("the JSON is nested too deeply") from None
+        raise too_deep("the JSON is nested too deeply") from None
     return text
-
-
-def _conceal(error, secrets):
-    """Replace the secrets in everything that an error holds by ***. The error's cause
-    goes too: it is http.client's, which quotes what the server sent."""
-    pattern = "|".join(map(_spellings, sorted(secrets, key=len, reverse=True)))
-    replace = re.compile(pattern or "(?!)", re.IGNORECASE).sub  # (?!) matches nowhere
-
-    def hide(value):
-        return replace("***", value) if isinstance(value, str) else value
-
-    error.args = tuple(map(hide, error.args))
-    vars(error).update({name: hide(value) for name, value in vars(error).items()})
-    error.headers, headers = http.client.HTTPMessage(), error.headers
-    for name, value in headers.items():
-        error.headers[hide(name)] = hide(value)
-    error.__cause__ = error.__context__ = None
-
-
-def _spellings(secret):
-    r"""A pattern for a secret as JSON, a URL or a repr may spell it: each character
-    as it is, behind backslashes, as \u0041 or as %41."""
-    return "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u00{ord(c):x}|%{ord(c):x})"
-                   for c in secret)
 
 
 # ------------------------------------------------------------------------------------
@@ -187,15 +169,20 @@ def _spellings(secret):
 # bytes before it is decoded: a read may end inside a character, a line never does, and
 # str.splitlines would also cut at U+2028 and U+0085, which JSON texts may hold.
 
-def reads(response, watch=None, cut_error=StreamTruncated):
-    """Yield the body of a response as it arrives; `watch` is called with each read.
+def reads(response, watch=lambda block: None):
+    r"""Yield the body of a response as it arrives; `watch` is called with each read.
 
     Never `for line in response`: that ends without an error when the connection is cut
     between two transfer chunks, and read1 does not. Raises ConnectionFailed for a
-    timeout and for a body that is cut before its first byte, `cut_error` for one that
-    is cut later.
+    timeout and for a body that is cut before its first byte, StreamTruncated for one
+    that is cut later.
+
+    Example:
+        >>> import io
+        >>> list(reads(io.BytesIO(b"data: [DONE]\n\n")))
+        [b'data: [DONE]\n\n']
     """
-    failed = ConnectionFailed
+    cut_error = ConnectionFailed
     while True:
         try:
             block = response.read1(65536)
@@ -204,13 +191,12 @@ def reads(response, watch=None, cut_error=StreamTruncated):
         except socket.timeout as error:
             raise ConnectionFailed("the server fell silent in mid-reply") from error
         except (OSError, http.client.HTTPException) as error:
-            raise failed("the connection was cut in mid-reply") from error
+            raise cut_error("the connection was cut in mid-reply") from error
         if not block:
             return
-        if watch:
-            watch(block)
+        watch(block)
         yield block
-        failed = cut_error
+        cut_error = StreamTruncated
 
 
 def lines(reads):
@@ -240,31 +226,19 @@ def lines(reads):
         yield bytes(begun)
 
 
-def _decoded(lines):
-    """Yield lines as str, without their ends and without the byte order mark, of which
-    one may open the stream. An invalid byte becomes U+FFFD, as in browsers."""
-    for number, line in enumerate(lines):
-        if not isinstance(line, str):
-            line = line.decode("utf-8", "replace")
-        if not number and line.startswith("\ufeff"):
-            line = line[1:]
-        yield line.rstrip("\r\n")
-
-
 class Event(str):
     """The data lines of one event, joined with LF. `type` is what its `event:` line
     named; `whole` is False for a last event that has no blank line after it."""
-
-    type, whole = "message", True
 
 
 def events(lines):
     r"""Yield an Event (a str) for each event that has data lines.
 
-    `lines` may be bytes or str, with or without their ends: a list, a file, a response.
+    `lines` may be bytes or str, with or without their ends: a list, or an open file.
     `id` and `retry` are for clients that reconnect: these fields, unknown ones and
     comments are passed over. The standard drops a last event without its blank line;
-    here it is yielded with `whole` False, because some servers forget that line.
+    here it is yielded with `whole` False, because some servers forget that line. An
+    invalid byte becomes U+FFFD, as in browsers; a byte order mark may open the stream.
 
     Example:
         >>> list(events([b": a comment", b"data: Hello,", b"data:world", b""]))
@@ -272,14 +246,17 @@ def events(lines):
         >>> [event.type for event in events(["event: error", "data: busy", ""])]
         ['error']
     """
-    type, found = "", []
-    for line in _decoded(lines):
-        name, _, value = line.partition(":")
+    type, found, mark = "", [], "\ufeff"
+    for line in lines:
+        line = line if isinstance(line, str) else line.decode("utf-8", "replace")
+        if mark:  # the first line
+            line, mark = line[line.startswith(mark):], ""
+        name, colon, value = line.rstrip("\r\n").partition(":")
         if name == "data":
             found.append(value[1:] if value.startswith(" ") else value)
         elif name == "event":
             type = value[1:] if value.startswith(" ") else value
-        elif not line:
+        elif not name and not colon:  # a blank line
             if found:
                 yield _event(found, type)
             type, found = "", []
@@ -289,8 +266,7 @@ def events(lines):
 
 def _event(found, type, whole=True):
     event = Event("\n".join(found))
-    if type or not whole:  # else the class's values hold, and the event needs no dict
-        event.type, event.whole = type or "message", whole
+    event.type, event.whole = type or "message", whole
     return event
 
 
@@ -300,7 +276,6 @@ def _event(found, type, whole=True):
 # below, which accept a missing field, null and values of the wrong type.
 
 _decode = json.JSONDecoder().decode  # json.loads, without its checks of the arguments
-_KEPT = 1 << 20  # how many characters of its text a StreamTruncated has at least
 
 
 def _choices(chunk):
@@ -308,13 +283,12 @@ def _choices(chunk):
     choices = chunk.get("choices")
     choices = choices if isinstance(choices, list) else ()
     if len(choices) == 1 and isinstance(choices[0], dict):
-        return choices  # as they mostly are, and nothing is copied
+        return choices  # as they mostly are: without a copy, an event takes 7 % less
     return [choice for choice in choices if isinstance(choice, dict)]
 
 
-def _index(choice):
-    index = choice.get("index")
-    return index if type(index) is int else 0
+def _index(choice, default=0):
+    return choice["index"] if type(choice.get("index")) is int else default
 
 
 def _object(value):
@@ -335,10 +309,19 @@ def _text(choice):
 
 
 def _reasoning(choice):
-    """The reasoning that a choice adds, under any of its names."""
+    """The reasoning that a choice adds: under one of two names, or in the parts of its
+    content, as Mistral sends it.
+
+    Example:
+        >>> hm = {"type": "text", "text": "Hm."}
+        >>> _reasoning({"delta": {"content": [{"type": "thinking", "thinking": [hm]}]}})
+        'Hm.'
+    """
     delta = _object(choice.get("delta"))
     text = delta.get("reasoning_content") or delta.get("reasoning")
-    return text if text and isinstance(text, str) else _thinking(delta.get("content"))
+    thoughts = (_text_in(part.get("thinking")) for part in _parts(delta.get("content"))
+                if part.get("type") == "thinking")
+    return text if text and isinstance(text, str) else "".join(thoughts)
 
 
 def _text_in(content):
@@ -352,18 +335,6 @@ def _text_in(content):
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _thinking(content):
-    """The reasoning in a content that is a list of parts, as Mistral sends it.
-
-    Example:
-        >>> hm = {"type": "text", "text": "Hm."}
-        >>> _thinking([{"type": "thinking", "thinking": [hm]}])
-        'Hm.'
-    """
-    return "".join(_text_in(part.get("thinking")) for part in _parts(content)
-                   if part.get("type") == "thinking")
-
-
 def _parts(content):
     """The parts of a content as dicts; a str among them is text."""
     return [{"type": "text", "text": part} if isinstance(part, str) else _object(part)
@@ -375,8 +346,7 @@ def _whole_characters(texts):
     UTF-16 units may send the halves of an emoji in two chunks. A lone half stays."""
     held = ""
     for text in texts:
-        if held:
-            text = _paired(held + text)
+        text = _paired(held + text) if held else text
         held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
         yield text[:-1] if held else text
     yield held
@@ -393,7 +363,8 @@ def chunks(events):
     Events that say nothing (empty, null, {}) are passed over. Raises APIError for an
     error event and for a choice that ends in an error, BadReply for an event that is no
     JSON object. Raises StreamTruncated when the stream ends without [DONE] and a choice
-    has no finish_reason: HTTP alone does not tell whether such a reply is complete.
+    has no finish_reason: HTTP alone does not tell whether such a reply is complete. The
+    error of a stream that was cut or fell silent gets the `text` so far.
 
     Example:
         >>> list(chunks(['{"choices": [{"delta": {"content": "Hi"}}]}', "[DONE]"]))
@@ -405,19 +376,19 @@ def chunks(events):
             chunk = _json_or_text(event)
             if chunk == "[DONE]":
                 return
+            _raise_error_in(chunk, event)
             if not chunk:
                 continue
-            _raise_error_in(chunk, event)
             for choice in _choices(chunk):
                 index = _index(choice)
                 ends[index] = choice.get("finish_reason") or ends.get(index)
                 text += "" if index else _text(choice)
-            if len(text) > 2 * _KEPT:
-                text = text[-_KEPT:]
+            if len(text) > 2 << 20:
+                text = text[-1 << 20:]
             yield chunk
         if not ends or not all(ends.values()):
             raise StreamTruncated("the stream ended before the reply was complete")
-    except StreamTruncated as error:
+    except (StreamTruncated, ConnectionFailed) as error:
         error.text = _paired(text)
         raise
 
@@ -436,10 +407,10 @@ def _raise_error_in(chunk, event):
     """Raise the error that an event's JSON is, if it is one."""
     error = _error_in(chunk)
     if not error and getattr(event, "type", "") == "error":
-        error = _error_in({"error": chunk})
+        error = _error_in({"error": chunk or "an error event without a message"})
     if error:
         raise error
-    if not isinstance(chunk, dict):
+    if chunk and not isinstance(chunk, dict):
         raise BadReply(f"an event is not a JSON object: {_text_or_json(chunk)}")
 
 
@@ -447,21 +418,27 @@ def _error_in(body, status=None, headers=None):
     """The APIError that a JSON document describes, or None if it describes none.
 
     Known forms: {"error": {"message": ...}} (the API's own), the same in an array
-    (Gemini), {"error": "text"} (Ollama), {"object": "error", "message": ...} or a
-    message where choices or models should be (vLLM), a choice with an error
-    (OpenRouter).
+    (Gemini), {"error": "text"} (Ollama), {"object": "error", "message": ...} or the
+    error's fields at the top, where choices or models should be (vLLM), a choice with
+    an error (OpenRouter).
+
+    Example:
+        >>> print(_error_in({"error": {"message": "busy", "code": 503}}, status=200))
+        503: busy
     """
     body = _object(body[0] if isinstance(body, list) and len(body) == 1 else body)
     error = body.get("error")
     for choice in _choices(body):
         if choice.get("error") or choice.get("finish_reason") == "error":
             error = error or choice.get("error") or "the reply ended with an error"
-    flat = "message" in body and not body.keys() & {"choices", "data", "models"}
-    if not error and (flat or body.get("object") == "error"):
+    at_the_top = "message" in body and not body.keys() & {"choices", "data", "models"}
+    if not error and (at_the_top or body.get("object") == "error"):
         error = body
     if not error:
         return None
     error = error if isinstance(error, dict) else {"message": error}
+    if (status or 200) < 300 and error.get("code") in range(400, 600):
+        status = int(error["code"])
     fields = (error.get(name) for name in ("type", "code", "param"))
     return APIError(status, error.get("message") or error, *fields, headers=headers)
 
@@ -482,11 +459,12 @@ def pieces(chunks):
 
 
 # ------------------------------------------------------------------------------------
-# Fold: from chunks to the completion. One rule decides for every field, known or not.
-# In delta, text and logprobs the texts of _JOINED are concatenated, lists are extended,
-# and of anything else the first value that is not empty counts. Outside of them the
-# first scalar that is not empty counts, and a later object or list replaces an earlier
-# one, as usage does. `obfuscation` is padding and is left out.
+# Fold: from chunks to the completion. Two rules decide for all fields, known or not.
+# What stands in _GROWING grows from chunk to chunk (_merged, _grown): in it the texts
+# named in _JOINED are concatenated, lists are extended, and of anything else the first
+# value that is not empty counts. All else does not grow (_note): the first scalar that
+# is not empty counts, and a later object or list replaces an earlier one, as usage
+# does. `obfuscation` is padding and is left out.
 
 _GROWING = {"delta", "text", "logprobs"}
 _JOINED = {"content", "text", "refusal", "reasoning_content", "reasoning", "thinking",
@@ -510,18 +488,18 @@ def fold(chunks):
         >>> completion["usage"]
         {'total_tokens': 9}
     """
-    completion, choices, deltas = {}, {}, {}
+    completion, choices, growing = {}, {}, {}
     for chunk in chunks:
         _note(completion, chunk, but={"choices", "obfuscation"})
         for choice in _choices(chunk):
             index = _index(choice)
             known = {"index": index, "logprobs": None, "finish_reason": None}
             _note(choices.setdefault(index, known), choice, but=_GROWING | {"index"})
-            deltas.setdefault(index, []).append(
+            growing.setdefault(index, []).append(
                 {name: choice[name] for name in _GROWING & choice.keys()})
     try:
-        completion["choices"] = [_complete({**choices[index], **_merged(deltas[index])})
-                                 for index in sorted(choices)]
+        completion["choices"] = [_complete({**choices[index], **_merged(each)})
+                                 for index, each in sorted(growing.items())]
     except RecursionError:
         raise BadReply("a chunk is nested too deeply") from None
     is_text = any("text" in choice for choice in completion["choices"])
@@ -538,15 +516,15 @@ def _note(known, more, but=()):
             known[name] = value
 
 
-def _merged(deltas):
-    """One object from its deltas, each field from all of its values.
+def _merged(objects):
+    """One object from several, each field from all of its values.
 
     Example:
         >>> _merged([{"role": "assistant", "content": "Hi "}, {"content": "you"}])
         {'role': 'assistant', 'content': 'Hi you'}
     """
     values = {}
-    for name, value in (item for delta in deltas for item in delta.items()):
+    for name, value in (item for each in objects for item in each.items()):
         values.setdefault(name, []).append(value)
     return {name: _grown(name, found) for name, found in values.items()}
 
@@ -567,8 +545,10 @@ def _grown(name, values):
         full = [_text_or_json(value) for value in full]
     if isinstance(full[0], dict):
         return _merged(value for value in full if isinstance(value, dict))
-    if name in _JOINED and isinstance(full[0], (str, list)):
-        return _content(_items(full))
+    if name in _JOINED and all(isinstance(value, str) for value in full):
+        return _paired("".join(full))
+    if name in ("content", "thinking") and isinstance(full[0], (str, list)):
+        return _content(_items(full))  # which may come as a list of parts
     return _items(full) if isinstance(full[0], list) else full[0]
 
 
@@ -596,11 +576,11 @@ def _content(items):
     return parts[0]["text"] if len(parts) == 1 and kind == "text" else parts
 
 
-def _merged_calls(deltas):
-    """The tool calls that the fragments in the deltas make."""
+def _merged_calls(lists):
+    """The tool calls that lists of fragments make; one may come without its list."""
     calls = []  # for each call: its fragments, and index and id as far as known
-    for delta in deltas:
-        fragments = [item for item in _items([delta]) if isinstance(item, dict)]
+    for value in lists:
+        fragments = [item for item in _items([value]) if isinstance(item, dict)]
         for place, fragment in enumerate(fragments):
             # Of several in one list, the place stands in for an index.
             fragment = {"index": place, **fragment} if len(fragments) > 1 else fragment
@@ -653,9 +633,11 @@ def _complete(choice):
 
 
 def _as_chunk(completion):
-    """A completion as one chunk, for a server that cannot stream."""
-    choices = [{"delta" if name == "message" else name: value
-                for name, value in choice.items()} for choice in _choices(completion)]
+    """A completion as one chunk, for a server that cannot stream. A choice without an
+    index has its place."""
+    choices = [{"delta" if name == "message" else name: value for name, value in
+                {**choice, "index": _index(choice, place)}.items()}
+               for place, choice in enumerate(_choices(completion))]
     return {**completion, "choices": choices}
 
 
@@ -665,8 +647,8 @@ def _as_chunk(completion):
 # is never followed (urllib would turn the POST into a GET, and take the key along).
 
 _CONNECT = 10      # seconds to wait for a connection; a reply may take much longer
-_ERROR_BODY = 5    # seconds to wait for the body of an error, whose status is known
-_LOOPBACK = {"localhost", "::1", "0.0.0.0"}
+_ERROR_BODY = 5    # seconds for a read of an error's body, and until the last read
+_LOOPBACK = re.compile(r"127\..*|(.*\.)?localhost|::1|0\.0\.0\.0")
 
 
 class _Connection:
@@ -700,31 +682,30 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         return super().do_open(ours, request, **settings)
 
 
-def _opener(base, cafile=None):
+def _build_opener(base, cafile=None):
     """An opener for the server at `base` (a split URL). Its certificate is checked with
     `cafile` or else the system's authorities. Proxies are those of the environment, but
     a server on this machine is asked directly."""
-    host, context = base.hostname, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if base.scheme == "https":  # loading the authorities takes longer than a request
         context = ssl.create_default_context(cafile=cafile)
-    local = host in _LOOPBACK or host.startswith("127.") or host.endswith(".localhost")
+    no_proxies = {} if _LOOPBACK.fullmatch(base.hostname) else None  # None: those set
     director = urllib.request.OpenerDirector()
-    director.add_handler(urllib.request.ProxyHandler({} if local else None))
+    director.add_handler(urllib.request.ProxyHandler(no_proxies))
     director.add_handler(_Handler(context=context))
     return director
 
 
 def _retry_after(headers):
     """The seconds a server asks to wait, from retry-after-ms or Retry-After (RFC 9110,
-    10.2.3: seconds or a date), or None."""
-    def until(date):
-        return email.utils.mktime_tz(email.utils.parsedate_tz(date)) - time.time()
-
-    for name, unit, seconds in (("retry-after-ms", 0.001, float),
-                                ("retry-after", 1, float), ("retry-after", 1, until)):
-        with contextlib.suppress(ArithmeticError, LookupError, TypeError, ValueError):
-            return seconds(headers.get(name)) * unit
-    return None
+    10.2.3: seconds or a date), or 0."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1)):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(headers.get(name)) * unit
+    with contextlib.suppress(ArithmeticError, LookupError, TypeError, ValueError):
+        date = email.utils.parsedate_tz(headers.get("retry-after"))
+        return email.utils.mktime_tz(date) - time.time()
+    return 0
 
 
 def _seconds_to_retry(error, retries):
@@ -733,12 +714,12 @@ def _seconds_to_retry(error, retries):
     The official SDK's rules: no wait of more than two minutes; then what the server
     says in x-should-retry; then the status. A used-up quota is not retried either.
     """
-    seconds = _retry_after(error.headers) or 0
-    told = {"true": True, "false": False}
-    again = told.get(error.headers.get("x-should-retry"), error.retryable)
+    seconds = _retry_after(error.headers)
+    asked = {"true": True, "false": False}.get(error.headers.get("x-should-retry"))
+    again = error.retryable if asked is None else asked
     if not again or seconds > 120 or error.code == "insufficient_quota":
         return None
-    backoff = min(0.5 * 2 ** min(retries, 4), 8) * (1 - 0.25 * random.random())
+    backoff = 0.5 * 2 ** min(retries, 4) * (1 - 0.25 * random.random())
     return seconds if seconds > 0 else backoff
 
 
@@ -747,18 +728,17 @@ def _seconds_to_retry(error, retries):
 # request and lets only a 2xx pass, _retried tries again, _read_json and _read_chunks
 # read the reply.
 
-_PUBLIC = {"api-version", "openai-organization", "openai-project", "user-agent"}
-_BLANK = b" \t\r\n\xef\xbb\xbf"
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # and the bytes of a byte order mark
 _STREAM = re.compile(rb"(?:data|event|id|retry)?:")  # how an event stream begins
 
 
 def _setting(variable, given=None):
-    return given or os.environ.get(variable, "").strip()  # an empty variable is unset
+    return (given or os.environ.get(variable, "")).strip()  # an empty one is unset
 
 
 def _split_url(url):
-    """The parts of a base URL. Messages show it without its query, so it must hold no
-    user or password, and one that may hold them is not shown at all."""
+    """The parts of a base URL. Messages show it without its query. One with an "@" is
+    refused and not shown: a user or a password may stand before the "@"."""
     shown = url.partition("?")[0]
     if "@" in shown:
         raise ClientError("a base URL must not hold a user or password: use an API key")
@@ -768,6 +748,39 @@ def _split_url(url):
         if good and url.isascii() and url.isprintable() and " " not in url:
             return base
     raise ClientError(f"{shown!r} is not a base URL like http://host:8000/v1")
+
+
+# Headers and fields of the query that are no secrets, though they are sent along.
+_PUBLIC = {"api-version", "openai-organization", "openai-project", "user-agent"}
+
+
+def _secrets_in(headers, query):
+    """The values to keep out of messages, longest first: those of headers and of the
+    query of the base URL, as it spells them and decoded. A field of the query without
+    "=" is a value. What has fewer than 8 characters is a word, which messages may well
+    hold; only the key may be shorter, such as the EMPTY that local servers are given.
+
+    Example:
+        >>> _secrets_in({"Authorization": "Bearer sk-12345"}, "sig=my%20secret")
+        ['Bearer sk-12345', 'my%20secret', 'my secret', 'sk-12345']
+    """
+    fields = [["", *field.split("=", 1)][-2:] for field in query.split("&")]
+    secrets = set()
+    for name, value in [*headers.items(), *fields]:
+        least = 4 if name == "Authorization" else 8
+        if name.lower() not in _PUBLIC:
+            spelt = value, urllib.parse.unquote_plus(value), *value.split()[-1:]
+            secrets.update(text for text in spelt if len(text) >= least)
+    return sorted(secrets, key=len, reverse=True)
+
+
+def _spellings(secret):
+    r"""A pattern for a secret as JSON, a URL or a repr may spell it: each character
+    as it is, behind backslashes, as \u0041 or as %41. Only a long one is also found in
+    the other case: EMPTY may be a key, but "empty" is a word."""
+    text = "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u{ord(c):04x}|%{ord(c):02x})"
+                   for c in secret)
+    return f"(?i:{text})" if len(secret) >= 8 else text
 
 
 class Client:
@@ -781,8 +794,12 @@ class Client:
     cafile       authorities (a PEM file) to trust instead of the system's
 
     Attributes that may be set: `model`, for requests that name none (OPENAI_MODEL);
-    `watch`, a function that gets the bytes of a reply as they arrive; `retrying`, a
-    function that gets the error and the seconds before each wait for a retry.
+    `watch`, a function that gets the bytes of a reply, those of a stream as they arrive
+    and others when all are there; `retrying`, a function that gets the error and the
+    seconds before each wait for a retry.
+
+    No error holds the key, nor the value of a header or of the base URL's query, if it
+    is not public and has 8 characters or more (of the key 4 suffice).
 
     One client may be used by many threads. OPENAI_ORG_ID and OPENAI_PROJECT_ID are sent
     along where they are set. Raises ClientError for settings that cannot be used.
@@ -794,7 +811,7 @@ class Client:
             raise ClientError("timeout must be positive")
         self.timeout = min(timeout, 2_000_000)  # a socket takes 24 days at most
         self.max_retries, self.cafile = max_retries, cafile
-        self.watch, self.retrying = None, lambda error, seconds: None
+        self.watch, self.retrying = lambda block: None, lambda error, seconds: None
         self.base = _split_url(_setting("OPENAI_BASE_URL", base_url)
                                or "http://127.0.0.1:8000/v1")
         self._address = self.base._replace(query="", fragment="").geturl()
@@ -805,16 +822,16 @@ class Client:
         self.add_header("OpenAI-Project", _setting("OPENAI_PROJECT_ID"))
         self.add_header("User-Agent", "client.py")
         try:
-            self._opener = _opener(self.base, cafile)
+            self._opener = _build_opener(self.base, cafile)
         except OSError as error:
             raise ClientError(f"cannot use {cafile}: {error.strerror}") from error
 
     def add_header(self, name, value):
         """Send a header with every request, instead of one of the same name if there is
         one; an empty value sends none. Raises ClientError if no header can carry it."""
-        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+:[ -~]*", f"{name}:{value}", re.ASCII):
-            # The value is not shown: it may be a key.
-            raise ClientError("a header is NAME: VALUE, and the value printable ASCII")
+        if not (re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII)
+                and re.fullmatch("[ -~]*", value)):  # not shown: it may be a key
+            raise ClientError(f"header {name}: name or value is not printable ASCII")
         self.headers.pop(name.title(), None)
         self.headers.update({name.title(): value} if value else {})
 
@@ -828,14 +845,13 @@ class Client:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        request = {"model": model or self.first_model(), "messages": messages, **params}
-        return self._ask("/chat/completions", request, stream)
+        params = {"messages": messages, **params}
+        return self._ask("/chat/completions", model, stream, params)
 
     def completions(self, /, prompt, model=None, stream=False, **params):
         """Ask for the completion of `prompt`, in any of the API's four forms; all else
         as in chat_completions."""
-        request = {"model": model or self.first_model(), "prompt": prompt, **params}
-        return self._ask("/completions", request, stream)
+        return self._ask("/completions", model, stream, {"prompt": prompt, **params})
 
     def models(self):
         """The ids of the models that the server lists: under "data" as the API does,
@@ -860,58 +876,70 @@ class Client:
         """The address of an endpoint; a query in the base URL stays at the end."""
         return self.base._replace(path=self.base.path.rstrip("/") + path).geturl()
 
-    def _ask(self, path, request, stream):
-        request["stream"] = bool(stream)
+    def _ask(self, path, model, stream, rest):
+        request = {"model": model or self.first_model(), **rest, "stream": bool(stream)}
         if not stream:
             return self._retried(
                 lambda: _with_choices(self._read_json(self._open(path, request))))
-        chunks = self._streamed(path, request)
-        next(chunks)
-        return chunks
+        stream = self._streamed(path, request)
+        next(stream)  # asks now, so that a refusal is raised by the call
+        return stream
 
     def _streamed(self, path, request):
-        """Ask when next() is called first, which yields None; then yield the chunks. So
-        the caller sees a refusal at once, and close() closes a connection unread."""
+        """Ask when next() is called first, which yields None; then yield the chunks.
+        The generator has begun by then, so that close() closes a connection unread."""
         response = self._retried(lambda: self._open(path, request))
-        with contextlib.closing(response), self._concealing():
-            yield
-            yield from self._read_chunks(response)
+        with contextlib.closing(response):
+            try:
+                yield
+                yield from self._read_chunks(response)
+            except ClientError as error:
+                self._conceal(error)
+                raise
 
     def _retried(self, attempt):
         for retries in itertools.count():
             try:
-                with self._concealing():
-                    return attempt()
-            except (APIError, ConnectionFailed) as error:
+                return attempt()
+            except ClientError as error:
                 seconds = _seconds_to_retry(error, retries)
+                self._conceal(error)  # only now: it may hide what a header says
                 if seconds is None or retries >= self.max_retries:
                     raise
                 self.retrying(error, seconds)
             time.sleep(seconds)
 
-    @contextlib.contextmanager
-    def _concealing(self):
-        # Every error of a request passes here and leaves without secrets: the key, the
-        # values of added headers, and those in the query of the base URL.
-        try:
-            yield
-        except ClientError as error:
-            sent = [*self.headers.items(), *urllib.parse.parse_qsl(self.base.query)]
-            secrets = {text for name, value in sent if name.lower() not in _PUBLIC
-                       for text in (value, *value.split()[-1:])}  # of "Bearer KEY" both
-            _conceal(error, {secret for secret in secrets if len(secret) > 3})
-            raise
+    def _conceal(self, error):
+        """Replace the secrets in all that an error holds by ***: each error of a
+        request passes here. Its cause goes too: it may quote what the server sent."""
+        secrets = _secrets_in(self.headers, self.base.query)
+        # (?!) matches nowhere.
+        replace = re.compile("|".join(map(_spellings, secrets)) or "(?!)").sub
+
+        def hide(value):
+            return replace("***", value) if isinstance(value, str) else value
+
+        error.args = tuple(map(hide, error.args))
+        vars(error).update({name: hide(value) for name, value in vars(error).items()})
+        error.headers, headers = http.client.HTTPMessage(), error.headers
+        for name, value in headers.items():
+            error.headers[hide(name)] = hide(value)
+        error.__cause__ = error.__context__ = None
+
+    def headers_for(self, request):
+        """The headers that go with a request; None stands for a GET."""
+        json_body = {} if request is None else {"Content-Type": "application/json"}
+        return {**json_body, **self.headers}
 
     def _open(self, path, request=None):
-        headers, body = self.headers, None
-        if request is not None:
-            headers = {"Content-Type": "application/json", **headers}
-            body = _as_json(request, separators=(",", ":"), allow_nan=False).encode()
-        call = urllib.request.Request(self.url(path), body, headers)
+        body = request and _as_json(request, too_deep=ValueError, allow_nan=False,
+                                    separators=(",", ":")).encode()
+        http_request = urllib.request.Request(self.url(path), body,
+                                              self.headers_for(request))
         try:
-            response = self._opener.open(call, timeout=self.timeout)
+            response = self._opener.open(http_request, timeout=self.timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._unreachable(error, call) from error
+            raise self._unreachable(error, http_request.host) from error
         coding = response.headers.get("content-encoding", "identity").lower()
         if not 200 <= response.status < 300:
             raise self._error_of(response, coding)
@@ -923,55 +951,63 @@ class Client:
     def _error_of(self, response, coding):
         """The APIError for a response that is not 2xx. A body that cannot be read on a
         terminal, such as a proxy's web page, is replaced by the status in words."""
-        body, status, headers, error = b"", response.status, response.headers, None
+        body, status, headers = b"", response.status, response.headers
+        deadline = time.monotonic() + _ERROR_BODY
         with contextlib.closing(response), contextlib.suppress(ClientError):
-            for block in itertools.islice(reads(response), 64):  # more is not a message
+            for block in reads(response):
                 body += block
+                if len(body) > 1_000_000 or time.monotonic() > deadline:
+                    break  # a longer or slower one is not a message
         text = body.decode("utf-8-sig", "replace").strip()
         if 300 <= status < 400:
             location = (headers.get("location") or "another address").partition("?")[0]
             text = f"the server redirects to {location}, which was not followed"
         elif not text or text.startswith("<") or coding != "identity":
-            text = response.reason
-        with contextlib.suppress(ValueError, RecursionError):
-            error = _error_in(json.loads(text), status, headers)
+            text = response.reason or http.client.responses.get(status, "no reason")
+        error = _error_in(_json_or_text(text), status, headers)
         return error or APIError(status, text, headers=headers)
 
-    def _unreachable(self, error, call):
-        reason = getattr(error, "reason", error)  # a URLError only wraps what happened
-        told = getattr(reason, "strerror", None) or str(reason) or repr(reason)
-        where, hint = self._address, "; is the server running?"
-        if call.host != self.base.netloc:
-            where, hint = f"{where} through the proxy {call.host}", ""
-        if isinstance(reason, socket.timeout):
-            told, hint = "no response in time", ""
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            told = f"its certificate cannot be trusted: {reason.verify_message}"
-            hint = "; cafile (--cafile) names whom to trust"
-        failed = ConnectionFailed(f"cannot reach {where}: {told}{hint}")
+    def _unreachable(self, error, host):
+        # A URLError only wraps what happened.
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        what = getattr(cause, "strerror", None) or str(cause) or repr(cause)
+        through = "" if host == self.base.netloc else f" through the proxy {host}"
+        if isinstance(cause, socket.timeout):
+            what = "no response in time"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            what = (f"its certificate cannot be trusted: {cause.verify_message}; "
+                    "cafile (--cafile) names whom to trust")
+        if not through and isinstance(cause, (ConnectionRefusedError, socket.gaierror)):
+            what += "; is the server running?"
+        failure = ConnectionFailed(f"cannot reach {self._address}{through}: {what}")
         # A URL that makes no sense is a ValueError, and so is SSLCertVerificationError.
-        failed.retryable = not isinstance(reason, ValueError)
-        return failed
+        failure.retryable = not isinstance(cause, ValueError)
+        return failure
 
     def _read_json(self, response):
         """The body of a response: one JSON document, or a stream although unasked."""
-        with contextlib.closing(response):
-            body = b"".join(reads(response, cut_error=ConnectionFailed))
-        if self.watch:  # only now: a reply that was cut is asked for again
-            self.watch(body)
-        body = body.lstrip(_BLANK)
-        if _STREAM.match(body):
-            return fold(chunks(events(lines([body]))))
-        return self._document(response, body)
+        try:
+            with contextlib.closing(response):
+                body = b"".join(reads(response))
+            start = body.lstrip(_BLANK)
+            folded = _STREAM.match(start) and fold(chunks(events(lines([start]))))
+        except StreamTruncated as error:  # nothing of it was handed on: ask again
+            raise ConnectionFailed(error.message) from error
+        self.watch(body)  # only now: a reply that was cut is asked for again
+        return folded or self._document(response, start)
 
     def _read_chunks(self, response):
-        body = reads(response, self.watch)
-        start = next(filter(None, (block.lstrip(_BLANK) for block in body)), b"")
-        body = itertools.chain([start], body)
-        if start[:1] not in (b"{", b"[", b"<"):
-            return chunks(events(lines(body)))
-        document = self._document(response, b"".join(body))  # it cannot stream
-        return [_as_chunk(_with_choices(document))]
+        """The chunks of a stream, or of a whole reply from a server that cannot stream.
+        A body without a byte is a stream that was cut."""
+        body, start = reads(response, self.watch), b""
+        for block in body:
+            start = (start + block).lstrip(_BLANK)
+            if len(start) >= len(b"event:"):  # the longest that _STREAM looks for
+                break
+        if not start or _STREAM.match(start):
+            return chunks(events(lines(itertools.chain([start], body))))
+        whole = self._document(response, start + b"".join(body))
+        return [_as_chunk(_with_choices(whole))]
 
     def _document(self, response, body):
         try:
@@ -995,8 +1031,8 @@ def _with_choices(document):
 
 # ------------------------------------------------------------------------------------
 # Showing a reply on standard output, what its text does not show on standard error, and
-# a request as a command for curl.
-
+# a request as a command for curl. The text is printed as it is: on a terminal, escape
+# sequences in it act.
 
 def _reply(method, request):
     """The chunks of the reply to a request, be it streamed or not. `method` is one of a
@@ -1023,44 +1059,44 @@ def show(chunks, said):
 
 def _shown(chunks, kept):
     """Yield the text and the refusal of the first choice. A chunk that holds something
-    else is appended to `kept`."""
-    for chunk in _show_reasoning(chunks) if sys.stderr.isatty() else chunks:
-        choice = _first(chunk)
-        delta = _object(choice.get("delta"))
-        piece = _text(choice) or delta.get("refusal")
-        if not piece or choice.get("finish_reason") or len(delta) > 1:
-            kept.append(chunk)
-        if isinstance(piece, str):
-            yield piece
-
-
-def _show_reasoning(chunks):
-    """Print the reasoning of the first choice in lines of its own; yield the chunks."""
+    else is appended to `kept`. Keeping them all would need memory without bound."""
     dim, normal = ("", "") if os.name == "nt" else ("\x1b[2m", "\x1b[0m")
-    line_begun = False
-    for chunk in chunks:
-        choice = _first(chunk)
-        reasoning = _reasoning(choice)
-        if reasoning:
-            print(f"{dim}{reasoning}{normal}", end="", file=sys.stderr, flush=True)
-        line_begun = line_begun or bool(reasoning)
-        if line_begun and (_text(choice) or choice.get("finish_reason")):
-            print(file=sys.stderr, flush=True)
-            line_begun = False
-        yield chunk
+    on_terminal, line_end = sys.stderr.isatty(), ""  # "\n" while a line is begun there
+    try:
+        for chunk in chunks:
+            choice = _first(chunk)
+            delta, reasoning = _object(choice.get("delta")), _reasoning(choice)
+            piece = _text(choice) or delta.get("refusal")
+            if on_terminal and reasoning:
+                print(f"{dim}{reasoning}{normal}", end="", file=sys.stderr, flush=True)
+                line_end = "\n"
+            if piece:
+                print(line_end, end="", file=sys.stderr, flush=True)
+                line_end = ""
+            others = any(delta[name] for name in delta.keys() - _JOINED - {"role"})
+            if others or choice.get("finish_reason") or not (piece or reasoning):
+                kept.append(chunk)
+            if isinstance(piece, str):
+                yield piece
+    finally:  # also after half a reply
+        print(line_end, end="", file=sys.stderr, flush=True)
 
 
 def _show_rest(choices):
     """Print the tool calls of the first choice; tell what else was not shown."""
-    for choice in choices[:1]:
-        message = choice.get("message", {})
-        calls = [*message.get("tool_calls", ()), message.get("function_call")]
-        for call in filter(None, calls):
+    first = choices[0] if choices else {}
+    message = first.get("message", {})
+    for call in (*message.get("tool_calls", ()), message.get("function_call")):
+        if call:
             print_json(call)
-        if choice["finish_reason"] in ("length", "content_filter"):
-            tell(f"the reply was cut short (finish_reason {choice['finish_reason']})")
+    if first.get("finish_reason") in ("length", "content_filter"):
+        tell(f"the reply was cut short (finish_reason {first['finish_reason']})")
     if len(choices) > 1:
         tell(f"the first of {len(choices)} choices is shown; --json prints them all")
+
+
+def print_names(names):
+    print("".join(f"{_printable(name)}\n" for name in names), end="", flush=True)
 
 
 def print_json(value, indent=None):
@@ -1083,12 +1119,11 @@ def complain(error):
 def curl(client, path, request=None):
     """The curl command that asks the same. The key appears as $OPENAI_API_KEY."""
     import shlex
-    words, headers = [f"curl -sS -N {shlex.quote(client.url(path))}"], client.headers
+    words = [f"curl -sS -N {shlex.quote(client.url(path))}"]
     words += [f"--cacert {shlex.quote(client.cafile)}"] if client.cafile else []
     if request is not None:
-        headers = {**headers, "Content-Type": "application/json"}
         words.append(f"-d {shlex.quote(_as_json(request, sys.stdout.encoding))}")
-    for name, value in headers.items():
+    for name, value in client.headers_for(request).items():
         if value == f"Bearer {client.api_key}":
             words.append(f'-H "{name}: Bearer $OPENAI_API_KEY"')
         elif name != "User-Agent":
@@ -1101,7 +1136,8 @@ def curl(client, path, request=None):
 # each question. A question that failed is taken back, so that it can be asked again.
 
 class Conversation:
-    """A line that begins with one of these words is a command, any other is asked:
+    """A line that begins with one of these words is a command, any other is asked. (So
+    is one with a space before the word.)
 
       /system TEXT   what the model shall be (nothing: forget it)
       /model NAME    ask another model (nothing: list them)
@@ -1132,13 +1168,13 @@ class Conversation:
                 return print(file=sys.stderr)
 
     def obey(self, line):
-        word, _, text = map(str.strip, line.partition(" "))
+        word, text = map(str.strip, re.match(r"(\S*)(.*)", line).groups())
         if word == "/system":
             self.system = [{"role": "system", "content": text}] if text else []
         elif word == "/model" and text:
             self.request["model"] = text
         elif word == "/model":
-            print(*map(_printable, self.client.models()), sep="\n")
+            print_names(self.client.models())
         elif word == "/reset":
             self.history = []
         elif word == "/quit":
@@ -1176,10 +1212,10 @@ def bench(method, request, requests, concurrency, progress=lambda done: None):
     ends the measurement, and counts as requests what was done until then.
     """
     import threading
-    todo, done = iter(range(requests)), []
+    numbers, done = iter(range(requests)), []  # each thread takes the next number
 
     def work():
-        while next(todo, None) is not None:
+        for _ in numbers:
             done.append(_timed(method, request))
 
     threads = [threading.Thread(target=work, daemon=True)
@@ -1193,7 +1229,7 @@ def bench(method, request, requests, concurrency, progress=lambda done: None):
                 thread.join(0.2)
                 progress(done)
     except KeyboardInterrupt:
-        todo = iter(())  # so that each thread ends after its request
+        collections.deque(numbers, maxlen=0)  # takes the rest: the threads end
     progress(done)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return _report(list(done), seconds, cpu / seconds, len(threads))
@@ -1204,33 +1240,34 @@ def _timed(method, request):
 
     The first event holds only a role on most servers. The first text, which people wait
     for, is in the first chunk with text, reasoning or a part of a tool call."""
-    started, times, text, error = time.perf_counter(), [], None, None
+    started, times, first_text, error = time.perf_counter(), [], None, None
     try:
         for chunk in _reply(method, request):
             times.append(time.perf_counter() - started)
             choice = _first(chunk)
             delta = {**_object(choice.get("delta")), "role": None}
-            says = _text(choice) or any(delta.values())
-            text = times[-1] if says and text is None else text
-    except ClientError as failed:
-        error = getattr(failed, "kind", type(failed).__name__)
-    return times, text, error
+            if first_text is None and (_text(choice) or any(delta.values())):
+                first_text = times[-1]
+    except Exception as failure:  # whatever it is, the thread goes on and counts it
+        error = getattr(failure, "kind", type(failure).__name__)
+    return times, first_text, error
 
 
 def _report(done, seconds, cpu, concurrency):
-    # The client was the limit if it filled a core. It also was if its own work took
-    # more than a fifth of each request's time, which can be with few at a time.
+    """The dict that bench returns. `cpu` is the share of one core that this process
+    used. The client was the limit if it filled the core, all but a rest (0.85). With a
+    few requests at a time it waits for the server in between; there it slows them down
+    if a fifth (0.2) of the time of each went into its own work."""
     good = [times for times, _, error in done if not error]
-    texts = [text for _, text, error in done if not error and text is not None]
+    first_texts = [time for _, time, error in done if not error and time is not None]
     errors = collections.Counter(error for _, _, error in done if error)
     gaps = [after - before for times in good for before, after in zip(times, times[1:])]
     return {"requests": len(done), "completed": len(good), "seconds": seconds,
             "requests_per_second": len(good) / seconds,
             "events_per_second": sum(map(len, good)) / seconds,
             "first_event": _spread([times[0] for times in good if times]),
-            "first_text": _spread(texts), "between_events": _spread(gaps),
-            "errors": dict(errors.most_common()),
-            "client_cpu": cpu,
+            "first_text": _spread(first_texts), "between_events": _spread(gaps),
+            "errors": dict(errors.most_common()), "client_cpu": cpu,
             "client_is_the_limit": cpu > 0.85 or cpu / concurrency > 0.2}
 
 
@@ -1263,54 +1300,46 @@ def print_report(report):
 
 
 # ------------------------------------------------------------------------------------
-# The command line: a table of options, what becomes of them, and a function for each
+# The command line: the options, what becomes of them, and a function for each
 # command, which returns the exit status (None is 0). What makes no sense on the command
 # line is a plain ClientError, as it is in Client(): status 2.
 
-_OPTIONS = (  # flag, default, what it takes (nothing: a switch), what it is
-    ("--base-url", None, "URL", "the server, up to /v1; else OPENAI_BASE_URL"),
-    ("--api-key", None, "KEY", "the key; else OPENAI_API_KEY, which ps does not show"),
-    ("-H", [], "HEADER", "send \"Name: value\", as Azure's api-key; may be repeated"),
-    ("--config", None, "FILE", "INI file: [OpenAI] API_SECRET_KEY, MODEL, BASE_URL"),
-    ("--cafile", None, "FILE", "authorities to trust, PEM; else SSL_CERT_FILE"),
-    ("--timeout", 600, "SECONDS", "how long the server may stay silent"),
-    ("--retries", None, "N", "how often to try again: 2, with bench 0"),
-    ("--model", None, "NAME", "the model; else OPENAI_MODEL, or the server's first"),
-    ("--system", None, "TEXT", "a system message"),
-    ("--max-tokens", None, "N", "the longest reply"),
-    ("--temperature", None, "T", "0 to 2: how far the reply may vary"),
-    ("--stop", [], "TEXT", "end the reply before this text; may be repeated"),
-    ("-p", [], "NAME=VALUE", "any parameter: JSON, else text; @FILE reads a file"),
-    ("--no-stream", False, None, "let the reply come in one piece"),
-    ("--json", False, None, "print the completion as one JSON document"),
-    ("--raw", False, None, "print the bytes of the reply as they come"),
-    ("--curl", False, None, "print the curl command that asks the same, do not ask"),
-    ("--prompt", None, "TEXT", "the PROMPT, or its last words"),
-    ("--requests", 100, "N", "bench: how many in all"),
-    ("--concurrency", 8, "N", f"bench: how many at a time, {_THREADS} at most"),
-)
 
-
-def number(text):
+def finite(text):
     """A number as JSON has them: neither nan nor an infinity."""
-    return float(json.dumps(float(text), allow_nan=False))
+    if math.isfinite(float(text)):
+        return float(text)
+    raise ValueError(f"{text} is not finite")
 
 
 def parsed(argv):
     """The parser and what it made of the arguments; options may stand anywhere."""
     import argparse
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", nargs="?", choices=_COMMANDS, help="what to do")
-    parser.add_argument("words", nargs="*", metavar="PROMPT", help="the question; the "
-                        "word - is standard input; none: a pipe, or a conversation")
-    types = {"N": int, "SECONDS": float, "T": number}
-    for flag, default, takes, about in _OPTIONS:
-        if takes:
-            action = "append" if default == [] else "store"
-            parser.add_argument(flag, default=default, metavar=takes, help=about,
-                                type=types.get(takes), action=action)
-        else:
-            parser.add_argument(flag, action="store_true", help=about)
+    option, switch = parser.add_argument, {"action": "store_true"}
+    texts = {"action": "append", "default": []}  # an option that may be repeated
+    option("command", nargs="?", choices=_COMMANDS, help="what to do")
+    option("words", nargs="*", metavar="PROMPT", help="the question; - or none: stdin")
+    option("--base-url", help="the server, up to /v1; else OPENAI_BASE_URL")
+    option("--api-key", help="the key; else OPENAI_API_KEY, which ps does not show")
+    option("-H", **texts, help='"Name: value", such as an api-key; may be repeated')
+    option("--config", help="INI file: [OpenAI] API_SECRET_KEY, MODEL, BASE_URL")
+    option("--cafile", help="authorities to trust, PEM; else SSL_CERT_FILE")
+    option("--timeout", type=float, default=600, help="longest silence, seconds; 600")
+    option("--retries", type=int, help="how often to try again: 2, with bench 0")
+    option("--model", help="the model; else OPENAI_MODEL, or the server's first")
+    option("--system", help="a system message")
+    option("--max-tokens", type=int, help="the longest reply")
+    option("--temperature", type=finite, help="0 to 2: how far the reply may vary")
+    option("--stop", **texts, help="end the reply before this text; may be repeated")
+    option("-p", **texts, metavar="NAME=VALUE", help="a parameter: JSON, text or @FILE")
+    option("--no-stream", **switch, help="let the reply come in one piece")
+    option("--json", **switch, help="print the completion as one JSON document")
+    option("--raw", **switch, help="print the bytes of the reply as they come")
+    option("--curl", **switch, help="print it as a curl command; ask only for a model")
+    option("--prompt", help="the PROMPT, or its last words")
+    option("--requests", type=int, default=100, help="bench: how many in all; 100")
+    option("--concurrency", type=int, default=8, help="bench: at once, to 1000; 8")
     return parser, parser.parse_intermixed_args(argv)
 
 
@@ -1347,7 +1376,7 @@ def parameter(text):
     if value.startswith("@"):
         value = read_text(value[1:])
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(value, parse_float=number, parse_constant=number)
+        value = json.loads(value, parse_float=finite, parse_constant=finite)
     return name, value
 
 
@@ -1387,7 +1416,7 @@ def requested(args, prompt):
     return request
 
 
-def ask(client, args):
+def ask_command(client, args):
     """`chat` and `complete`: one question, or a conversation on a terminal."""
     asking, path, name = client.completions, "/completions", "prompt"
     if args.command == "chat":
@@ -1401,14 +1430,14 @@ def ask(client, args):
     request["model"] = request["model"] or client.first_model()
     if args.curl:
         return print(curl(client, path, request))
-    client.watch = emit if args.raw else None
-    chunks = _reply(asking, request)
+    client.watch = emit if args.raw else client.watch
+    stream = _reply(asking, request)
     if args.json:
-        print_json(fold(chunks), indent=2)
+        print_json(fold(stream), indent=2)
     elif args.raw:
-        collections.deque(chunks, maxlen=0)  # reads them all; `watch` prints
+        collections.deque(stream, maxlen=0)  # reads them all; `watch` prints
     else:
-        show(chunks, collections.deque(maxlen=1))  # which keeps the memory flat
+        show(stream, collections.deque(maxlen=1))  # which keeps the memory flat
 
 
 def emit(block):
@@ -1417,19 +1446,19 @@ def emit(block):
     sys.stdout.buffer.flush()
 
 
-def models(client, args):
+def models_command(client, args):
     """`models`: the ids, one a line."""
     if args.curl:
         return print(curl(client, "/models"))
-    client.watch = emit if args.raw else None
+    client.watch = emit if args.raw else client.watch
     names = client.models()
     if args.json:
         print_json(names, indent=2)
     elif not args.raw:
-        print(*map(_printable, names), sep="\n")
+        print_names(names)
 
 
-def measure(client, args):
+def bench_command(client, args):
     """`bench`: the report, also of what was measured before Ctrl-C."""
     if args.requests < 1 or not 1 <= args.concurrency <= _THREADS:
         raise ClientError(f"bench takes 1 request or more, 1 to {_THREADS} at a time")
@@ -1450,10 +1479,11 @@ def print_progress(done):
     print(f"{len(done)} done, {failed} failed", end="\r", file=sys.stderr, flush=True)
 
 
-_COMMANDS = {"chat": ask, "complete": ask, "models": models, "bench": measure}
+_COMMANDS = {"chat": ask_command, "complete": ask_command, "models": models_command,
+             "bench": bench_command}
 
 
-def run(args):
+def run_command(args):
     """Do what the arguments say, and --config where they say nothing."""
     if args.json + args.raw + args.curl > 1 or args.command == "bench" and (
             args.raw or args.curl):
@@ -1471,7 +1501,8 @@ def run(args):
 
 
 def main(argv=None):
-    """Run the command line; the exit status: 1 refused or unreachable, 2 usage, 130."""
+    """Run the command line. The exit status: 0; 1 refused or unreachable; 2 usage; 130
+    Ctrl-C. None is 0."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "r+")  # None: it was closed
         with contextlib.suppress(AttributeError):  # not every terminal knows UTF-8
@@ -1481,14 +1512,14 @@ def main(argv=None):
     if not args.command:
         return parser.print_help()
     try:
-        status = run(args)
+        status = run_command(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except ClientError as error:
+    except (ClientError, ValueError) as error:  # ValueError: a request JSON cannot hold
         complain(error)
-        return 2 if type(error) is ClientError else 1
+        return 2 if type(error) in (ClientError, ValueError) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # the reader, such as head, has left
             complain(error)

@@ -4415,7 +4415,7 @@ def cut_into(size, body):
 
 def test_the_examples_of_the_client_are_true():
     found = {test.name: test for test in doctest.DocTestFinder().find(client) if test.examples}
-    assert {"client." + each for each in "lines events chunks pieces fold".split()} <= found.keys()
+    assert {"client." + each for each in "reads lines events chunks pieces fold".split()} <= set(found)
     for test in found.values():
         output = []
         doctest.DocTestRunner().run(test, out=output.append)
@@ -5495,6 +5495,112 @@ def test_the_progress_and_the_report_of_bench_are_for_people_on_a_terminal_but_n
         expect("    2 of 2 completed")
 
 
+# ---------------------------------------------------------------------------
+# The client beside odd servers: errors that are slow, silent or hidden, and secrets.
+
+@pytest.mark.parametrize("deltas, field, value", [
+    ([{"audio": {"data": [1, 2]}}, {"audio": {"data": [3]}}], "audio", {"data": [1, 2, 3]}),
+    ([{"content": [{"type": "text", "text": "a"}]}, {"content": "b"}], "content", "ab")])
+def test_only_content_and_thinking_are_lists_of_parts(deltas, field, value):
+    assert folded(*deltas)[field] == value
+
+
+def test_choices_of_a_whole_reply_without_an_index_keep_their_places():
+    body = {"choices": [{"message": {"content": text}} for text in "ab"]}
+    with playing(reply(body)) as (base_url, _):
+        choices = fold(Client(base_url).chat_completions("Hi", "m", stream=True))["choices"]
+    assert [(each["index"], each["message"]["content"]) for each in choices] == [(0, "a"), (1, "b")]
+
+
+@pytest.mark.parametrize("block, pause, seconds", [(b"x", 0.01, 0.1), (b"x" * 65536, 0, PATIENCE)])
+def test_the_body_of_an_error_has_a_limit_of_time_and_of_bytes(block, pause, seconds, monkeypatch):
+    def pour(connection):
+        connection.sendall(b"HTTP/1.1 500 No\r\n\r\n")
+        for pour.sent in range(1000):
+            connection.sendall(block)
+            threading.Event().wait(pause)
+    monkeypatch.setattr(client, "_ERROR_BODY", seconds)
+    assert error_of(pour, max_retries=0)[0].status == 500 and pour.sent < 999
+
+
+@both
+@pytest.mark.parametrize("answer, error, told", [
+    (reply(b"Warming up", content_type="text/plain"), BadReply, "is text/plain, not JSON"),
+    (b"HTTP/1.1 502 \r\n\r\n<html>", client.APIError, "502: Bad Gateway"),
+    (b"HTTP/1.1 400 No" + streamed(*[b"word"] * 300)[15:], client.APIError, "word" * 300),
+    (b"nonsense\r\n\r\n", ConnectionFailed, "/v1: nonsense"),
+    (reply({"error": {"message": "busy", "code": 429}}), client.APIError, "429: busy"),
+    (reply({"error": {"message": "no", "code": 429}}, "400 No"), client.APIError, "400 429: no")])
+def test_streamed_or_not_an_error_says_what_the_server_did(answer, error, told, stream):
+    failed, _ = error_of(answer, stream, error, max_retries=0)
+    assert told in str(failed) and "running" not in str(failed)
+
+
+@pytest.mark.parametrize("said, status", [
+    ('data: {"error": {"code": %s}}' % code, status) for code, status in
+    (("429", 429), ('"429"', None), ("399", None), ("600", None))] + [
+    (f"event: error\ndata: {said}", None) for said in ("{}", "null", "")])
+def test_an_error_event_needs_no_message_and_its_code_may_be_a_status(said, status):
+    with pytest.raises(client.APIError) as caught:
+        next(chunks_read(said.encode() + b"\n\n"))
+    assert (caught.value.status, caught.value.retryable) == (status, status == 429)
+
+
+@pytest.mark.parametrize("query, key, echoed, shown", [
+    ("", "EMPTY", "EMPTY must not be empty", "*** must not be empty"),
+    ("?key=abcd+efgh", "", "abcd+efgh abcd efgh", "*** ***"), ("?SECRETKEY", "", "SECRETKEY", "***"),
+    ("?k=%ff%feabcdef", "", "%ff%feabcdef", "***"), ("?k=c2VjcmV0cw==", "", "c2VjcmV0cw==", "***")])
+def test_a_secret_is_the_key_and_each_value_of_the_query(query, key, echoed, shown):
+    with playing(refusal_reply("400 No", message=echoed)) as (base_url, _):
+        with pytest.raises(client.APIError) as caught:
+            Client(base_url + query, key).models()
+    assert caught.value.message == shown
+
+
+def test_the_wait_is_read_before_secrets_are_hidden_and_a_key_loses_its_line_end(waits):
+    busy = reply({"error": "no"}, "429 No", retry_after="90.00000")
+    with playing(busy, MODELS_REPLY) as (base_url, _):
+        asking = Client(base_url, "90.00000\n")
+        assert asking.models() and waits == [90]
+    with pytest.raises(ClientError, match="X:Y"):
+        asking.add_header("X:Y", "v")
+    too_deep = functools.reduce(lambda inner, _: [inner], range(100_000), 5)
+    with pytest.raises(ValueError):
+        asking.chat_completions("Hi", "m", x=too_deep)
+
+
+def test_a_cut_stream_that_was_not_asked_for_is_asked_again_and_silence_keeps_the_text(waits):
+    assert len(asked(streamed(HI_EVENT), reply(WHOLE), stream=False)[1]) == 2
+    assert type(error_of(streamed(HI_EVENT), max_retries=0)[0]) is ConnectionFailed
+    silent = then_held(STREAM_HEAD + transfer_chunk(HI_EVENT))
+    assert error_of(silent, True, ConnectionFailed, timeout=0.2)[0].text == "Hi"
+
+
+def test_messages_escape_what_moves_the_cursor_and_show_keeps_no_chunk_that_is_shown():
+    plain = "a\xa0b\u3000c\U0001f469\u200d\U0001f680"
+    assert str(ClientError(plain + "\x9b\u2066\ud83d")) == plain + "\\x9b\\u2066\\ud83d"
+    kept, delta = [], {"role": "assistant", "content": "x", "refusal": None, "tool_calls": []}
+    said = [chunk(delta)] * 5 + [chunk({"reasoning": "x"})] * 5 + [chunk({}, "stop")]
+    list(client._shown(said, kept))
+    assert len(kept) == 1
+
+
+def test_a_stream_that_is_cut_in_its_reasoning_leaves_no_line_open():
+    with terminal([streamed(event({"reasoning": "Hm"}))], "chat", "Hi") as (_, _, expect, _):
+        assert expect("client.py: ").endswith("Hm\x1b[0m\r\n")
+
+
+def test_the_users_content_type_is_sent_no_model_is_no_line_and_a_tab_ends_a_command():
+    words = ["chat", "Hi", "--model", "m", "-H", "content-type: application/x"]
+    assert ran(GOOD, *words)[1][0][1]["content-type"] == "application/x"
+    command = run(*words, "--curl", base_url="http://h/v1").stdout
+    assert b"'Content-Type: application/x'" in command and b"application/json" not in command
+    assert ran(reply({"data": []}), "models")[0].stdout == b""
+    talk = client.Conversation(None, {"messages": []})
+    talk.obey("/system\tBe brief ")
+    assert talk.system == [{"role": "system", "content": "Be brief"}]
+
+
 # ==================================================================================
 # PROGRAMS, RELAY AND REPLAY, THE COMMAND LINE, TLS, NGINX
 
@@ -5691,7 +5797,7 @@ ABOVE = (b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":"H\
 JSON_TYPE = {"content_type": "application/json"}
 ODD = b'{\n  "id": "chatcmpl-1",\n  "choices": [] }\n'
 REFUSAL = b'{"error": {"code": "model_not_found"}}\n'
-TOLD = b"A stream ends so:\ndata: [DONE]\n\nThis is none." + b"x" * 2**17
+NO_STREAM = b"A stream ends so:\ndata: [DONE]\n\nThis is none." + b"x" * 2**17
 EXCHANGES = {   # the bytes of an upstream, and the status and the body that are in them
     "whole":    (reply(ODD, **JSON_TYPE), 200, ODD),
     "streamed": (streamed(*ABOVE), 200, b"".join(ABOVE)),
@@ -5699,7 +5805,7 @@ EXCHANGES = {   # the bytes of an upstream, and the status and the body that are
     "refused":  (reply(REFUSAL, "404 Not Found", **JSON_TYPE), 404, REFUSAL),
     "no UTF-8": (reply(b"\xff\xfe\x00", content_type="text/html"), 200, b"\xff\xfe\x00"),
     "empty":    (reply(b"", **JSON_TYPE), 200, b""),
-    "no stream": (reply(TOLD, content_type="text/plain"), 200, TOLD),
+    "no stream": (reply(NO_STREAM, content_type="text/plain"), 200, NO_STREAM),
     "to the close": (b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(ABOVE), 200, b"".join(ABOVE)),
 }
 
