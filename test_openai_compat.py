@@ -6603,11 +6603,11 @@ HELD = ["--backend", "mine:held"]
 
 
 @contextlib.contextmanager
-def held_reply(gate, workplace, tls=None):
+def held_reply(gate, workplace, tls=None, start=MODULE):
     """A server with a stream that is half told: (server, client, the door that holds it)."""
     flags = ["--tls-cert", tls[0], "--tls-key", tls[1]] if tls else []
     body = {"model": "m", "messages": user(str(gate.port)), "stream": True}
-    with Running(*HELD, *flags, cwd=workplace) as server:
+    with Running(*HELD, *flags, start=start, cwd=workplace) as server:
         with secured(server, tls) if tls else dial(server) as client:
             client.sendall(request_bytes(body))
             with gate.arrival() as door:
@@ -6628,9 +6628,15 @@ def test_a_signal_lets_running_replies_finish(gate, workplace, tls_files, name, 
         assert server.process.wait(PATIENCE) == 0
 
 
+PATIENT = program("""
+import openai_compat
+openai_compat.close_server = lambda server, grace: server.close(10 ** 6)
+openai_compat.main(sys.argv[1:])""")
+
+
 @posix
 def test_a_second_signal_cuts_them_and_a_third_does_no_harm(gate, workplace):
-    with held_reply(gate, workplace) as (server, client, _):
+    with held_reply(gate, workplace, start=PATIENT) as (server, client, _):
         server.process.terminate()              # two at once could be one
         until(lambda: is_closed(server))
         server.process.send_signal(signal.SIGINT)
@@ -6789,7 +6795,7 @@ def test_nginx_passes_events_at_once_and_a_process_that_ends_costs_only_its_own(
 
 # ----------------------------------------------------------------------------------
 # Chromium, driven by chromedriver, whose protocol (W3C WebDriver) is JSON over HTTP.
-# One browser serves all tests; each test has a new window and empty logs.
+# One browser serves all tests; each test has a new window and an empty log.
 
 system = pytest.mark.system
 MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
@@ -6813,8 +6819,7 @@ class Browser:
             "--host-resolver-rules=MAP evil.example 127.0.0.1"]}
         self.session = "/session"
         self.session += "/" + self("POST", "", capabilities={"alwaysMatch": {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}})["sessionId"]
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}})["sessionId"]
 
     def __call__(self, method, path, **body):
         got = call(self, method, self.session + path, body if method == "POST" else None)
@@ -6882,12 +6887,11 @@ class Browser:
                         envelope.textContent.trim(), line.lastChild.textContent];
             })""")]
 
-    def log(self, kind="browser"):
-        return self("POST", "/se/log", type=kind)
-
     def violations(self):
-        return [entry["message"] for entry in self.log() if "Security Policy" in
-                entry["message"] or entry["source"] in ("security", "violation")]
+        """What the policy of a page has stopped since this was last asked."""
+        return [entry["message"] for entry in self("POST", "/se/log", type="browser")
+                if "Security Policy" in entry["message"]
+                or entry["source"] in ("security", "violation")]
 
 
 @system
@@ -6905,11 +6909,10 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture(params=[pytest.param("chromium", marks=system)])
 def browser(request):
-    """The browser in a new window, with logs that are empty; its tests are of `make system`."""
+    """The browser in a new window, with an empty log; its tests are of `make system`."""
     chromium = request.getfixturevalue("chromium")
     chromium("POST", "/window", handle=chromium("POST", "/window/new", type="window")["handle"])
-    for kind in ("browser", "performance"):
-        chromium.log(kind)
+    chromium.violations()
     yield chromium
     chromium("DELETE", "/window")
     chromium("POST", "/window", handle=chromium("GET", "/window/handles")[0])
@@ -6933,6 +6936,7 @@ def test_the_page_is_short_and_safe_names_no_other_host_and_keeps_nothing_in_the
 def test_the_page_may_run_its_own_script_and_talk_to_its_server_and_no_more(quirk_header):
     with Server(quirk_header=quirk_header) as server:
         got = call(server, "GET", "/")
+        assert call(server, "GET", "/", headers={"Host": "evil.example"}).status == 403
     page, policy = got.body.decode(), got.headers["content-security-policy"]
     policy = dict(part.split(" ", 1) for part in policy.split("; "))
     for name, text in re.findall("(?s)<(style|script)>(.*?)</", page):
@@ -6945,12 +6949,6 @@ def test_the_page_may_run_its_own_script_and_talk_to_its_server_and_no_more(quir
     assert got.headers["referrer-policy"] == "no-referrer"
     assert not re.search(r" (on\w+|style)=", page.partition("<script>")[0])
     assert re.findall("<option>([^<]+)", page) == list(QUIRKS if quirk_header else ())
-
-
-def test_a_name_that_leads_here_does_not_open_the_page():
-    with Server() as server:
-        got = call(server, "GET", "/", headers={"Host": f"evil.example:{server.server_port}"})
-    assert got.status == 403 and got.error["code"] == "foreign_host"
 
 
 HTML = ('<b id="bold">bold</b><script>window.ran = 1</script>'
@@ -6986,6 +6984,8 @@ def test_a_reply_is_shown_and_goes_out_with_the_next_message(browser, said, show
                    *(("tool-call", f"{call['name']} {call['arguments']}") for call in calls),
                    *((answer["role"], answer["content"]) for answer in answers)]
         assert [line for line in carried if line[1]] == shown
+        assert {entry.path for entry in server.journal} == {"/", "/v1/models", CHAT_PATH}
+        assert browser.violations() == []       # nothing is requested from elsewhere
 
 
 def test_html_in_a_reply_does_not_run(browser):
@@ -7191,35 +7191,6 @@ def test_no_window_is_too_narrow(browser, width):
         assert wide == [0, 0, 0] and (left == 0) == (width <= 700)
 
 
-def test_nothing_is_requested_from_elsewhere(browser):
-    with browser.page_of() as server:
-        browser.say("Hi")
-        events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
-        asked = [event["params"]["request"]["url"] for event in events
-                 if event["method"] == "Network.requestWillBeSent"]
-        assert {url[:len(server.base_url) - 2] for url in asked if url.startswith("http")} == {
-            server.base_url[:-2]}
-        assert browser.violations() == []
-        assert {entry.path for entry in server.journal} == {"/", "/v1/models", CHAT_PATH}
-        assert asked_of(server)[0].body.keys() == {"model", "messages", "stream", "stream_options"}
-
-
-def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
-    with Server() as other, browser.page_of():
-        browser.js("""window.blocked = [];
-                      addEventListener("securitypolicyviolation",
-                                       event => blocked.push(event.effectiveDirective));
-                      fetch(arguments[0]).catch(() => 0);
-                      new Image().src = arguments[0];
-                      const script = document.createElement("script");
-                      script.append("window.ran = 1");
-                      try { document.body.append(script); } catch (error) {}""",
-                   other.base_url + "/models")
-        until(lambda: {"connect-src", "img-src"} <= set(browser.js("return blocked")))
-        assert other.journal == [] and browser.js("return window.ran") is None
-        assert len(browser.js("return blocked")) >= 3
-
-
 STRANGER = b"""<!doctype html><title>A stranger</title><iframe name=frame></iframe><script>
 const [url, found] = [location.hash.slice(1), []];
 const body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}';
@@ -7278,8 +7249,8 @@ each_sdk = pytest.mark.parametrize("sdk", [pytest.param(sdk, marks=interop) for 
 PRELUDE_OF_OLD = """
 import openai
 openai.api_base, openai.api_key = os.environ["OPENAI_BASE_URL"], "any"
-chat, complete = openai.ChatCompletion.create, openai.Completion.create
-achat = openai.ChatCompletion.acreate
+chat = openai.ChatCompletion.create
+def complete(model, **fields): return openai.Completion.create(engine=model, **fields)
 list_models, retrieve_model = openai.Model.list, openai.Model.retrieve
 extra, Refused = dict, openai.error.OpenAIError
 def plain(answer): return answer.to_dict_recursive()
@@ -7290,9 +7261,6 @@ PRELUDE_OF_NEW = """
 import openai
 client = openai.OpenAI(base_url=os.environ["OPENAI_BASE_URL"], api_key="any")
 chat, complete = client.chat.completions.create, client.completions.create
-def achat(**fields):
-    async_client = openai.AsyncOpenAI(base_url=client.base_url, api_key="any")
-    return async_client.chat.completions.create(**fields)
 list_models, retrieve_model = client.models.list, client.models.retrieve
 def extra(**fields): return {"extra_body": fields}      # what 1.0.0 has no name for
 Refused = openai.OpenAIError
@@ -7301,7 +7269,7 @@ def body_of(error): return error.response.json()["error"]
 def leave(stream): stream.response.close()
 """
 ASK = """
-import asyncio, json, re, os, sys
+import json, re, os, sys
 ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}
 def content_of(chunk): return getattr(chunk.choices[0].delta, "content", None)
 """
@@ -7331,7 +7299,6 @@ def said(sdk, script, server):
 ADD = {"type": "function", "function": {"name": "add", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
 CALLS = [ToolCall("add", {"a": 1}, id="call_1"), ToolCall("add", {"a": 2}, id="call_2")]
-AWKWARD = ["你好 \U0001f600", "\u2028", "\u2029", "\x85", "\ud800 \x00 \x7f", "\\ \" \r\n\t </b>"]
 HELLO = say("Hello", " world", "!")
 SLOW_DOWN = APIError(429, "Slow down.", headers={"retry-after-ms": "10", "retry-after": "0.01"})
 NO_MONEY = APIError(429, "You are out of money.", code="insufficient_quota")
@@ -7396,18 +7363,6 @@ print(choice.finish_reason, call.name, type(json.loads(call.arguments)["a"]))
     "the models are listed and shown": (OLD, HELLO, """
 print([model.id for model in list_models().data], retrieve_model("say").object)
 """, ["['say'] model"]),
-    "an async stream is the same": (OLD, HELLO, """
-async def main():
-    async for chunk in await achat(stream=True, **ask):
-        print(repr(content_of(chunk)), end=" ")
-asyncio.run(main())
-""", ["'' 'Hello' ' world' '!' None "]),
-    "no character is lost, streamed or not": (OLD, lambda ask: AWKWARD[int(ask["text"])], """
-for number in range(%d):
-    ask["messages"][0]["content"] = str(number)
-    print(ascii(chat(**ask).choices[0].message.content))
-    print(ascii("".join(content_of(chunk) or "" for chunk in chat(stream=True, **ask))))
-""" % len(AWKWARD), [ascii(text) for text in AWKWARD for _ in range(2)]),
     "an error in mid stream raises": (OLD, always(Reply("Hello world!", quirk="error_event")), """
 try: print(*[chunk.choices[0].delta.content for chunk in chat(stream=True, **ask)])
 except Refused as error: print(type(error).__name__)
@@ -7476,22 +7431,20 @@ EXCEPTIONS = {  # status: its exception in 0.28.1, since 1.0
     422: ("APIError", "UnprocessableEntityError"), 429: ("RateLimitError",) * 2,
     500: ("APIError", "InternalServerError"),
     503: ("ServiceUnavailableError", "InternalServerError")}
-DESCRIBE = """
-if "client" in globals(): client.max_retries = 0
-def refused(**fields):
-    try: print(next(iter(chat(**fields))))
-    except Refused as error:
-        print(type(error).__name__, body_of(error).get("code"), body_of(error).get("param"))
-"""
 
 
 @both
 @each_sdk
 def test_each_error_is_the_right_exception_and_names_its_cause(sdk, stream):
-    script = "for _ in range(%d): refused(stream=%s, **ask)" % (len(EXCEPTIONS), stream)
     errors = [APIError(status, "No.", code="c", param="p") for status in EXCEPTIONS]
     with Server(Script(*errors)) as server:
-        assert said(sdk, DESCRIBE + script, server) == [
+        assert said(sdk, """
+if "client" in globals(): client.max_retries = 0
+for _ in range(%d):
+    try: print(next(iter(chat(stream=%s, **ask))))
+    except Refused as error:
+        print(type(error).__name__, body_of(error)["code"], body_of(error)["param"])
+""" % (len(errors), stream), server) == [
             f"{names[sdk != OLD]} c p" for names in EXCEPTIONS.values()]
         assert [exchange.status for exchange in server.journal] == list(EXCEPTIONS)
 
@@ -7509,20 +7462,6 @@ print(chat(model="m", messages=[{"role": "user", "content": "Bye."}]).choices[0]
 """, server) == ["['', 'x', 'x ']", "stop"]
         assert endless.closed.wait(PATIENCE)
     assert [exchange.outcome for exchange in server.journal] == ["client left", "complete"]
-
-
-@interop
-def test_0_28_as_the_reference_documents_call_it():
-    with Server() as server:
-        assert said(OLD, """
-reply = openai.ChatCompletion.create(**ask)
-print(reply["choices"][0]["message"]["content"], reply.usage.total_tokens > 0)
-for chunk in openai.ChatCompletion.create(stream=True, **ask):
-    print(chunk["choices"][0]["delta"].get("content", ""), end="|")
-print(chunk.choices[0].finish_reason, dict(chunk.choices[0].delta), len(chunk.id))
-reply = openai.Completion.create(engine="gpt-3.5-turbo-instruct", prompt="你好", max_tokens=1)
-print(reply["choices"][0]["text"], reply["choices"][0]["finish_reason"])
-""", server) == ["Hello! True", "|Hello|!||stop {} 38", "你 length"]
 
 
 BY_HAND = '''
@@ -7685,24 +7624,6 @@ def test_the_readme_says_what_the_official_sdk_makes_of_broken_events():
     assert named == {quirk for quirk in QUIRKS if TORTURE[quirk][0] == "JSONDecodeError"}
     assert re.findall(r"`(\w+)`", silent) == [
         quirk for quirk in QUIRKS if TORTURE[quirk][0] == CUT_SHORT]
-
-
-# ----------------------------------------------------------------------------------
-# Many fixtures at once, as parallel test runners make them.
-
-FIFTY_FIXTURES = """
-import contextlib, urllib.request
-from openai_compat import Server, say
-with contextlib.ExitStack() as stack:
-    for server in [stack.enter_context(Server(say("x"))) for _ in range(50)]:
-        urllib.request.urlopen(server.base_url + "/models").read()
-        print(server.server_port)
-"""
-
-
-def test_200_fixtures_in_4_processes_do_not_clash():
-    for done in together(4, lambda: finished(sys.executable, "-c", FIFTY_FIXTURES, cwd=HERE)):
-        assert (done.returncode, len(set(done.stdout.split()))) == (0, 50), done.stderr
 
 
 # ==================================================================================
