@@ -5526,6 +5526,14 @@ def test_a_program_ends_at(gate, stop, more):
         assert ended(door)
 
 
+def test_programs_never_overlap_where_one_runs_at_once(tmp_path):
+    code = ("os.close(os.open(sys.argv[1], os.O_CREAT | os.O_EXCL))\n"
+            "os.spawnl(os.P_WAIT, sys.executable, sys.executable, '-S', '-c', '')\n"
+            "os.unlink(sys.argv[1])\nprint(end='alone')")
+    with Server(command(program(code, str(tmp_path / "lock")), at_once=1)) as server:
+        assert together(6, lambda: chat(server, stream=True).text) == ["alone"] * 6
+
+
 def test_a_waiting_client_that_leaves_frees_its_turn(gate):
     with Server(command(gate.program("gate(); out('done')"), at_once=1)) as server:
         with asking(server) as first:
