@@ -3369,25 +3369,18 @@ STREAM_JSON = TEXT_JSON[:-1] + b',"stream":true}'
 STREAM_REQUEST = posted(STREAM_JSON)
 
 
-class Watchful(Server):
-    """A server that tells whether it has read all that a client has sent so far."""
-
-    accepted = {}
-
-    def process_request(self, sock, address):
-        self.accepted[address] = sock
-        super().process_request(sock, address)
-
-    def has_taken(self, client):
-        connection = self.accepted.get(client.getsockname())
-        if connection is None or connection.fileno() < 0:       # of an earlier client
-            return False
-        return not select.select([connection], [], [], 0)[0]
+def has_read_all(server, client):
+    """Has the server read all that the client has sent so far?"""
+    for reader in list(server.connections.values()):
+        with contextlib.suppress(OSError):              # that one is closed
+            if reader.sock.getpeername() == client.getsockname():
+                return not select.select([reader.sock], [], [], 0)[0]
+    return False
 
 
 @pytest.fixture(scope="module")
 def server():
-    with Watchful(max_body=4096) as server:
+    with Server(max_body=4096) as server:
         yield server
 
 
@@ -3401,7 +3394,6 @@ def with_length(length):
 
 TAKEN = {
     "plain": (200, get(), get(version=b"1.7"), posted(TEXT_JSON), STREAM_REQUEST,
-              posted(TEXT_JSON, KEEP, version=b"1.0"),
               posted(CHAT_JSON, b"Origin: http://localhost\r\n", CHAT_PATH.encode())),
     "models": (200, get(b"/v1/models"), get(b"/v1/models/m"), get(b"http://localhost/v1/models")),
     "empty lines": (200, b"\r\n" + get(), b"\r\n\r\n" + get(), posted(TEXT_JSON) + b"\r\n"),
@@ -3536,22 +3528,9 @@ def test_where_a_request_is_cut_changes_nothing(server, raw):
     for place in range(1, len(raw)):
         with dial(server) as client:
             client.sendall(raw[:place])
-            until(lambda: server.has_taken(client))
+            until(lambda: has_read_all(server, client))
             client.sendall(raw[place:] + LAST)
             assert [got.status for got in replies(read_to_end(client))] == whole, raw[:place]
-
-
-@pytest.mark.parametrize("raw, size, replied", [
-    (posted(TEXT_JSON) + LAST, 1, [200, 200]),
-    (get(headers=b"Host: x\r\n" + b"X: %b\r\n" % LONG[:900] * 80), 1000, [431])],
-    ids=["byte by byte", "too long a head"])
-def test_a_request_that_comes_in_pieces_is_the_same_request(server, raw, size, replied):
-    with dial(server) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for start in range(0, len(raw), size):
-            with contextlib.suppress(OSError):
-                client.sendall(raw[start:start + size])
-        assert [got.status for got in replies(read_to_end(client))] == replied
 
 
 def test_pipelined_requests_are_answered_in_order(server):
@@ -3580,12 +3559,11 @@ def test_head_has_the_headers_of_get_and_no_body(server, target):
 
 @pytest.mark.parametrize("version, told, replied", [
     (b"1.1", b"HTTP/1.1 100 Continue\r\n\r\n", [100, 200, 200]), (b"1.0", b"", [200])])
-def test_who_expects_100_continue_is_told_to_go_on_unless_it_is_http_1_0(
-        server, version, told, replied):
+def test_who_expects_100_continue_is_told_so_but_in_http_1_0(server, version, told, replied):
     raw = posted(TEXT_JSON, b"Expect: 100-Continue\r\n", version=version)
     with dial(server) as client:
         client.sendall(raw[:-len(TEXT_JSON)])
-        until(lambda: server.has_taken(client))
+        until(lambda: has_read_all(server, client))
         assert not told or read_past(client, b"\r\n\r\n") == told
         client.sendall(TEXT_JSON + LAST)
         assert [got.status for got in replies(told + read_to_end(client))] == replied
@@ -3783,12 +3761,6 @@ def unwrap_and_close(client):
     client.close()
 
 
-def fall_silent(connection):
-    """An upstream that says nothing after its first event."""
-    connection.sendall(STREAM_HEAD + transfer_chunk(b"data: a\n\n"))
-    ended(connection)
-
-
 WAYS = {  # how a client leaves: is it over TLS, what it sends after its request, how it closes
     "plain": (False, b"", socket.socket.close), "half-closed": (False, b"", half_close),
     "a request unread": (False, get() * 3, socket.socket.close),
@@ -3813,7 +3785,8 @@ def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(
     monkeypatch.setattr(openai_compat.Connection, "receive",
                         lambda self, seconds: waits.append(seconds) or receive(self, seconds))
     threads, tls = set(threading.enumerate()), tls_files if over_tls else None
-    with playing(fall_silent) as (url, _), Server(WAITING[what](url), tls=tls) as server:
+    silent = then_held(STREAM_HEAD + transfer_chunk(b"data: a\n\n"))
+    with playing(silent) as (url, _), Server(WAITING[what](url), tls=tls) as server:
         with secured(server, tls_files) if over_tls else dial(server) as client:
             client.sendall(STREAM_REQUEST)
             if what != "a first pause":
@@ -3962,33 +3935,28 @@ SOUND = [raw for _, *raws in TAKEN.values() for raw in raws]
 STRANGE = [None, True, False, 0, 1, -1, 2.5, 10**30, -1e300, "", "x", "auto", "\ud800", "\0",
            "y" * 3000, [], [None], [1], ["x"], [[]], [{}], {}, {"": None}, {"type": "function"},
            {"type": "x", "function": {}}, [{"role": "user"}], [{"type": "text", "text": 1}]]
-TOOL_F = {"type": "function", "function": {
-    "name": "f", "description": "d", "strict": False,
-    "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
-CALL_F = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 FULL = {"chat": (CHAT_PATH, {
     "model": "m", "stream": True, "stream_options": {"include_usage": True}, "n": 2, "seed": 1,
     "messages": [{"role": "system", "content": "s", "name": "n"},
                  {"role": "user", "content": [{"type": "text", "text": "t"},
                                               {"type": "image_url", "image_url": {"url": "u"}}]},
-                 {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL_F]},
-                 {"role": "tool", "tool_call_id": "1", "content": "c"}],
+                 *made_call()],
     "max_tokens": 5, "max_completion_tokens": 5, "stop": ["a", "b"], "temperature": 1, "top_p": 1,
     "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {"1": 2}, "logprobs": True,
-    "top_logprobs": 2, "user": "u", "tools": [TOOL_F], "tool_choice": "auto", "store": False,
+    "top_logprobs": 2, "user": "u", "tools": [TOOL], "tool_choice": "auto", "store": False,
     "parallel_tool_calls": False, "service_tier": "auto", "metadata": {"a": "b"},
     "response_format": {"type": "json_schema", "json_schema": {
-        "name": "n", "schema": TOOL_F["function"]["parameters"]}},
+        "name": "n", "schema": TOOL["function"]["parameters"]}},
     "reasoning_effort": "low", "modalities": ["text"], "verbosity": "low",
     "prediction": {"type": "content", "content": "x"}}),
     "tools": (CHAT_PATH, {
-        "model": "m", "messages": user("x"), "tools": [TOOL_F],
-        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "model": "m", "messages": user("x"), "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": FN},
         "response_format": {"type": "json_object"}}),
     "functions": (CHAT_PATH, {
-        "model": "m", "functions": [TOOL_F["function"]], "function_call": {"name": "f"},
-        "messages": [*user("x"), {"role": "assistant", "function_call": CALL_F["function"]},
-                     {"role": "function", "name": "f", "content": "c"}]}),
+        "model": "m", "functions": [TOOL["function"]], "function_call": FN, "messages": [
+            *user("x"), {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "c"}]}),
     "text": (TEXT_PATH, {
         "model": "m", "prompt": ["a", "b"], "suffix": "s", "max_tokens": 5, "temperature": 1,
         "n": 1, "best_of": 2, "stream": False, "logprobs": 2, "echo": True, "stop": "x",
@@ -3996,9 +3964,8 @@ FULL = {"chat": (CHAT_PATH, {
     "ids": (TEXT_PATH, {
         "model": "m", "prompt": [[1, 2], [3]], "stream": True, "n": 3, "logprobs": 0})}
 KNOWN_FIELDS = {*openai_compat.CHAT_FIELDS.fields, *openai_compat.COMPLETION_FIELDS.fields}
-FOREIGN = sorted({*KNOWN_FIELDS, "prompts", "text",
-                  "index", "id", "endpoint", "body", "prompt", "messages", "best_of", "input",
-                  "stop_sequences"})
+FOREIGN = sorted({*KNOWN_FIELDS, "prompts", "text", "index", "id", "endpoint", "body", "prompt",
+                  "messages", "best_of", "input", "stop_sequences"})
 
 
 def mutated(raw, dice):
@@ -4054,17 +4021,6 @@ def noise(dice, depth=4):
     return {dice.choice(names): noise(dice, depth - 1) for _ in range(dice.randrange(4))}
 
 
-def sound(got):
-    """Is it a refusal, or a whole reply of the shape that its content type promises?"""
-    if got.status == 400:
-        return got.error
-    if got.headers["content-type"] == "application/json":
-        return got.status == 200 and json.loads(got.body)["choices"]
-    *events, done, end = got.body.decode().split("\n\n")
-    return (done, end) == ("data: [DONE]", "") and all(
-        "choices" in json.loads(event[len("data: "):]) for event in events)
-
-
 def check_all(server, requests):
     """Send all on one connection, in order; look at each reply."""
     for start in range(0, len(requests), 20):
@@ -4073,35 +4029,29 @@ def check_all(server, requests):
                                         for path, body in part) + LAST)
         assert len(got) == len(part)
         for request, reply in zip(part, got):
-            assert sound(reply), (SEED, request, vars(reply))
+            print(SEED, request, reply.body)        # pytest shows it where it fails
+            is_json = reply.headers["content-type"] == "application/json"
+            assert reply.status in (200, 400)
+            assert reply.error if reply.status == 400 else reply.json if is_json else reply.chunks
 
 
 @pytest.mark.parametrize("path, body", rows(FULL))
-def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body):
+@pytest.mark.parametrize("share", [0.2, pytest.param(1, marks=pytest.mark.stress)])
+def test_any_value_in_any_field_gets_a_sound_reply(roomy, calm, path, body, share):
     dice = random.Random(SEED)
     assert post(roomy, path, body).status == 200
     check_all(roomy, [
-        (path, changed(body, place, value)) for place in places(body)
-        for value in dice.sample(STRANGE, min(CASES // 50, len(STRANGE)))])
-
-
-@both
-@pytest.mark.parametrize("path, body", [(CHAT_PATH, HI), (TEXT_PATH, PROMPT)])
-@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.stress)])
-def test_any_value_in_a_field_of_the_other_endpoint_gets_a_sound_reply(
-        roomy, calm, path, body, share, stream):
-    dice = random.Random(SEED)
-    check_all(roomy, [(path, {**body, "stream": stream, name: value}) for name in FOREIGN
-                      for value in STRANGE if dice.random() < share])
+        (path, changed(body, place, value)) for place in [*places(body), *zip(FOREIGN)]
+        for value in STRANGE if dice.random() < share])
 
 
 @both
 @pytest.mark.parametrize("path, fields", [      # each was a 500
     (CHAT_PATH, {"prompts": 5}), (TEXT_PATH, {"max_completion_tokens": "5"}),
-    (TEXT_PATH, {"max_completion_tokens": -1}), (TEXT_PATH, {"functions": [TOOL_F["function"]]}),
+    (TEXT_PATH, {"max_completion_tokens": -1}), (TEXT_PATH, {"functions": [TOOL["function"]]}),
     (TEXT_PATH, {"response_format": "json"}), (TEXT_PATH, {"messages": 5}),
     (TEXT_PATH, {"response_format": {"type": "json_schema"}}),
-    (TEXT_PATH, {"tools": [TOOL_F], "tool_choice": "required"}),
+    (TEXT_PATH, FORCED),
     (CHAT_PATH, {"messages": user([{"type": "text", "text": "Hi"}, {
         "type": "image_url", "image_url": {"url": "u"}, "text": 5}])})])
 def test_a_field_that_means_nothing_here_is_passed_over(roomy, calm, path, fields, stream):
@@ -4116,7 +4066,7 @@ def test_nested_noise_gets_a_sound_reply(roomy, calm, count):
                       for path, body in dice.choices(list(FULL.values()), k=count)])
 # ----------------------------------------------------------------------------------
 # Stress (`make stress`; STRESS=short for a minute of it).  The server is a process of
-# its own, so that what is measured is the server.  Each test prints a row of the table.
+# its own, so that what is measured is the server.
 
 SHORT = os.environ.get("STRESS") == "short"
 stress = pytest.mark.stress
@@ -4140,19 +4090,6 @@ class Process(Running):
     def memory(self, name="VmRSS"):
         return int(re.search(name + r":\s*(\d+)", (self.proc / "status").read_text())[1]) / 1024
 
-    def cpu(self):
-        times = (self.proc / "stat").read_text().rpartition(")")[2].split()[11:13]
-        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.fixture
-def row(request, capsys):
-    """Prints a row of the table: what was sent, how often, what came of it."""
-    def print_row(text, *values):
-        with capsys.disabled():
-            print("\n| %s | %s |" % (request.node.name[len("test_"):], text % values))
-    return print_row
-
 
 @pytest.fixture
 def many_files():
@@ -4166,32 +4103,25 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
 
 
-def of(values, share):
-    """The value below which that share of the values lies."""
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
-
-
 class Stream:
-    """One client of many: what came on its connection, and when."""
+    """One client of many: what came on its connection, and when the first of it did."""
 
     def __init__(self, server, prompt):
-        self.rest, self.tail, self.texts, self.times = b"", b"", [], []
-        self.begun, self.client = time.monotonic(), dial(server)
+        self.begun, self.first, self.said = time.monotonic(), None, bytearray()
+        self.client = dial(server)
         self.client.sendall(request_bytes({**PROMPT, "prompt": prompt, "stream": True}, TEXT_PATH))
 
     def read(self):
         """Take what is there; False at the end."""
         block = self.client.recv(65536)
-        self.times.append(time.monotonic())
-        self.tail = (self.tail + block)[-300:]
-        whole, blank, self.rest = (self.rest + block).rpartition(b"\n\n")
-        self.texts += re.findall(rb'"text":"([^"]*)"', whole + blank)
+        self.first = self.first or time.monotonic()
+        self.said += block
         return bool(block)
 
 
-def watch_streams(streams, events, halfway):
+def watch_streams(streams, events=0, halfway=None):
     """Read all the streams to their ends; call `halfway` once, after half the events."""
-    selector, half = selectors.DefaultSelector(), None
+    selector = selectors.DefaultSelector()
     for stream in streams:
         selector.register(stream.client, selectors.EVENT_READ, stream)
     while selector.get_map():
@@ -4199,45 +4129,34 @@ def watch_streams(streams, events, halfway):
             if not key.data.read():
                 selector.unregister(key.fileobj)
                 key.fileobj.close()
-        if half is None and len(streams[0].texts) > events / 2:
-            half = [halfway()]
-    return half[0]
+        if halfway and streams[0].said.count(b"data: ") > events / 2:
+            halfway()
+            halfway = None
 
 
 @stress
 @pytest.mark.parametrize("count, events", [(300, 60)] if SHORT else [(500, 400), (1000, 400)])
-def test_many_streams_at_once_are_complete_and_in_order(many_files, row, count, events):
+def test_many_streams_at_once_are_complete_and_in_order(many_files, count, events):
     prompt = " ".join(map(str, range(events)))
     with Process("--delay", "0.05", "--max-connections", "1100") as server:
-        talk(server, posted(TEXT_JSON) + LAST)
-        before = server.memory()
         streams = [Stream(server, prompt) for _ in range(count)]
-        during = watch_streams(streams, events, server.memory)
-    assert all(b"".join(stream.texts) == prompt.encode() for stream in streams)
-    assert all(stream.tail.endswith(b"0\r\n\r\n") for stream in streams)
-    first = [stream.times[0] - stream.begun for stream in streams]
-    whole = [stream.times[-1] - stream.times[0] for stream in streams]
-    row("%d streams x %d events, all complete; first event p50 %.0f, p99 %.0f ms; rate p50 %.1f,"
-        " least %.1f events/s; %.0f KiB a stream", count, events, 1000 * of(first, 0.5),
-        1000 * of(first, 0.99), events / of(whole, 0.5), events / max(whole),
-        1024 * (during - before) / count)
-    assert of(first, 0.99) < 1
+        watch_streams(streams)
+    for stream in streams:
+        assert b"".join(re.findall(b'"text":"([^"]*)"', stream.said)) == prompt.encode()
+        assert stream.said.endswith(b"0\r\n\r\n")
+    assert sorted(stream.first - stream.begun for stream in streams)[count * 99 // 100] < 1
 
 
 @stress
-def test_memory_and_descriptors_stay_flat(many_files, row):
+def test_memory_and_descriptors_stay_flat(many_files):
     rounds, raw = 200 if SHORT else 2000, b"".join(SOUND)
     with Process() as server:
-        expected = statuses(server, raw + LAST)
-        begin, marks = time.monotonic(), []
+        expected, marks = statuses(server, raw + LAST), []
         for i in range(rounds):
             assert statuses(server, raw + LAST) == expected
             if i in (rounds // 10, rounds - 1):
                 marks.append((server.memory(), descriptors(server.process.pid)))
-        took = time.monotonic() - begin
     (memory, files), (more_memory, more_files) = marks
-    row("%d exchanges in %.0f s; %.1f MiB after a tenth, %.1f at the end; %d and %d descriptors",
-        rounds * len(expected), took, memory, more_memory, files, more_files)
     assert len(expected) > len(SOUND) and more_memory - memory < 5 and more_files <= files + 1
 
 
@@ -4248,7 +4167,7 @@ def in_chunks(body, size):
 
 
 @stress
-def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
+def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files):
     body = (TEXT_JSON[:-1] + b',"x":"').ljust(2**25 - 2, b"a") + b'"}'
     tiny = in_chunks(body[:2**21 if SHORT else 2**23], 2)       # each costs the server a turn
     with Process("--request-timeout", "120") as server:
@@ -4257,82 +4176,44 @@ def test_bodies_of_32_mib_are_taken_in_bounded_memory(many_files, row):
         assert statuses(server, post_chunked(in_chunks(body, 65536)) + LAST) == [200, 200]
         assert statuses(server, post_chunked(in_chunks(body + b" ", 65536))) == [413]
         assert statuses(server, posted(body + b" ")[:9999]) == [413]
-        whole = server.memory("VmHWM")
         assert statuses(server, post_chunked(tiny) + LAST) == [400, 200]
-        most = server.memory("VmHWM")
-    row("32 MiB twice: 200, one byte more twice: 413; %.0f MiB at most, %.0f before; %d transfer "
-        "chunks of 2 bytes: %.0f MiB at most", whole, before, len(tiny) // 7, most)
-    assert most < before + 8 * 32
+        assert server.memory("VmHWM") < before + 8 * 32
 
 
 @stress
 @posix
-def test_sigterm_lets_replies_finish_or_ends_them_with_an_error(row):
+def test_sigterm_lets_replies_finish_or_ends_them_with_an_error():
     with Process("--delay", "0.05") as server:
         prompts = ["w " * 40] * 50 + ["w " * 1000] * (0 if SHORT else 50)
         streams = [Stream(server, prompt) for prompt in prompts]
         watch_streams(streams, 20, server.process.terminate)
-        begin = time.monotonic()
         assert server.process.wait(5) == 0
-    done = [stream.tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for stream in streams]
-    error = [b'data: {"error":' in stream.tail for stream in streams]
-    row("SIGTERM beside %d streams: %d finished, %d ended with an error event after 10 s, %d "
-        "cut; status 0 %.0f ms after the last", len(streams), sum(done), sum(error),
-        len(streams) - sum(done + error), 1000 * (time.monotonic() - begin))
+    done = [stream.said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for stream in streams]
+    error = [b'data: {"error":' in stream.said for stream in streams]
     assert all(done[:50]) and all(error[50:])
 
 
 @stress
-@posix
-def test_a_second_sigterm_ends_at_once(row):
-    with Process("--delay", "0.2") as server:
-        streams = [Stream(server, "w " * 1000) for _ in range(50)]
-        assert all([stream.read() for stream in streams])       # each reply has begun
-        server.process.terminate()
-        until(lambda: is_closed(server))
-        server.process.terminate()
-        begin = time.monotonic()
-        assert server.process.wait(5) == 0
-    row("a second SIGTERM beside %d streams: status 0 after %.0f ms",
-        len(streams), 1000 * (time.monotonic() - begin))
-    for stream in streams:
-        stream.client.close()
-
-
-@stress
-def test_a_server_without_descriptors_recovers(row):
+def test_a_server_without_descriptors_recovers():
     with Process(files=64) as server, served(server) as old:
         held = [dial(server) for _ in range(150)]
-        begin, cpu = time.monotonic(), server.cpu()
-        for _ in range(100):
-            old.sendall(get())
-            assert read_past(old, b"}").startswith(b"HTTP/1.1 200")
-            select.select([], [], [], 0.01)
-        spent = server.cpu() - cpu
+        old.sendall(get())
+        assert read_past(old, b"}").startswith(b"HTTP/1.1 200")
         for client in held:
             client.close()
-        again = time.monotonic()
         assert statuses(server, LAST) == [200]
-    row("150 connections at 64 descriptors: an old connection is served, %.2f s CPU in %.1f s; a "
-        "new one %.0f ms after", spent, again - begin, 1000 * (time.monotonic() - again))
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(200 if SHORT else 1000, marks=stress)])
-def test_starts_and_stops_with_a_connection_held_leave_nothing_behind(row, count):
-    seconds, files, threads = [], None, None
-    for _ in range(count):
-        begin = time.perf_counter()
+def test_starts_and_stops_with_a_connection_held_leave_nothing_behind(count):
+    for i in range(count):
         with Server(say("x")) as server, served(server) as client:
             server.close()
             assert client.recv(1) == b""
-        seconds.append(time.perf_counter() - begin)
-        if len(seconds) == 10:
+        if i == 10:
             gc.collect()
             threads, files = threading.active_count(), descriptors()
     until(lambda: threading.active_count() <= threads and descriptors() <= files)
-    if count > 50:
-        row("%d starts and stops with a connection held: median %.2f, p99 %.2f ms",
-            count, 1000 * of(seconds, 0.5), 1000 * of(seconds, 0.99))
 
 
 # ==================================================================================
@@ -5608,11 +5489,8 @@ def test_the_users_content_type_is_sent_no_model_is_no_line_and_a_tab_ends_a_com
 # Programs.
 
 PRINT = "sys.stdout.buffer.write(os.fsencode(sys.argv[1]))"
-
-
-REPEAT = program(PRINT, "<{prompt}>")
 SPOKEN = {  # a program, what is asked, and what the reply says
-    **{repr(text): (REPEAT, text, f"<{text}>") for text in (
+    **{repr(text): (program(PRINT, "<{prompt}>"), text, f"<{text}>") for text in (
         "Hi", "", "two words", "it's \"quoted\" $HOME `ls` \\ %PATH%", "{prompt}", "line\nline",
         "naïve 世界 🎈", "-n")},
     "words as a shell would split them": (
@@ -5672,8 +5550,7 @@ FAILING = {  # what a program does, what the message says, and what not
 @posix
 @both
 @pytest.mark.parametrize("code, told, untold", rows(FAILING))
-def test_a_program_that_fails_is_an_error_or_an_error_event_after_its_text(code, told, untold,
-                                                                           stream):
+def test_a_failing_program_is_an_error_or_an_event_after_its_text(code, told, untold, stream):
     with Server(command(program(code))) as server:
         got = chat(server, stream=stream)
     begun = stream and "write" in code
@@ -5830,6 +5707,7 @@ def test_an_upstreams_reply_and_its_recording_are_as_it_was(upstream, tape, sent
         first = relayed(server, upstream, sent)
         assert sent != streamed(*ABOVE) or server.journal[0].events == 3
         assert server.journal[0].outcome == ("error" if status == 404 else "complete")
+    assert ('{"base64":"//4A"}' in tape.read_text()) == (body == b"\xff\xfe\x00")
     with Server(Replay(str(tape))) as server:
         again = chat(server)
     assert [(got.status, got.body) for got in (first, again)] == [(status, body)] * 2
@@ -5863,20 +5741,14 @@ def test_a_path_is_put_after_the_upstreams_own(upstream, base, path):
 
 
 # A relay reaches only its routes, however they are spelled.
-CLIMBING = ["/v1" + path for path in r"""
-    /models/..%2f..%2fadmin/keys /models/../files /models/%2e%2e/files /models/%2e%2e%2ffiles
-    /models/..%2Ffiles /models/.%2e/files /models/..%5cfiles /models/..\files
-    /models/%252e%252e%252ffiles /models/..%252ffiles /models/..;/files /models/;/../files
-    /models/a/../../files /models/a%2f..%2f..%2ffiles /models//../files /models/./../files
-    /models/..%00/files /models/..%0d%0aX:%20y /models/%c0%ae%c0%ae/files /models/..%3ffiles
-    /models/a%3f/../files /models/..%23 /models/..# /models/.. /models/. /models/%2e%2e
-    /models/%2f%2fevil.example /models/http://evil.example/ /models/@evil.example/..
-    /models?x=/../../admin /files /admin/keys /embeddings /embeddings/../files
-    /chat/completions/../../files /chat/completions/..%2f..%2ffiles /chat/../files
-    /completions/..%2ffiles /completions;/files /./files /../admin %2fmodels%2f..%2ffiles
-    /engines/../completions /engines/..%2f..%2fadmin%3f/completions
-    /engines/a/../../completions /engines/x%2f..%2ffiles%23/chat/completions""".split()] + """
-    /../admin //admin /%2e%2e/admin /health/../admin /sse/../files /sse%2f..%2ffiles
+CLIMBING = ["/v1" + start + dots + slash + "files" for start in (
+    "/models/", "/models/a%2f", "/models//", "/chat/", "/completions/", "/engines/", "/", "%2f")
+    for dots in ("..", "%2e%2e", ".%2e", "%252e%252e", "%c0%ae%c0%ae", "..%00", ".", "..;", ";/..")
+    for slash in ("/", "%2f", "%2F", "%5c", "\\", "%252f", "%3f", "%23", "#", "%0d%0aX:%20")] + """
+    /v1/models/a/../../files /v1/models/%2f%2fevil.example /v1/models/http://evil.example/
+    /v1/models?x=/../../admin /v1/files /v1/embeddings /v1/chat/completions/..%2f..%2ffiles
+    /v1/engines/..%2f..%2fadmin%3f/completions /v1/engines/a/../../completions /v1/models/..
+    /v1/engines/x%2f..%2ffiles%23/chat/completions /../admin //admin /sse/../files
     http://evil.example/v1/files http://127.0.0.1/../admin http://127.0.0.1/v1/models/..%2ffiles
 """.split()
 REACHED = {"POST": r"/v1/(chat/)?completions", "GET": r"/v1/models(/[^/\\;#]+)?",
@@ -5903,11 +5775,10 @@ def test_a_relay_reaches_only_its_routes(method):
             assert not re.search(r"[/\\;]\.\.?([/\\;]|$)", decoded), target
 
 
-NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 THROUGH = {  # the request; what the upstream is asked for; what it says; status and body
     "HEAD": ("HEAD /v1/models", None, reply(b"{}")[:-2], 200, b""),
     "HEAD of a stream": ("HEAD /v1/models", None, STREAM_HEAD, 200, b""),
-    "204": ("GET /v1/models", None, NO_CONTENT, 204, b""),
+    "204": ("GET /v1/models", None, b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
     **{f"the target {target}": ("GET /v1/models" + target, went and "GET /v1/models" + went,
                                 reply({}), 200, b"{}") for target, went in {
         "?limit=1&after=a%20b": None, "?": None, "/a%2Fb": None, "/a/b": "/a%2Fb",
@@ -5929,26 +5800,6 @@ def test_what_http_has_passes_through_a_relay(upstream, tape, line, went, sent, 
     assert (got.status, got.body, last.status) == (status, body, 200)
     with Server(Replay(str(tape))) as server:
         assert talk(server, raw + LAST, to_head)[0].body == body
-
-
-@pytest.mark.system
-@pytest.mark.parametrize("program", ["curl", "node"])
-def test_other_http_clients_agree_with_a_relay(program):
-    if not shutil.which(program):
-        pytest.fail(f"{program} is missing")
-    code = """const http = require("http");
-const agent = new http.Agent({keepAlive: true, maxSockets: 1});
-const ask = (method, path) => new Promise((done, fail) => http.request(process.argv[1] + path,
-  {method, agent}, reply => { let size = 0; reply.on("data", block => size += block.length);
-  reply.on("end", () => done(`${reply.statusCode} ${size}`)); }).on("error", fail).end());
-(async () => { for (const each of ["HEAD /models", "GET /models/none", "GET /models"])
-  console.log(await ask(...each.split(" "))); })();"""
-    with playing(reply({})[:-2], NO_CONTENT, reply({})) as (url, _), Server(Relay(url)) as server:
-        told = ["-s", "-w", "%{http_code} %{size_download}\\n", "-o", os.devnull, "-o", os.devnull]
-        models = server.base_url + "/models"
-        words = {"node": ["-e", code, server.base_url],
-                 "curl": [*told, "-I", models, "--next", *told, models + "/none", models]}
-        assert finished(program, *words[program]).stdout.split() == "200 0 204 0 200 2".split()
 
 
 @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"], ids=repr)
@@ -6005,8 +5856,7 @@ def test_a_body_goes_up_as_it_came_with_the_headers_that_an_upstream_needs(upstr
 
 @pytest.mark.parametrize("sent", [reply({}), STREAM_HEAD + transfer_chunk(b"data: 1\n\n")],
                          ids=["whole", "cut"])
-def test_a_relay_connects_with_a_time_limit_and_closes_the_connection_itself(upstream, monkeypatch,
-                                                                             sent):
+def test_a_relay_connects_in_limited_time_and_closes_the_connection(upstream, monkeypatch, sent):
     kept, limits, create = [], [], socket.create_connection
 
     def connect(address, timeout, *more):
@@ -6044,8 +5894,7 @@ parts = pytest.mark.parametrize("sent", PARTS.values(), ids=list(PARTS))
 
 @both
 @parts
-def test_the_client_leaving_closes_the_upstream_and_is_not_recorded(upstream, tape, sent, stream,
-                                                                    caplog):
+def test_the_client_leaving_closes_the_upstream_unrecorded(upstream, tape, sent, stream, caplog):
     with Server(Relay(upstream.url, record=str(tape))) as server:
         with asking(server, stream=stream) as client:
             connection, _ = upstream.accept()
@@ -6140,8 +5989,7 @@ def test_a_tape_has_a_json_line_for_each_exchange_and_no_key_and_is_gone_on_with
         assert [chat(server, text, stream=True).body for text in ("one", "two", "three")] == bodies
 
 
-def test_a_tape_that_cannot_be_written_is_refused_at_the_start_and_costs_no_reply_later(tmp_path,
-                                                                                        caplog):
+def test_an_unwritable_tape_is_refused_at_the_start_and_costs_no_reply_later(tmp_path, caplog):
     with pytest.raises(OSError):
         Relay("http://127.0.0.1:9/v1", record=str(tmp_path))
     tape = tmp_path / "folder" / "tape"
@@ -6236,23 +6084,16 @@ def seen_after_the_end(server, number, stream):
 
 
 @both
-@pytest.mark.parametrize("count, others", [
-    (100, 0), pytest.param(1000, 3, marks=pytest.mark.stress)])
-def test_nothing_is_late_in_the_journal_nor_missing_on_the_tape(tape, count, others, stream):
-    busy = program("import time\nend = time.time() + 600\nwhile time.time() < end: pass")
-    working = [subprocess.Popen(busy) for _ in range(others)]
-    try:
-        with Server(lambda request: iter(["one ", "two ", "three"])) as first, \
-                Server(Relay(first.base_url, record=str(tape))) as server:
-            for each in (first, server):
-                numbers = itertools.count()
-                found = together(4, lambda: [seen_after_the_end(each, next(numbers), stream)
-                                             for _ in range(count // 4)])
-                assert list(itertools.chain(*found)) == [["complete"]] * count
-    finally:
-        for process in working:
-            process.kill()
-            process.wait()
+@pytest.mark.parametrize("count, clients", [
+    (100, 4), pytest.param(1000, 20, marks=pytest.mark.stress)])
+def test_nothing_is_late_in_the_journal_nor_missing_on_the_tape(tape, count, clients, stream):
+    with Server(lambda request: iter(["one ", "two ", "three"])) as first, \
+            Server(Relay(first.base_url, record=str(tape))) as server:
+        for each in (first, server):
+            numbers = itertools.count()
+            found = together(clients, lambda: [seen_after_the_end(each, next(numbers), stream)
+                                               for _ in range(count // clients)])
+            assert list(itertools.chain(*found)) == [["complete"]] * count
     recordings = [json.loads(line) for line in tape.read_bytes().splitlines()]
     assert sorted(each["request"]["body"]["seed"] for each in recordings) == list(range(count))
     assert all(("[DONE]" in each["writes"][-1][1]) == stream for each in recordings)
@@ -6318,13 +6159,6 @@ def test_the_pauses_of_the_upstream_are_on_the_tape(tape):
     recorded(tape, "x", backend=Script(Reply("a b c", delay=(0.1, 0.1))))
     first, *more = [pause for pause, _ in json.loads(tape.read_text())["writes"]]
     assert first >= 0.1 and sum(more) >= 0.1            # of 0.2: a busy machine reads late
-
-
-def test_what_is_no_utf8_is_on_the_tape_in_base64(upstream, tape):
-    with Server(Relay(upstream.url, record=str(tape))) as server:
-        relayed(server, upstream, reply(b"\xff\xfe"))
-    [(_, write)] = json.loads(tape.read_text())["writes"]
-    assert base64.b64decode(write["base64"]) == b"\xff\xfe"
 
 
 FULL_DISK = program("""
@@ -6395,13 +6229,12 @@ def flagged(workplace):
         yield server
 
 
-ORPHAN = [{"role": "tool", "content": "x", "tool_call_id": "call_1"}]
 FLAGS = {   # a request, and what its reply has only with the flags above
     "--model":        ({"model": "x"}, "^404 .*model_not_found"),
     "--backend":      ({}, '"content":"iH"'),
     "its APIError":   ({"text": "coffee"}, "^418 .*No coffee.*teapot"),
     "--tokenizer":    ({}, '"completion_tokens":2'),
-    "--lenient":      ({"messages": ORPHAN}, "^200 "),
+    "--lenient":      ({"messages": [tool_message("call_1")]}, "^200 "),
     "--quirk-header": ({"headers": {"X-Quirk": "html_502"}}, "^502 "),
     "--cors":         ({"headers": {"Origin": "https://page.example"}}, "^200 "),
     "--max-body":     ({"text": "x" * 900}, "^413 "),
@@ -6506,8 +6339,7 @@ NOT_STARTED = {  # flags, and what the message says
 
 
 @pytest.mark.parametrize("flags", NOT_STARTED)
-def test_what_cannot_be_started_or_has_no_effect_is_one_clear_line(workplace, monkeypatch, capsys,
-                                                                   flags):
+def test_what_cannot_start_or_has_no_effect_is_one_line(workplace, monkeypatch, capsys, flags):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(Server, "start", lambda *_: pytest.fail("it starts"))
@@ -6646,14 +6478,11 @@ def threads_of(process):
     return [int(id) for id in os.listdir("/proc/%d/task" % process.pid) if int(id) != process.pid]
 
 
-SHARING = {"echo": ([], 1), "--say": (["--say", "x"], 1),
-           "--backend": (["--backend", "mine:backwards"], os.cpu_count()),
-           "--command": (["--command", "true"], os.cpu_count())}
-
-
 @linux
 @fast
-@pytest.mark.parametrize("flags, cores", rows(SHARING))
+@pytest.mark.parametrize("flags, cores", [
+    ([], 1), (["--say", "x"], 1), (["--backend", "mine:backwards"], os.cpu_count()),
+    (["--command", "true"], os.cpu_count())])
 def test_only_code_of_ours_has_to_share_a_core(flags, cores, workplace):
     everywhere = os.sched_getaffinity(0)
     with Running(*flags, cwd=workplace) as server:
@@ -6800,11 +6629,11 @@ HELD = ["--backend", "mine:held"]
 
 
 @contextlib.contextmanager
-def held_reply(gate, workplace, tls=None):
+def held_reply(gate, workplace, tls=None, start=MODULE):
     """A server with a stream that is half told: (server, client, the door that holds it)."""
     flags = ["--tls-cert", tls[0], "--tls-key", tls[1]] if tls else []
     body = {"model": "m", "messages": user(str(gate.port)), "stream": True}
-    with Running(*HELD, *flags, cwd=workplace) as server:
+    with Running(*HELD, *flags, start=start, cwd=workplace) as server:
         with secured(server, tls) if tls else dial(server) as client:
             client.sendall(request_bytes(body))
             with gate.arrival() as door:
@@ -6825,9 +6654,15 @@ def test_a_signal_lets_running_replies_finish(gate, workplace, tls_files, name, 
         assert server.process.wait(PATIENCE) == 0
 
 
+PATIENT = program("""
+import openai_compat
+openai_compat.close_server = lambda server, grace: server.close(10 ** 6)
+openai_compat.main(sys.argv[1:])""")
+
+
 @posix
 def test_a_second_signal_cuts_them_and_a_third_does_no_harm(gate, workplace):
-    with held_reply(gate, workplace) as (server, client, _):
+    with held_reply(gate, workplace, start=PATIENT) as (server, client, _):
         server.process.terminate()              # two at once could be one
         until(lambda: is_closed(server))
         server.process.send_signal(signal.SIGINT)
@@ -6956,18 +6791,14 @@ def nginx_before(folder, *servers):
         process.wait()
 
 
-@pytest.fixture
-def processes(tmp_path, workplace):
-    """nginx, and the two processes behind it."""
-    with Running(*HELD, cwd=workplace) as one, Running(*HELD, cwd=workplace) as two:
-        with nginx_before(tmp_path, one, two) as nginx:
-            yield nginx, one, two
-
-
 @pytest.mark.system
-def test_nginx_passes_events_at_once_and_a_killed_process_costs_only_its_own(processes, gate):
-    nginx, one, _ = processes
+def test_behind_nginx_events_come_at_once_and_a_process_may_end(tmp_path, workplace, gate):
     with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(Running(*HELD, cwd=workplace)) for _ in range(2))
+        nginx = stack.enter_context(nginx_before(tmp_path, one, two))
+
+        def refusals():
+            return {chat(nginx, path="/v1/nothing").error["code"] for _ in range(4)}
         clients = [stack.enter_context(asking(nginx, str(gate.port), stream=True))
                    for _ in range(20)]
         doors = [gate.arrival() for _ in clients]
@@ -6978,27 +6809,10 @@ def test_nginx_passes_events_at_once_and_a_killed_process_costs_only_its_own(pro
         for door in doors:
             door.close()
         whole = [b"[DONE]" in read_to_end(client) for client in clients]
-    assert whole.count(True) == 10
-    assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
-
-
-@pytest.mark.system
-def test_behind_nginx_one_process_after_the_other_can_be_restarted(processes, workplace):
-    nginx, one, two = processes
-    one.end()
-    assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
-    with Running(*HELD, cwd=workplace, port=one.server_address[1]):
+        assert whole.count(True) == 10 and refusals() == {"unknown_url"}
+        stack.enter_context(Running(*HELD, cwd=workplace, port=one.server_address[1]))
         two.end()
-        assert {chat(nginx, path="/v1/nothing").status for _ in range(4)} == {404}
-
-
-@pytest.mark.system
-def test_a_refusal_passes_nginx_unchanged(tmp_path):
-    refusal = APIError(429, "Slow down.", headers={"retry-after-ms": "20"})
-    with Server(refusal) as server, nginx_before(tmp_path, server, server) as nginx:
-        got = chat(nginx)
-    assert (got.status, got.headers["retry-after-ms"]) == (429, "20")
-    assert json.loads(got.body) == refusal.body()
+        assert refusals() == {"unknown_url"}    # from the one that was started again
 
 
 # ==================================================================================
@@ -7006,7 +6820,7 @@ def test_a_refusal_passes_nginx_unchanged(tmp_path):
 
 # ----------------------------------------------------------------------------------
 # Chromium, driven by chromedriver, whose protocol (W3C WebDriver) is JSON over HTTP.
-# One browser serves all tests; each test has a new window and empty logs.
+# One browser serves all tests; each test has a new window and an empty log.
 
 system = pytest.mark.system
 MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
@@ -7030,8 +6844,7 @@ class Browser:
             "--host-resolver-rules=MAP evil.example 127.0.0.1"]}
         self.session = "/session"
         self.session += "/" + self("POST", "", capabilities={"alwaysMatch": {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}})["sessionId"]
+            "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}})["sessionId"]
 
     def __call__(self, method, path, **body):
         got = call(self, method, self.session + path, body if method == "POST" else None)
@@ -7099,12 +6912,11 @@ class Browser:
                         envelope.textContent.trim(), line.lastChild.textContent];
             })""")]
 
-    def log(self, kind="browser"):
-        return self("POST", "/se/log", type=kind)
-
     def violations(self):
-        return [entry["message"] for entry in self.log() if "Security Policy" in
-                entry["message"] or entry["source"] in ("security", "violation")]
+        """What the policy of a page has stopped since this was last asked."""
+        return [entry["message"] for entry in self("POST", "/se/log", type="browser")
+                if "Security Policy" in entry["message"]
+                or entry["source"] in ("security", "violation")]
 
 
 @system
@@ -7122,11 +6934,10 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture(params=[pytest.param("chromium", marks=system)])
 def browser(request):
-    """The browser in a new window, with logs that are empty; its tests are of `make system`."""
+    """The browser in a new window, with an empty log; its tests are of `make system`."""
     chromium = request.getfixturevalue("chromium")
     chromium("POST", "/window", handle=chromium("POST", "/window/new", type="window")["handle"])
-    for kind in ("browser", "performance"):
-        chromium.log(kind)
+    chromium.violations()
     yield chromium
     chromium("DELETE", "/window")
     chromium("POST", "/window", handle=chromium("GET", "/window/handles")[0])
@@ -7150,6 +6961,7 @@ def test_the_page_is_short_and_safe_names_no_other_host_and_keeps_nothing_in_the
 def test_the_page_may_run_its_own_script_and_talk_to_its_server_and_no_more(quirk_header):
     with Server(quirk_header=quirk_header) as server:
         got = call(server, "GET", "/")
+        assert call(server, "GET", "/", headers={"Host": "evil.example"}).status == 403
     page, policy = got.body.decode(), got.headers["content-security-policy"]
     policy = dict(part.split(" ", 1) for part in policy.split("; "))
     for name, text in re.findall("(?s)<(style|script)>(.*?)</", page):
@@ -7162,12 +6974,6 @@ def test_the_page_may_run_its_own_script_and_talk_to_its_server_and_no_more(quir
     assert got.headers["referrer-policy"] == "no-referrer"
     assert not re.search(r" (on\w+|style)=", page.partition("<script>")[0])
     assert re.findall("<option>([^<]+)", page) == list(QUIRKS if quirk_header else ())
-
-
-def test_a_name_that_leads_here_does_not_open_the_page():
-    with Server() as server:
-        got = call(server, "GET", "/", headers={"Host": f"evil.example:{server.server_port}"})
-    assert got.status == 403 and got.error["code"] == "foreign_host"
 
 
 HTML = ('<b id="bold">bold</b><script>window.ran = 1</script>'
@@ -7203,6 +7009,8 @@ def test_a_reply_is_shown_and_goes_out_with_the_next_message(browser, said, show
                    *(("tool-call", f"{call['name']} {call['arguments']}") for call in calls),
                    *((answer["role"], answer["content"]) for answer in answers)]
         assert [line for line in carried if line[1]] == shown
+        assert {entry.path for entry in server.journal} == {"/", "/v1/models", CHAT_PATH}
+        assert browser.violations() == []       # nothing is requested from elsewhere
 
 
 def test_html_in_a_reply_does_not_run(browser):
@@ -7247,8 +7055,7 @@ def test_a_server_that_is_gone_is_told_in_words(browser):
 @pytest.mark.parametrize("failure, note", [
     (APIError(429, "Too fast."), "429: Too fast."),
     (Reply(tool_calls=[OSLO], quirk="truncate@4"), BROKE_OFF)], ids=["refused", "cut"])
-def test_a_message_that_fails_goes_back_into_the_box_and_not_into_the_conversation(
-        browser, failure, note):
+def test_a_message_that_fails_goes_back_into_the_box_not_the_conversation(browser, failure, note):
     with browser.page_of(Script("One.", failure, "Better.")) as server:
         browser.say("a", "b")
         assert browser.talk()[-1][1].startswith(note) and browser.value("text") == "b"
@@ -7408,35 +7215,6 @@ def test_no_window_is_too_narrow(browser, width):
         assert wide == [0, 0, 0] and (left == 0) == (width <= 700)
 
 
-def test_nothing_is_requested_from_elsewhere(browser):
-    with browser.page_of() as server:
-        browser.say("Hi")
-        events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
-        asked = [event["params"]["request"]["url"] for event in events
-                 if event["method"] == "Network.requestWillBeSent"]
-        assert {url[:len(server.base_url) - 2] for url in asked if url.startswith("http")} == {
-            server.base_url[:-2]}
-        assert browser.violations() == []
-        assert {entry.path for entry in server.journal} == {"/", "/v1/models", CHAT_PATH}
-        assert asked_of(server)[0].body.keys() == {"model", "messages", "stream", "stream_options"}
-
-
-def test_the_policy_keeps_the_page_from_reaching_elsewhere(browser):
-    with Server() as other, browser.page_of():
-        browser.js("""window.blocked = [];
-                      addEventListener("securitypolicyviolation",
-                                       event => blocked.push(event.effectiveDirective));
-                      fetch(arguments[0]).catch(() => 0);
-                      new Image().src = arguments[0];
-                      const script = document.createElement("script");
-                      script.append("window.ran = 1");
-                      try { document.body.append(script); } catch (error) {}""",
-                   other.base_url + "/models")
-        until(lambda: {"connect-src", "img-src"} <= set(browser.js("return blocked")))
-        assert other.journal == [] and browser.js("return window.ran") is None
-        assert len(browser.js("return blocked")) >= 3
-
-
 STRANGER = b"""<!doctype html><title>A stranger</title><iframe name=frame></iframe><script>
 const [url, found] = [location.hash.slice(1), []];
 const body = '{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}';
@@ -7495,8 +7273,8 @@ each_sdk = pytest.mark.parametrize("sdk", [pytest.param(sdk, marks=interop) for 
 PRELUDE_OF_OLD = """
 import openai
 openai.api_base, openai.api_key = os.environ["OPENAI_BASE_URL"], "any"
-chat, complete = openai.ChatCompletion.create, openai.Completion.create
-achat = openai.ChatCompletion.acreate
+chat = openai.ChatCompletion.create
+def complete(model, **fields): return openai.Completion.create(engine=model, **fields)
 list_models, retrieve_model = openai.Model.list, openai.Model.retrieve
 extra, Refused = dict, openai.error.OpenAIError
 def plain(answer): return answer.to_dict_recursive()
@@ -7507,9 +7285,6 @@ PRELUDE_OF_NEW = """
 import openai
 client = openai.OpenAI(base_url=os.environ["OPENAI_BASE_URL"], api_key="any")
 chat, complete = client.chat.completions.create, client.completions.create
-def achat(**fields):
-    async_client = openai.AsyncOpenAI(base_url=client.base_url, api_key="any")
-    return async_client.chat.completions.create(**fields)
 list_models, retrieve_model = client.models.list, client.models.retrieve
 def extra(**fields): return {"extra_body": fields}      # what 1.0.0 has no name for
 Refused = openai.OpenAIError
@@ -7518,7 +7293,7 @@ def body_of(error): return error.response.json()["error"]
 def leave(stream): stream.response.close()
 """
 ASK = """
-import asyncio, json, re, os, sys
+import json, re, os, sys
 ask = {"model": "m", "messages": [{"role": "user", "content": "Hello!"}]}
 def content_of(chunk): return getattr(chunk.choices[0].delta, "content", None)
 """
@@ -7548,7 +7323,6 @@ def said(sdk, script, server):
 ADD = {"type": "function", "function": {"name": "add", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
 CALLS = [ToolCall("add", {"a": 1}, id="call_1"), ToolCall("add", {"a": 2}, id="call_2")]
-AWKWARD = ["你好 \U0001f600", "\u2028", "\u2029", "\x85", "\ud800 \x00 \x7f", "\\ \" \r\n\t </b>"]
 HELLO = say("Hello", " world", "!")
 SLOW_DOWN = APIError(429, "Slow down.", headers={"retry-after-ms": "10", "retry-after": "0.01"})
 NO_MONEY = APIError(429, "You are out of money.", code="insufficient_quota")
@@ -7613,18 +7387,6 @@ print(choice.finish_reason, call.name, type(json.loads(call.arguments)["a"]))
     "the models are listed and shown": (OLD, HELLO, """
 print([model.id for model in list_models().data], retrieve_model("say").object)
 """, ["['say'] model"]),
-    "an async stream is the same": (OLD, HELLO, """
-async def main():
-    async for chunk in await achat(stream=True, **ask):
-        print(repr(content_of(chunk)), end=" ")
-asyncio.run(main())
-""", ["'' 'Hello' ' world' '!' None "]),
-    "no character is lost, streamed or not": (OLD, lambda ask: AWKWARD[int(ask["text"])], """
-for number in range(%d):
-    ask["messages"][0]["content"] = str(number)
-    print(ascii(chat(**ask).choices[0].message.content))
-    print(ascii("".join(content_of(chunk) or "" for chunk in chat(stream=True, **ask))))
-""" % len(AWKWARD), [ascii(text) for text in AWKWARD for _ in range(2)]),
     "an error in mid stream raises": (OLD, always(Reply("Hello world!", quirk="error_event")), """
 try: print(*[chunk.choices[0].delta.content for chunk in chat(stream=True, **ask)])
 except Refused as error: print(type(error).__name__)
@@ -7693,22 +7455,20 @@ EXCEPTIONS = {  # status: its exception in 0.28.1, since 1.0
     422: ("APIError", "UnprocessableEntityError"), 429: ("RateLimitError",) * 2,
     500: ("APIError", "InternalServerError"),
     503: ("ServiceUnavailableError", "InternalServerError")}
-DESCRIBE = """
-if "client" in globals(): client.max_retries = 0
-def refused(**fields):
-    try: print(next(iter(chat(**fields))))
-    except Refused as error:
-        print(type(error).__name__, body_of(error).get("code"), body_of(error).get("param"))
-"""
 
 
 @both
 @each_sdk
 def test_each_error_is_the_right_exception_and_names_its_cause(sdk, stream):
-    script = "for _ in range(%d): refused(stream=%s, **ask)" % (len(EXCEPTIONS), stream)
     errors = [APIError(status, "No.", code="c", param="p") for status in EXCEPTIONS]
     with Server(Script(*errors)) as server:
-        assert said(sdk, DESCRIBE + script, server) == [
+        assert said(sdk, """
+if "client" in globals(): client.max_retries = 0
+for _ in range(%d):
+    try: print(next(iter(chat(stream=%s, **ask))))
+    except Refused as error:
+        print(type(error).__name__, body_of(error)["code"], body_of(error)["param"])
+""" % (len(errors), stream), server) == [
             f"{names[sdk != OLD]} c p" for names in EXCEPTIONS.values()]
         assert [exchange.status for exchange in server.journal] == list(EXCEPTIONS)
 
@@ -7728,38 +7488,16 @@ print(chat(model="m", messages=[{"role": "user", "content": "Bye."}]).choices[0]
     assert [exchange.outcome for exchange in server.journal] == ["client left", "complete"]
 
 
-@interop
-def test_0_28_as_the_reference_documents_call_it():
-    with Server() as server:
-        assert said(OLD, """
-reply = openai.ChatCompletion.create(**ask)
-print(reply["choices"][0]["message"]["content"], reply.usage.total_tokens > 0)
-for chunk in openai.ChatCompletion.create(stream=True, **ask):
-    print(chunk["choices"][0]["delta"].get("content", ""), end="|")
-print(chunk.choices[0].finish_reason, dict(chunk.choices[0].delta), len(chunk.id))
-reply = openai.Completion.create(engine="gpt-3.5-turbo-instruct", prompt="你好", max_tokens=1)
-print(reply["choices"][0]["text"], reply["choices"][0]["finish_reason"])
-""", server) == ["Hello! True", "|Hello|!||stop {} 38", "你 length"]
-
-
 BY_HAND = '''
-import json, sys, requests
-base = sys.argv[1]
-def ask(path, stream=False, **fields):
-    fields = {"model": "m", "stream": stream, "max_tokens": 100, "temperature": 0.8, "top_p": 1,
-              "presence_penalty": 0, "frequency_penalty": 0, **fields}
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer EMPTY"}
-    response = requests.post(base + path, headers=headers, json=fields, stream=stream)
-    if not stream:
-        return [response.json()["choices"][0]]
+import json, requests, sys
+chat = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "你好"}]}
+for path, body in ("/v1/chat/completions", chat), ("/sse", chat), (
+        "/v1/completions", {"model": "m", "stream": True, "prompt": "你好"}):
+    url, headers = sys.argv[1][:-len("/v1")] + path, {"Authorization": "Bearer EMPTY"}
+    response = requests.post(url, headers=headers, json=body, stream=True)
     found = (line.decode("utf-8").replace("data: ", "") for line in response.iter_lines() if line)
-    return [json.loads(line)["choices"][0] for line in found if line != "[DONE]"]
-hello = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "你好"}]
-print(ask("/chat/completions", messages=hello)[0]["message"]["content"])
-print(ask("/completions", prompt="你好")[0]["text"])
-print(*[choice["text"] for choice in ask("/completions", True, prompt="你好")], sep="|")
-for base, path in (base, "/chat/completions"), (base[:-len("/v1")], "/sse"):
-    print(*[choice["delta"].get("content") for choice in ask(path, True, messages=hello)], sep="|")
+    choices = [json.loads(line)["choices"][0] for line in found if line != "[DONE]"]
+    print(*[each.get("delta", {}).get("content") or each.get("text") for each in choices], sep="|")
 '''
 
 
@@ -7767,7 +7505,7 @@ for base, path in (base, "/chat/completions"), (base[:-len("/v1")], "/sse"):
 def test_requests_reads_as_the_reference_documents_do():
     with Server() as server:
         assert printed("requests", BY_HAND, server.base_url) == [
-            "你好", "你好", "你|好|", "|你|好|None", "|你|好|None"]
+            "None|你|好|None", "None|你|好|None", "你|好|"]
 
 
 # A command that gets the fixture: the newest SDK for Node that this Node can run.
@@ -7902,24 +7640,6 @@ def test_the_readme_says_what_the_official_sdk_makes_of_broken_events():
     assert named == {quirk for quirk in QUIRKS if TORTURE[quirk][0] == "JSONDecodeError"}
     assert re.findall(r"`(\w+)`", silent) == [
         quirk for quirk in QUIRKS if TORTURE[quirk][0] == CUT_SHORT]
-
-
-# ----------------------------------------------------------------------------------
-# Many fixtures at once, as parallel test runners make them.
-
-FIFTY_FIXTURES = """
-import contextlib, urllib.request
-from openai_compat import Server, say
-with contextlib.ExitStack() as stack:
-    for server in [stack.enter_context(Server(say("x"))) for _ in range(50)]:
-        urllib.request.urlopen(server.base_url + "/models").read()
-        print(server.server_port)
-"""
-
-
-def test_200_fixtures_in_4_processes_do_not_clash():
-    for done in together(4, lambda: finished(sys.executable, "-c", FIFTY_FIXTURES, cwd=HERE)):
-        assert (done.returncode, len(set(done.stdout.split()))) == (0, 50), done.stderr
 
 
 # ==================================================================================
@@ -8167,8 +7887,7 @@ def put(folder, desk, **texts):
 
 @pytest.mark.parametrize("python", [
     sys.executable, pytest.param(SDK, marks=pytest.mark.interop)], ids=["alone", "official SDK"])
-def test_the_recipes_of_the_readme_pass_and_its_conftest_gives_each_test_a_server(python, desk,
-                                                                                  tmp_path):
+def test_the_recipes_of_the_readme_pass_and_each_test_has_a_server(python, desk, tmp_path):
     recipes = {f"test_{i}": text for i, text in enumerate(TESTS) if (python == SDK) == bool(
         re.search(r"(?m)^import .*\bopenai\b", text))}
     folder = put(tmp_path / "recipes", desk, test_it=ONE_SERVER_PER_TEST,
@@ -8255,8 +7974,7 @@ def test_the_solution_of_the_lesson_is_right_or_says_why_in_as_many_lines_as_it_
     said = dict(line.split(None, 1) for line in printed.splitlines())
     errors = {quirk for quirk, verdict in said.items() if verdict != "right"}
     assert set(said) == set(QUIRKS) and "WRONG" not in printed
-    assert errors == {"no_finish", "bad_json", "error_event", "truncate", "stall", "reset",
-                      "html_502"}
+    assert errors == {quirk for quirk in QUIRKS if TORTURE[quirk][2] != RIGHT}
     assert "%d are right, %d say" % (len(said) - len(errors), len(errors)) in README
     lines = FILES["careful.py"].partition("def read")[2].count("\n")
     assert lines == 15 and "Fifteen lines are enough" in README
@@ -8335,15 +8053,8 @@ def flags_of(module):
     return set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*(?=[ \],\n])", said)) - {"--help", "-h"}
 
 
-def fields_of_the_journal():
-    with Server("x") as server:
-        chat(server)
-        return {name for name in dir(server.journal[0]) if name[0] != "_" and not callable(
-            getattr(server.journal[0], name))} - {"content", "clock", "FIELDS"}
-
-
 TABLES = {"`Server`": lambda: {*arguments(Server)}, "`Reply`": lambda: {*arguments(Reply)},
-          "Quirk": lambda: {*QUIRKS}, "Field": fields_of_the_journal,
+          "Quirk": lambda: {*QUIRKS}, "Field": lambda: {*ENTRY},
           "Flag": lambda: flags_of("openai_compat"), "Option": lambda: flags_of("client")}
 
 
@@ -8363,14 +8074,9 @@ def test_a_table_has_the_defaults(function):
             assert shown[0] == value.replace("'", '"')
 
 
-@pytest.mark.parametrize("quirk", QUIRKS)
-def test_the_table_of_quirks_says_whether_it_bends_a_whole_reply(quirk):
-    with Server("Hello!", quirk=quirk) as server:
-        with dial(server, 0.2 if quirk == "stall" else PATIENCE) as connection:
-            connection.sendall(request_bytes(PROMPT, TEXT_PATH))
-            with contextlib.suppress(OSError):
-                read_to_end(connection)
-    assert (server.journal[0].outcome == "complete") == (table("Quirk")[quirk][1] == "no")
+def test_the_table_of_quirks_says_which_of_them_bend_a_whole_reply():
+    assert {quirk for quirk, cells in table("Quirk").items() if cells[1] != "no"} == {
+        "stall", "reset", "html_502", "split_bytes"}
 
 
 @pytest.mark.parametrize("kind, row", re.findall(
