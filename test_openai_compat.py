@@ -4,6 +4,7 @@ Each stage without a socket, then real sockets, real processes and, under the ma
 .pytest.ini, real SDKs, browsers and proxies.
 """
 import base64
+import concurrent.futures
 import configparser
 import contextlib
 import copy
@@ -172,13 +173,8 @@ def until(condition, seconds=PATIENCE):
 
 def together(count, work):
     """The results of `count` threads that do the same at once."""
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(work())) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return [each.result() for each in [pool.submit(work) for _ in range(count)]]
 
 
 @pytest.fixture(autouse=True)
@@ -262,10 +258,10 @@ def read_to_end(connection):
     return bytes(got)
 
 
-def read_past(connection, mark):
-    """The bytes up to and with `mark`, and what came along with it."""
+def read_past(connection, mark, count=1):
+    """The bytes up to and with so many of `mark`, and what came along with them."""
     got = b""
-    while mark not in got:
+    while got.count(mark) < count:
         block = connection.recv(65536)
         assert block, f"closed after {got!r}"
         got += block
@@ -321,11 +317,9 @@ class Got:
     def text(self):
         """What the first choice says, streamed or not."""
         assert self.status == 200, self.body
-        if self.headers["content-type"] == "application/json":
-            first = self.json["choices"][0]
-            return first["message"]["content"] if "message" in first else first["text"]
-        first = said_in_turn(self.chunks)[0]
-        return (first["delta"]["content"] if "delta" in first else first["text"]) or ""
+        whole = self.headers["content-type"] == "application/json"
+        first = (self.json if whole else fold(self.chunks))["choices"][0]
+        return first["message"]["content"] if "message" in first else first["text"]
 
     @property
     def error(self):
@@ -463,9 +457,7 @@ def leave(server, path, body, after=0):
     """Ask, read `after` events, and hang up."""
     with dial(server) as connection:
         connection.sendall(request_bytes(body, path))
-        got = b""
-        while got.count(b"data: ") < after:
-            got += connection.recv(65536)
+        read_past(connection, b"data: ", after)
 
 
 def exchange(server, body, path=CHAT_PATH):
@@ -511,29 +503,6 @@ def is_closed(server):
 def deltas(chunks, index=0):
     return [choice["delta"] for chunk in chunks for choice in chunk["choices"]
             if choice["index"] == index]
-
-
-def joined(so_far, more, field=None):
-    """Two deltas as one: text is added to text, and a fragment of a call to its call."""
-    if so_far is None or more is None or type(more) is int:
-        return so_far if more is None else more
-    if type(more) is dict:
-        return {name: joined(so_far.get(name), more.get(name), name)
-                for name in {**so_far, **more}}
-    if field == "tool_calls":
-        [fragment] = more
-        assert len(so_far) - 1 <= fragment["index"] <= len(so_far)   # one after the other
-        if fragment["index"] < len(so_far):
-            return [*so_far[:-1], joined(so_far[-1], fragment)]
-    return so_far + more
-
-
-def said_in_turn(chunks):
-    """{index: the choice, with all of its deltas as one} of a stream."""
-    said = {}
-    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-        said[choice["index"]] = joined(said.get(choice["index"]), choice)
-    return said
 
 
 def said_in(stream):
@@ -1364,81 +1333,8 @@ def test_a_word_longer_than_a_slice_is_said_and_ends_wherever_a_space_stands(tex
 
 
 # ----------------------------------------------------------------------------------
-# Schema samples.  Each instance is checked by a small validator of the test's own, and
-# under the marker interop by the package jsonschema and by pydantic.
-
-def fits(value, schema, root):
-    """Is the value an instance of the schema?  For the keywords of KEYWORDS, and $ref."""
-    if isinstance(schema, bool):
-        return schema
-    if "$ref" in schema:
-        names = schema["$ref"].split("/")[1:]
-        if not fits(value, functools.reduce(lambda at, name: at[name], names, root), root):
-            return False
-    return all(holds(value, schema[keyword], schema, root)
-               for keyword, holds in KEYWORDS.items() if keyword in schema)
-
-
-def on(kind, test):
-    """A test that only values of that kind have to pass."""
-    return lambda value, limit, *_: type(value) not in kind or test(value, limit)
-
-
-def members_fit(value, _, schema, root):
-    return type(value) is not dict or all(
-        fits(item, schema.get("properties", {}).get(
-            name, schema.get("additionalProperties", True)), root)
-        for name, item in value.items())
-
-
-def items_fit(value, _, schema, root):
-    rest = itertools.repeat(schema.get("items", True))
-    return type(value) is not list or all(
-        fits(item, each, root)
-        for item, each in zip(value, itertools.chain(schema.get("prefixItems", ()), rest)))
-
-
-def same(a, b):
-    """Equality in JSON: 1 and 1.0 are equal, 1 and true are not."""
-    if type(a) in (list, dict) or type(b) in (list, dict):
-        a, b = ([*x.items()] if type(x) is dict else x for x in (a, b))
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return a == b and (type(a) is bool) == (type(b) is bool)
-
-
-JSON_TYPES = {"object": (dict,), "array": (list,), "string": (str,), "null": (type(None),),
-              "number": (int, float), "integer": (int,), "boolean": (bool,)}
-SIZED = [("Length", str), ("Items", list), ("Properties", dict)]
-KEYWORDS = {
-    "type": lambda value, types, *_: any(
-        type(value) in JSON_TYPES[each] or each == "integer" and type(value) is float
-        and value.is_integer() for each in ([types] if type(types) is str else types)),
-    "enum": lambda value, values, *_: any(same(value, each) for each in values),
-    "const": lambda value, wanted, *_: same(value, wanted),
-    "minimum": on(NUMBER, lambda value, limit: value >= limit),
-    "maximum": on(NUMBER, lambda value, limit: value <= limit),
-    "exclusiveMinimum": on(NUMBER, lambda value, limit: value > limit),
-    "exclusiveMaximum": on(NUMBER, lambda value, limit: value < limit),
-    "multipleOf": on(NUMBER, lambda value, step: (value / step).is_integer()),
-    **{"min" + noun: on([kind], lambda value, limit: len(value) >= limit) for noun, kind in SIZED},
-    **{"max" + noun: on([kind], lambda value, limit: len(value) <= limit) for noun, kind in SIZED},
-    "uniqueItems": on([list], lambda value, wanted: not wanted or not any(
-        same(*pair) for pair in itertools.combinations(value, 2))),
-    "required": on([dict], lambda value, names: value.keys() >= set(names)),
-    "properties": members_fit, "additionalProperties": members_fit,
-    "prefixItems": items_fit, "items": items_fit,
-    "propertyNames": lambda value, schema, _, root: type(value) is not dict or all(
-        fits(name, schema, root) for name in value),
-    "anyOf": lambda value, schemas, _, root: any(fits(value, each, root) for each in schemas),
-    "oneOf": lambda value, schemas, _, root: sum(fits(value, each, root) for each in schemas) == 1,
-    "allOf": lambda value, schemas, _, root: all(fits(value, each, root) for each in schemas),
-    # Not known to `sample`: an instance to which one of them applies is refused.
-    "pattern": on([str], lambda value, pattern: re.search(pattern, value)),
-    "not": lambda value, schema, _, root: not fits(value, schema, root),
-    "contains": lambda value, schema, _, root: type(value) is not list or any(
-        fits(item, schema, root) for item in value),
-}
-
+# Schema samples.  The server checks each against its schema before it goes out; under the
+# marker interop the package jsonschema and pydantic do so too, for random schemas as well.
 
 def an_object(**properties):
     return {"type": "object", "properties": properties, "required": list(properties),
@@ -1509,8 +1405,7 @@ SATISFIED = [
 
 @pytest.mark.parametrize("schema, instance", SATISFIED)
 def test_a_sample_is_a_small_instance_of_its_schema(schema, instance):
-    got = sample(schema)
-    assert same(got, instance) and type(got) is type(instance) and fits(got, schema, schema)
+    assert json.dumps(sample(schema)) == json.dumps(instance)      # 1, 1.0 and true differ
 
 
 @pytest.mark.parametrize("schema, instance", [
@@ -1603,7 +1498,7 @@ def test_what_is_no_schema_or_cannot_be_satisfied_is_a_400_that_names_the_keywor
 
 
 def random_schema(pick, depth):
-    """A schema of the keywords that `fits` knows, satisfiable or not."""
+    """A schema, satisfiable or not."""
     inner = [random_schema(pick, depth - 1) for _ in range(pick.randrange(1, 4) if depth else 0)]
     combined = [
         {"anyOf": inner}, {"oneOf": inner}, {**inner[0], "allOf": inner[1:]},
@@ -1647,13 +1542,6 @@ def random_samples(count, seed):
             instance = sample(schema)
             if '"pattern"' not in json.dumps(schema):
                 yield schema, instance
-
-
-def test_every_sample_is_an_instance_of_its_schema():
-    made = list(random_samples(300, seed=3))
-    for schema, instance in made:
-        assert fits(instance, schema, schema), (schema, instance)
-    assert len(made) > 150
 
 
 @pytest.mark.interop
@@ -1890,18 +1778,8 @@ def test_a_whole_reply_tells_and_counts(path, backend, fields, texts, prompt, co
 
 
 # ----------------------------------------------------------------------------------
-# Chunks, and the completion they spell.  What a stream says and what a whole reply says
-# of the same request are read separately, and compared.
-
-def said_at_once(completion):
-    """{index: the choice, with its message as a delta} of a reply that was not streamed."""
-    for choice in completion["choices"]:
-        if "message" in choice:
-            choice["delta"] = choice.pop("message")
-        for i, call in enumerate(choice.get("delta", {}).get("tool_calls", ())):
-            call["index"] = i
-    return {choice["index"]: choice for choice in completion["choices"]}
-
+# Chunks, and the completion they spell.  The client folds a stream; what it makes of it is
+# what a whole reply to the same request says.
 
 MADE_F, MADE_G = ToolCall("f", {"n": 1}, "call_f"), ToolCall("g", '{"x": "世"}', "call_g")
 
@@ -1945,10 +1823,9 @@ def test_a_stream_and_a_whole_reply_say_the_same():
         for path, what, fields in SAME:
             fields = {"prompt": what, **fields}
             at_once = chat(server, what, path, **fields).json
-            chunks = chat(server, what, path, stream=True,
-                          stream_options={"include_usage": True}, **fields).chunks
-            assert said_in_turn(chunks) == said_at_once(at_once), (what, fields)
-            assert chunks[-1]["usage"] == at_once["usage"], (what, fields)
+            in_turn = fold(chat(server, what, path, stream=True,
+                                stream_options={"include_usage": True}, **fields).chunks)
+            assert {**in_turn, "id": 0, "created": 0} == {**at_once, "id": 0, "created": 0}, what
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -2589,12 +2466,12 @@ def test_a_script_is_taken_step_by_step_and_all_choices_say_the_same():
         assert chat(server, n=0).status == 400      # what is refused takes no step
         assert chat(server, headers={"X-Quirk": "bogus"}).status == 400
         for text in ("a", "b", "cd", "Hi"):
-            said = said_in_turn(chat(server, n=3, stream=True).chunks)
-            assert [said[index]["delta"]["content"] for index in range(3)] == [text] * 3
+            said = fold(chat(server, n=3, stream=True).chunks)["choices"]
+            assert [each["message"]["content"] for each in said] == [text] * 3
         assert chat(server).error["code"] == "teapot" and chat(server, stream=True).status == 502
         assert post(server, TEXT_PATH, PROMPT).text == "t"
-        made = [said_in_turn(chat(server, stream=True, **TOOLS).chunks)[0] for _ in "12"]
-    assert [[call["function"] for call in each["delta"]["tool_calls"]] for each in made] == [
+        made = [fold(chat(server, stream=True, **TOOLS).chunks)["choices"][0] for _ in "12"]
+    assert [[call["function"] for call in each["message"]["tool_calls"]] for each in made] == [
         [{"name": "f", "arguments": "{}"}], [{"name": name, "arguments": "{}"} for name in "fg"]]
 
 
@@ -2857,9 +2734,7 @@ def test_stall_is_silent_until_the_client_leaves(quirk, body, k):
     with Server(say("a", "b"), quirk=quirk) as server:
         with dial(server) as client:
             client.sendall(request_bytes(body))
-            got = b""
-            while got.count(b"data: ") < k:
-                got += client.recv(65536)
+            got = read_past(client, b"data: ", k)
             entry = until(lambda: server.journal and server.journal[0].body and server.journal[0])
             assert (entry.outcome, entry.seconds, k or entry.status) == (None, None, k or None)
             half_close(client)
