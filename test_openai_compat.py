@@ -500,9 +500,8 @@ def is_closed(server):
     return True
 
 
-def deltas(chunks, index=0):
-    return [choice["delta"] for chunk in chunks for choice in chunk["choices"]
-            if choice["index"] == index]
+def deltas(chunks):
+    return [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
 
 
 def said_in(stream):
@@ -867,21 +866,20 @@ def test_a_stream_byte_for_byte(path, fields, chunks):
         f"data: {event}\n\n" for event in (*chunks, "[DONE]")]       # a transfer chunk each
 
 
-def test_a_whole_reply_byte_for_byte():
-    assert pinned(ask(echo).body) == CHAT_HEAD.replace(".chunk", "") + (
+def test_a_whole_reply_an_error_and_the_models_byte_for_byte():
+    with Server(models=["m"]) as server:
+        whole, error = (post(server, CHAT_PATH, {**HI, "n": n}).body for n in (1, "x"))
+        models = call(server, "GET", "/v1/models").body
+    assert pinned(whole) == CHAT_HEAD.replace(".chunk", "") + (
         '"choices":[{"index":0,"message":{"role":"assistant","content":"Hello, world!",'
         '"refusal":null},"logprobs":null,"finish_reason":"stop"}],'
         + counted(4, 4) + DETAILS + "}")
-
-
-def test_an_error_and_the_models_byte_for_byte():
-    with Server(models=["a"]) as server:
-        assert chat(server, model="a", n="x").body == (
-            b'{"error":{"message":"Invalid type for \'n\': expected an integer, but got a string '
-            b'instead.","type":"invalid_request_error","param":"n","code":"invalid_type"}}')
-        assert pinned(call(server, "GET", "/v1/models").body) == (
-            '{"object":"list","data":[{"id":"a","object":"model","created":1,'
-            '"owned_by":"openai_compat"}]}')
+    assert error == (
+        b'{"error":{"message":"Invalid type for \'n\': expected an integer, but got a string '
+        b'instead.","type":"invalid_request_error","param":"n","code":"invalid_type"}}')
+    assert pinned(models) == (
+        '{"object":"list","data":[{"id":"m","object":"model","created":1,'
+        '"owned_by":"openai_compat"}]}')
 
 
 # ----------------------------------------------------------------------------------
@@ -1367,6 +1365,9 @@ SATISFIED = [
     ({"allOf": [ANY_NUMBER, INTEGER]}, 0), ({"allOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, 2),
     ({**ref("a", minimum=3), "$defs": {"a": INTEGER}}, 3), (TREE, {"children": []}),
     ({"$ref": "#/definitions/a", "definitions": {"a": {"const": 1}}}, 1),
+    ({"$ref": "#/$defs/a/anyOf/1", "$defs": {"a": {"anyOf": [STRING, {"const": 1}]}}}, 1),
+    *(({"$ref": f"#/{place}", "$defs": {name: {"const": 1}}}, 1) for place, name in (
+        ("$defs/a~1b", "a/b"), ("$defs/a~01b", "a~1b"), ("%24defs/a%20b", "a b"))),
     ({**ref("node"), "$defs": {"node": NODE}}, {"value": 0, "next": None}),
     ({"allOf": [ref("b"), ref("c")],
       "$defs": {"a": INTEGER, "b": ref("a", minimum=1), "c": ref("a", minimum=2)}}, 2),
@@ -1378,18 +1379,12 @@ SATISFIED = [
 ]
 
 
-@pytest.mark.parametrize("schema, instance", SATISFIED)
+OLDER_DRAFT = array(items=[INTEGER, STRING], minItems=2, maxItems=2), [0, "text"]
+
+
+@pytest.mark.parametrize("schema, instance", [*SATISFIED, OLDER_DRAFT])
 def test_a_sample_is_a_small_instance_of_its_schema(schema, instance):
     assert json.dumps(sample(schema)) == json.dumps(instance)      # 1, 1.0 and true differ
-
-
-@pytest.mark.parametrize("schema, instance", [
-    *(({"$ref": pointer, "$defs": {name: {"const": 1}}}, 1) for pointer, name in (
-        ("#/$defs/a~1b", "a/b"), ("#/$defs/a~01b", "a~1b"), ("#/%24defs/a%20b", "a b"))),
-    ({"$ref": "#/$defs/a/anyOf/1", "$defs": {"a": {"anyOf": [STRING, {"const": 1}]}}}, 1),
-    ({"items": [INTEGER, STRING], "minItems": 2, "maxItems": 2}, [0, "text"])])
-def test_a_reference_is_a_json_pointer_and_items_a_list_as_in_older_drafts(schema, instance):
-    assert sample(schema) == instance
 
 
 @pytest.mark.parametrize("form, pattern", [
@@ -1522,7 +1517,7 @@ def random_samples(count, seed):
 @pytest.mark.interop
 def test_jsonschema_accepts_every_sample(tmp_path):
     exact = [pair for pair in SATISFIED if '"pattern"' not in json.dumps(pair[0])]
-    made = [*random_samples(10_000, seed=4), *exact, *((each, sample(each)) for each, _ in exact)]
+    made = [*random_samples(10_000, seed=4), *exact]
     (tmp_path / "made.json").write_text(json.dumps(made))
     assert len(made) > 5_000
     assert printed("jsonschema", """
@@ -1980,13 +1975,6 @@ def test_an_event_is_one_line_of_utf8(text, line):
         f'data: {{"a":{line}}}\n\ndata: [DONE]\n\n'.encode())
 
 
-def test_chunks_may_differ_in_any_field():
-    chunks = [{"id": 1, "choices": [1]}, {"id": 1, "choices": [2]}, {"id": 2, "choices": [2]},
-              {"id": 2, "usage": None, "choices": []}, {"choices": [], "usage": {"id": 2}}]
-    alone = ["data: %s\n\n" % json.dumps(chunk, separators=(",", ":")) for chunk in chunks]
-    assert b"".join(openai_compat.events(chunks)).decode() == "".join(alone) + "data: [DONE]\n\n"
-
-
 def test_the_wire_is_the_same_where_the_c_part_of_json_is_missing():
     code = """
 import json, json.encoder, sys, urllib.request
@@ -2000,15 +1988,6 @@ with Server(say("é", 'world"', chr(0x2028))) as server:
     there = finished(sys.executable, "-c", code, cwd=str(HERE)).stdout
     here = ask(say("é", 'world"', chr(0x2028)), TEXT_PATH, model="m", stream=True).body
     assert pinned(there.encode()) == pinned(here) and "world" in there
-
-
-@both
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_never_reaches_the_wire(number, stream):
-    fields = {"stream_options": {"include_usage": True}} if stream else {}
-    got = ask_in_vain(ValueError, always(Reply("x", usage={"prompt_tokens": number})),
-                      stream=stream, **fields)
-    assert not re.search(rb"NaN|Infinity", got.body) and got.error
 
 
 # ----------------------------------------------------------------------------------
@@ -2680,27 +2659,13 @@ def test_html_502_is_a_page_of_a_proxy(stream):
     assert b"<html" in got.body and b"data:" not in got.body
 
 
-@pytest.mark.parametrize("quirk", sorted(
-    {*QUIRKS} - {"stall", "reset", "html_502", "split_bytes"}))
-@pytest.mark.parametrize("path", BOTH)
-def test_a_quirk_about_events_leaves_a_whole_reply_as_it_is(path, quirk):
-    plain, bent = (ask(Reply("a", quirk=each), path) for each in (None, quirk))
-    assert bent.status == 200 and bent.json and pinned(bent.body) == pinned(plain.body)
-
-
-@pytest.mark.parametrize("quirk", QUIRKS)
+@pytest.mark.parametrize("quirk", sorted({*QUIRKS} - {"stall", "html_502"}))
 def test_every_quirk_works_on_a_text_completion(quirk):
     with Server(say("a", "b"), quirk=quirk) as server:
-        with dial(server) as client:
-            client.sendall(request_bytes({**PROMPT, "stream": True}, TEXT_PATH))
-            if quirk == "stall":
-                half_close(client)
-            try:
-                assert read_to_end(client) or quirk == "reset"
-            except ConnectionResetError:
-                assert quirk == "reset"
+        chunks, how = exchange(server, {**PROMPT, "stream": True}, TEXT_PATH)
         bent = quirk not in ("no_role", "role_every", "missing_tool_index", "duplicate_tool_id")
-        assert outcome(server) in (("quirk", "client left") if bent else ("complete",))
+        assert outcome(server) == ("quirk" if bent else "complete")
+    assert chunks or how == "reset"
 
 
 @pytest.mark.parametrize("reply, server, header, allowed, events", [
@@ -2731,15 +2696,11 @@ def test_quirks_touch_the_two_endpoints_only():
             ("OPTIONS", CHAT_PATH))] == [200, 200, 404, 204]
 
 
-@pytest.mark.parametrize("place", ["server", "reply", "header"])
-def test_split_bytes_on_a_whole_reply_is_one_byte_a_transfer_chunk(place):
-    server, reply, header = ("split_bytes" if each == place else None
-                             for each in ("server", "reply", "header"))
-    with Server(Reply("a", quirk=reply), quirk=server, quirk_header=True) as server:
-        with dial(server) as client:
-            client.sendall(request_bytes(headers={"X-Quirk": header} if header else {}))
-            found, rest = transfer_chunks(read_to_end(client).partition(b"\r\n\r\n")[2])
-        assert rest == b"" and {len(each) for each in found} == {1} and outcome(server) == "quirk"
+def test_split_bytes_on_a_whole_reply_is_one_byte_a_transfer_chunk():
+    with Server("a", quirk="split_bytes") as server:
+        found, how = exchange(server, HI)
+        assert how == "whole" and {len(each) for each in found} == {1}
+        assert outcome(server) == "quirk"
     check_shape(loads(b"".join(found)), CHAT)
 
 
