@@ -95,12 +95,11 @@ CHAT_CHUNK = {**CHAT_COMMON, "object": "chat.completion.chunk", "usage?": (USAGE
         "role?": "assistant", "content?": (str, None), "refusal?": (str, None),
         "tool_calls?": [CALL_DELTA],
         "function_call?": ({"name": str, "arguments": ""}, {"arguments": str})}}]}
-TEXT = {**TEXT_COMMON, "usage": COUNTERS, "choices": [{
-    "index": int, "text": str, "logprobs": (TEXT_LOGPROBS, None),
-    "finish_reason": ("stop", "length", "content_filter")}]}
-TEXT_CHUNK = {**TEXT_COMMON, "usage?": (COUNTERS, None), "choices": [{
-    "index": int, "text": str, "logprobs": (TEXT_LOGPROBS, None),
-    "finish_reason": ("stop", "length", "content_filter", None)}]}
+TEXT_CHOICE = {"index": int, "text": str, "logprobs": (TEXT_LOGPROBS, None),
+               "finish_reason": ("stop", "length", "content_filter")}
+TEXT = {**TEXT_COMMON, "usage": COUNTERS, "choices": [TEXT_CHOICE]}
+TEXT_CHUNK = {**TEXT_COMMON, "usage?": (COUNTERS, None), "choices": [
+    {**TEXT_CHOICE, "finish_reason": (*TEXT_CHOICE["finish_reason"], None)}]}
 ERROR = {"error": {"message": re.compile("(?s).+"), "type": str, "param": (str, None),
                    "code": (str, None)}}
 MODEL = {"id": str, "object": "model", "created": int, "owned_by": str}
@@ -914,8 +913,10 @@ def test_the_exchange_on_the_opening_page_is_what_is_sent():
 # Requests.  What a body may hold, and the refusal of everything else.
 
 def parsed(path=CHAT_PATH, **fields):
-    parse = openai_compat.parse_chat if path == CHAT_PATH else openai_compat.parse_completion
-    return parse({**(HI if path == CHAT_PATH else PROMPT), **fields})
+    """A body with these fields as it is parsed; one that is ... is left out."""
+    parse, body = ((openai_compat.parse_chat, HI) if path == CHAT_PATH
+                   else (openai_compat.parse_completion, PROMPT))
+    return parse({name: each for name, each in {**body, **fields}.items() if each is not ...})
 
 
 def refused(path=CHAT_PATH, **fields):
@@ -1052,8 +1053,7 @@ REFUSED_CHATS = [  # param, (code, message), fields
     ("messages[0].name", ABSENT, from_role("function", content="x")),
     ("messages[1].tool_call_id", ABSENT, {"messages": [USER, {"role": "tool", "content": "x"}]}),
     ("messages[0].content", ABSENT, from_role("user")),
-    ("messages[0].content", TYPE, {"messages": user(1)}),
-    ("messages[0].content", TYPE, {"messages": user({})}),
+    *(("messages[0].content", TYPE, {"messages": user(content)}) for content in (1, {})),
     ("messages[0].content[0]", TYPE, {"messages": user(["x"])}),
     ("messages[0].content[0].type", ABSENT, part()),
     ("messages[0].content[0].type", one_of("..."), part(type="x")),
@@ -1092,9 +1092,8 @@ REFUSED_CHATS = [  # param, (code, message), fields
     ("response_format.json_schema.name", NO_NAME, form("json_schema", json_schema={"name": ""})),
     ("service_tier", one_of("'auto', 'default', 'flex', 'scale', 'priority', and 'fast'."),
      {"service_tier": "bogus"}),
-    ("reasoning_effort", one_of("..."), {"reasoning_effort": "bogus"}),
-    ("verbosity", one_of("..."), {"verbosity": "bogus"}),
-    ("prompt_cache_retention", one_of("..."), {"prompt_cache_retention": "bogus"}),
+    *((field, one_of("..."), {field: "bogus"})
+      for field in ("reasoning_effort", "verbosity", "prompt_cache_retention")),
     ("modalities[0]", one_of("..."), {"modalities": ["video"]}),
     ("modalities", ("unsupported_value", "Unsupported value: '{}' does not support 'audio' ..."),
      {"modalities": ["text", "audio"]}),
@@ -1113,7 +1112,7 @@ REFUSED_CHATS = [  # param, (code, message), fields
      {"stream": True, "stream_options": {"include_usage": 1}}),
 ]
 REFUSED_COMPLETIONS = [
-    (None, NO_MODEL, {"model": None}),
+    (None, NO_MODEL, {"model": None}), ("prompt", ABSENT, {"prompt": ...}),
     ("stream_options", (None, ONLY_BESIDE % "stream"), {"stream_options": {}}),
     *(("prompt", TYPE, {"prompt": prompt}) for prompt in (
         1, True, {}, ["a", 1], [1, "a"], [1, True], [1.5], [-1], [None], ["a", [1]], [[1], 2],
@@ -1157,11 +1156,6 @@ def test_a_request_is_refused(path, param, refusal, fields):
     said, *place = refused(path, **fields)
     assert place == [param, refusal[0]]
     assert re.fullmatch(re.escape(refusal[1].format(param)).replace(r"\.\.\.", ".+"), said)
-
-
-def test_a_completion_needs_a_prompt():
-    with pytest.raises(APIError, match="Missing required parameter: 'prompt'."):
-        openai_compat.parse_completion({"model": "m"})
 
 
 def test_a_lenient_server_takes_any_conversation_but_nothing_else():
@@ -1975,19 +1969,11 @@ def test_an_event_is_one_line_of_utf8(text, line):
         f'data: {{"a":{line}}}\n\ndata: [DONE]\n\n'.encode())
 
 
-def test_the_wire_is_the_same_where_the_c_part_of_json_is_missing():
-    code = """
-import json, json.encoder, sys, urllib.request
-json.encoder.c_make_encoder = None
-from openai_compat import Server, say
-with Server(say("é", 'world"', chr(0x2028))) as server:
-    body = b'{"model": "m", "stream": true, "prompt": "x"}'
-    with urllib.request.urlopen(server.base_url + "/completions", body) as reply:
-        sys.stdout.buffer.write(reply.read())
-"""
-    there = finished(sys.executable, "-c", code, cwd=str(HERE)).stdout
-    here = ask(say("é", 'world"', chr(0x2028)), TEXT_PATH, model="m", stream=True).body
-    assert pinned(there.encode()) == pinned(here) and "world" in there
+def test_the_wire_is_the_same_where_the_c_part_of_json_is_missing(monkeypatch):
+    value, encode = {"é": ['world"', "\u2028", 1.5, None, True]}, openai_compat.encode_json
+    monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    without = openai_compat.fast_encode_json()
+    assert [without(value), without(value, True)] == [encode(value), encode(value, True)]
 
 
 # ----------------------------------------------------------------------------------
@@ -2358,10 +2344,6 @@ STEPS = [
                "headers": {"retry-after-ms": "20"}}, "delay": 0, "expect": {"n": 2}}]
 
 
-def contents(server, count, **fields):
-    return [chat(server, **fields).text for _ in range(count)]
-
-
 def test_a_script_is_taken_step_by_step_and_all_choices_say_the_same():
     def spoken(request):
         yield from "cd"
@@ -2522,7 +2504,7 @@ def test_a_script_can_be_checked_in_the_middle():
         for _ in range(2):
             with pytest.raises(AssertionError, match="steps? remain"):
                 script.check()
-            contents(server, 1)
+            chat(server)
         script.check()
 
 
@@ -2533,7 +2515,7 @@ def test_twenty_clients_take_each_step_once(any_order):
     steps = [str(i) for i in range(60)]
     script = Script(*(Reply(step, expect=slow) for step in steps), any_order=any_order)
     with Server(script) as server:
-        said = together(20, lambda: contents(server, 3, n=2))
+        said = together(20, lambda: [chat(server, n=2).text for _ in range(3)])
     assert sorted(itertools.chain(*said)) == sorted(steps)
 
 
