@@ -1692,7 +1692,7 @@ def test_choices_interleave_one_per_chunk_until_each_has_ended():
 
 
 XY, MANY = say("x", "y"), "a b " * 500
-SAID_AND_COUNTED = {  # rule: (path, backend, fields, text of each choice, prompt and completion tokens)
+COUNTED = {  # rule: (path, backend, fields, text of each choice, prompt and completion tokens)
     "each choice": (CHAT_PATH, XY, {"n": 3}, ["xy"] * 3, 4, 6),
     "no more than the limit": (CHAT_PATH, XY, {"max_tokens": 1}, ["x"], 4, 1),
     "all where there is no limit": (CHAT_PATH, say(MANY), {}, [MANY], 4, 1001),
@@ -1723,7 +1723,7 @@ SAID_AND_COUNTED = {  # rule: (path, backend, fields, text of each choice, promp
 }
 
 
-@pytest.mark.parametrize("path, backend, fields, texts, prompt, completion", rows(SAID_AND_COUNTED))
+@pytest.mark.parametrize("path, backend, fields, texts, prompt, completion", rows(COUNTED))
 def test_a_whole_reply_tells_and_counts(path, backend, fields, texts, prompt, completion):
     got = ask(backend, path, **fields).json
     told = [choice["message"]["content"] if path == CHAT_PATH else choice["text"]
@@ -4030,7 +4030,8 @@ def cut_into(size, body):
 
 def test_the_examples_of_the_client_are_true():
     found = {test.name: test for test in doctest.DocTestFinder().find(client) if test.examples}
-    assert {"client." + each for each in "reads lines events chunks pieces fold".split()} <= set(found)
+    stages = "reads lines events chunks pieces fold".split()
+    assert {f"client.{name}" for name in stages} <= set(found)
     for test in found.values():
         output = []
         doctest.DocTestRunner().run(test, out=output.append)
@@ -4857,7 +4858,8 @@ CALL_CHUNKS = [{"refusal": "I won't."}, call_delta("", "f", index=0, id="1", typ
        for reason in ("length", "content_filter")},
     "two choices": (streamed(HI_EVENT, OTHER_CHOICE, STOP, DONE), "chat Hi", 0, "Hi\n",
                     "the first of 2 choices is shown; --json prints them all\n"),
-    "a refusal, a call": (streamed(*map(event, CALL_CHUNKS), event({}, "tool_calls"), DONE), "chat Hi",
+    "a refusal, a call": (
+        streamed(*map(event, CALL_CHUNKS), event({}, "tool_calls"), DONE), "chat Hi",
                           0, f"I won't.\n{json.dumps(F)}\n", ""),
     "401": (refusal_reply("401 No", code="invalid_api_key"), "chat Hi", 1, "",
             "401 invalid_api_key: no (--api-key or"),
@@ -5124,7 +5126,8 @@ def test_choices_of_a_whole_reply_without_an_index_keep_their_places():
     body = {"choices": [{"message": {"content": text}} for text in "ab"]}
     with playing(reply(body)) as (base_url, _):
         choices = fold(Client(base_url).chat_completions("Hi", "m", stream=True))["choices"]
-    assert [(each["index"], each["message"]["content"]) for each in choices] == [(0, "a"), (1, "b")]
+    said = [(each["index"], each["message"]["content"]) for each in choices]
+    assert said == [(0, "a"), (1, "b")]
 
 
 @pytest.mark.parametrize("block, pause, seconds", [(b"x", 0.01, 0.1), (b"x" * 65536, 0, PATIENCE)])
@@ -5163,8 +5166,9 @@ def test_an_error_event_needs_no_message_and_its_code_may_be_a_status(said, stat
 
 @pytest.mark.parametrize("query, key, echoed, shown", [
     ("", "EMPTY", "EMPTY must not be empty", "*** must not be empty"),
-    ("?key=abcd+efgh", "", "abcd+efgh abcd efgh", "*** ***"), ("?SECRETKEY", "", "SECRETKEY", "***"),
-    ("?k=%ff%feabcdef", "", "%ff%feabcdef", "***"), ("?k=c2VjcmV0cw==", "", "c2VjcmV0cw==", "***")])
+    ("?key=abcd+efgh", "", "abcd+efgh abcd efgh", "*** ***"),
+    ("?SECRETKEY", "", "SECRETKEY", "***"), ("?k=%ff%feabcdef", "", "%ff%feabcdef", "***"),
+    ("?k=c2VjcmV0cw==", "", "c2VjcmV0cw==", "***")])
 def test_a_secret_is_the_key_and_each_value_of_the_query(query, key, echoed, shown):
     with playing(refusal_reply("400 No", message=echoed)) as (base_url, _):
         with pytest.raises(client.APIError) as caught:
