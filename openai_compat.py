@@ -2885,7 +2885,7 @@ class Relay(PassingOn):
                        for name in headers.keys() - {"authorization", "api-key"}}
         if self.api_key:
             headers["authorization"] = f"Bearer {self.api_key}"
-        return {**JSON, **headers, "accept-encoding": "identity"}
+        return {**JSON, **headers}          # http.client adds "accept-encoding: identity"
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.

@@ -154,6 +154,8 @@ both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"
 # A shell starts a background job with SIGINT ignored, and its children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):                   # so does nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def rows(table):
@@ -1736,6 +1738,11 @@ def test_a_whole_reply_tells_and_counts(path, backend, fields, texts, prompt, co
 # Chunks, and the completion they spell.  The client folds a stream; what it makes of it is
 # what a whole reply to the same request says.
 
+def test_no_chunks_are_no_completion():
+    with pytest.raises(ValueError, match="at least one chunk"):
+        openai_compat.fold([])
+
+
 MADE_F, MADE_G = ToolCall("f", {"n": 1}, "call_f"), ToolCall("g", '{"x": "世"}', "call_g")
 
 
@@ -2310,6 +2317,18 @@ def test_every_reply_has_a_request_id_of_its_own():
             ("GET", "/health"), ("GET", "/nowhere"), ("POST", CHAT_PATH, HI),
             ("POST", CHAT_PATH, "{"), ("OPTIONS", CHAT_PATH))]
     assert len(set(ids)) == 5 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
+
+
+def test_with_a_delay_of_the_server_each_piece_is_sent_at_once(monkeypatch):
+    pauses, go_on = [], threading.Event()
+    monkeypatch.setattr(openai_compat, "pause", lambda seconds: (
+        pauses.append(seconds), len(pauses) > 1 and go_on.wait(60)))
+    with Server("a b") as server:
+        server.delay = 5
+        with asking(server, stream=True) as client:
+            read_past(client, b'"a"')           # while the server pauses before the next
+            go_on.set()
+            assert DONE in read_to_end(client) and pauses == [5, 5]
 
 
 @both
@@ -5566,6 +5585,14 @@ def test_what_a_relay_passes_in_addition_has_any_body():
     assert [line.rpartition(" ")[0] for line, _, _ in requests] == [
         "POST /v1/embeddings", "GET /v1/embeddings?x=1", "DELETE /v1/embeddings"]
     assert requests[0][2] == b"\xfe"
+
+
+@pytest.mark.parametrize("url", ["ftp://h/v1", "http:///v1", "http://h/v1?x=1", "h:8000/v1",
+                                 "http://user:hush@h/v1", "http://:hush@h/v1"])
+def test_what_is_no_upstream_is_refused_and_its_password_not_shown(url):
+    with pytest.raises(ValueError, match="cannot be an upstream") as refusal:
+        Relay(url)
+    assert "hush" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("passing", [Relay("http://h:9/v1"), None], ids=["relay", "replay"])
