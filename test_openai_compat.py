@@ -5046,6 +5046,9 @@ def test_a_conversation(answers, talk, end, model, messages):
         assert process.wait(PATIENCE) == 0
     last = json.loads(requests[-1][2])
     assert (last["model"], [each["content"] for each in last["messages"]]) == (model, messages)
+    assert [each["role"] for each in last["messages"]] == [
+        "system" if text == "Be brief." else "assistant" if text == "Hi there" else "user"
+        for text in messages]
 
 
 def test_ctrl_c_stops_a_reply_but_not_the_conversation():
@@ -5091,6 +5094,7 @@ def test_bench_counts_requests_events_and_errors_and_fails_when_nothing_succeeds
     assert round(report["events_per_second"] * report["seconds"]) == 4 * 4
     assert 0 < report["first_event"]["median"] <= report["first_event"]["p99"]
     done = run("bench", "--model", "m", base_url="http://127.0.0.1:1/v1")
+    assert b"errors        100 x ConnectionFailed" in done.stdout
     assert (done.returncode, done.stderr) == (1, b"") and b"0 of 100 completed" in done.stdout
 
 
@@ -5203,8 +5207,9 @@ def test_the_wait_is_read_before_secrets_are_hidden_and_a_key_loses_its_line_end
     with pytest.raises(ClientError, match="X:Y"):
         asking.add_header("X:Y", "v")
     too_deep = functools.reduce(lambda inner, _: [inner], range(100_000), 5)
-    with pytest.raises(ValueError):
-        asking.chat_completions("Hi", "m", x=too_deep)
+    for value in too_deep, math.nan:
+        with pytest.raises(ValueError):
+            asking.chat_completions("Hi", "m", x=value)
 
 
 def test_a_cut_stream_that_was_not_asked_for_is_asked_again_and_silence_keeps_the_text(waits):
@@ -6093,7 +6098,9 @@ NOT_STARTED = {  # flags, and what the message says
     "--route /x": "cannot load", "--quirk quark": "quark", "--port 70000": "70000|port",
     "--host no.such.host.invalid": "no.such.host.invalid", "--delay -1": "--delay",
     "--request-timeout 0": "request_timeout", "--tls-cert no.pem --tls-key no.key": "no.pem",
-    "--say x --script steps.json": "--script is not allowed beside --say", "--sya x": "--sya",
+    **{f"{first} x {second} y": f"{second} is not allowed beside {first}"
+       for first, second in itertools.combinations(
+           ["--say", "--script", "--command", "--backend", "--replay"], 2)}, "--sya x": "--sya",
     **{flag: f"{flag.split()[0]} has no effect without {needed}" for flag, needed in {
         "--at-once 2": "--command", "--pass /x": "--upstream", "--record tape": "--upstream",
         "--upstream-key k": "--upstream", "--tls-key no.key": "--tls-cert"}.items()},
@@ -6183,6 +6190,15 @@ def test_no_key_is_printed_also_if_it_arrives_in_pieces(flags):
         _, said = server.end()
     assert len(said) >= 9 and not re.search("0123|6789", "".join(said))
     assert len([line for line in said if "Authorization: ***" in line]) == 3 * len(flags)
+
+
+def test_what_fails_outside_of_a_reply_is_logged(caplog):
+    with Server() as server:
+        server.trace = lambda *_: 1 / 0
+        with dial(server) as client:
+            client.sendall(LAST)
+            assert ended(client)
+    until(lambda: "A connection from" in caplog.text and "ZeroDivisionError" in caplog.text)
 
 
 @posix

@@ -46,6 +46,10 @@ EQUIVALENT = [
      "only how many writes share a send"),
     ("return 1", "return None",
      "stands where FAST is False: `make plain` sees it"),
+    ("return 0                    # it ended as it was told to; what failed was printed",
+     "return None                    # it ended as it was told to; what failed was printed",
+     "sys.exit(None) is status 0"),
+    ("return 0", "return -1", "no wait is as good as one that is over"),
 ]
 
 
