@@ -705,7 +705,7 @@ def _retry_after(headers):
     with contextlib.suppress(ArithmeticError, LookupError, TypeError, ValueError):
         date = email.utils.parsedate_tz(headers.get("retry-after"))
         return email.utils.mktime_tz(date) - time.time()
-    return 0
+    return 0  # the server does not say
 
 
 def _seconds_to_retry(error, retries):

@@ -49,7 +49,8 @@ EQUIVALENT = [
     ("return 0                    # it ended as it was told to; what failed was printed",
      "return None                    # it ended as it was told to; what failed was printed",
      "sys.exit(None) is status 0"),
-    ("return 0", "return -1", "no wait is as good as one that is over"),
+    ("return 0  # the server does not say", "return -1  # the server does not say",
+     "no wait is as good as one that is over"),
 ]
 
 
