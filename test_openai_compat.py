@@ -4087,7 +4087,7 @@ def test_a_stream_reads_the_same_wherever_it_is_cut(text, said, end):
     assert list(events(lines(cut_into(1, body)))) == said
 
 
-@pytest.mark.parametrize("mix", itertools.product(ENDS.values(), repeat=3))
+@pytest.mark.parametrize("mix", [*itertools.product(ENDS.values(), repeat=3)])
 def test_line_ends_may_be_mixed(mix):
     body = "data: a%sdata: b%s%s" % mix + "\n"
     assert list(events(lines(cut_into(1, body.encode()))))[0][0] == "a"
