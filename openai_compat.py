@@ -407,7 +407,7 @@ def check(where, value, spec):
         for i, item in enumerate(value):
             check(f"{where}[{i}]", item, spec[0])
     elif type(value) not in TYPES[spec]:
-        raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])  # the last names it
+        raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])
 
 
 def check_word(where, value, words):
@@ -1661,8 +1661,8 @@ class Connection:
         raise ClientLeft
 
     def client_closed(self):
-        """Did the client close before the server did?  False where nothing tells it:
-        only Linux shows the state of a TCP connection."""
+        """Has the client closed its side?  After our own shutdown a read cannot tell,
+        so the TCP state is asked for.  Only Linux has it; elsewhere this is False."""
         with suppress(OSError, AttributeError):
             state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
             return state == b"\x08"        # TCP_CLOSE_WAIT
@@ -2094,7 +2094,7 @@ class Sampler:
 
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
-        schemas = [each for each in schemas if each is not False]  # the caller refuses
+        schemas = [each for each in schemas if each is not False]  # see `broken`
         fault = unsatisfiable("$ref", "it contains itself without an end")
         for trusting, values in self.candidates(schemas, name, above):
             try:
@@ -2880,12 +2880,13 @@ class Relay(PassingOn):
     def headers(self, incoming):
         headers = {name: value for name, value in incoming.headers.items()
                    if REQUEST_HEADERS.fullmatch(name)}
-        if incoming.has_our_key:        # the upstream must not see a key of this server
-            headers = {name: headers[name]
-                       for name in headers.keys() - {"authorization", "api-key"}}
+        if incoming.has_our_key or self.api_key:
+            # The upstream gets one key, and never one that is for this server.
+            headers.pop("authorization", None)
+            headers.pop("api-key", None)
         if self.api_key:
             headers["authorization"] = f"Bearer {self.api_key}"
-        return {**JSON, **headers}          # http.client adds "accept-encoding: identity"
+        return {**JSON, **headers}      # http.client adds "accept-encoding: identity"
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
@@ -2906,7 +2907,7 @@ class Relay(PassingOn):
         connection = self.CONNECTIONS[self.upstream.scheme](
             self.upstream.hostname, self.upstream.port, timeout=10)
         try:
-            connection.connect()        # it and sending go on if the client leaves
+            connection.connect()        # not interrupted when the client leaves
             incoming.closers.append(connection.sock.close)
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
@@ -2927,7 +2928,7 @@ class Relay(PassingOn):
         except (ClientLeft, APIError) as error:
             self.miss(error)
             raise
-        headers = {name.lower(): " ".join(value.split())    # a folded one, too
+        headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
@@ -3253,7 +3254,7 @@ class RequestReader(Connection):
         return bytes(content)
 
     def read_head(self):
-        self.unread = True              # if the head cannot be parsed, nor can the body
+        self.unread = True              # a head that is refused leaves its body unread
         head = parse_head(self.take_until(b"\r\n\r\n"))
         self.unread = (head.headers.get("content-length", "0") != "0"
                        or "transfer-encoding" in head.headers)
@@ -3332,8 +3333,9 @@ class Exchange:
 
     method, path: as sent; secrets in a query are masked.  headers: lower-case names,
     secrets masked.  body: a dict or None; each access gives a new one.  status.
-    events: how many there were, before a quirk saw them.  outcome: "complete", "client left", "error", "quirk",
-    or None while it runs.  started: seconds since 1970.  seconds: how long it took.
+    events: how many there were, before a quirk saw them.  outcome: "complete",
+    "client left", "error", "quirk", or None while it runs.  started: seconds since
+    1970.  seconds: how long it took.
     """
 
     FIELDS = "method path headers body status events outcome started seconds".split()
@@ -4080,7 +4082,7 @@ class Server(ThreadingHTTPServer):
         return not self.closing and len(self.connections) <= most
 
     def handle_error(self, sock, address):
-        is_usual = isinstance(sys.exc_info()[1], OSError)   # such as no TLS handshake
+        is_usual = isinstance(sys.exc_info()[1], OSError)   # a failed TLS handshake
         log.log(logging.DEBUG if is_usual else logging.ERROR,
                 "A connection from %s failed", address[0], exc_info=True)
 
@@ -4088,7 +4090,7 @@ class Server(ThreadingHTTPServer):
         self.closing = True
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):         # Linux wakes accept() then; others do here
+        with suppress(OSError):         # a connection wakes accept() where that did not
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
         if self.acceptor:
@@ -4262,7 +4264,7 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
-        # What came in the body, and what was made of it; nothing else can be changed.
+        # The fields that a backend could change in place; other defaults are immutable.
         names = [name for name in (*request["body"], "body", "stop", "prompts")
                  if name in request]
         texts = ([request["text"]] * request["n"] if is_chat else

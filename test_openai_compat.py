@@ -5727,6 +5727,8 @@ KEYS = {    # our keys, the relay's, what the client sends, what goes upstream
     "ours stays here":        (["ours"], None, {"Authorization": "Bearer ours"}, None),
     "ours is replaced":       (["ours"], "up", {"Authorization": "Bearer ours"}, "Bearer up"),
     "ours in another header": (["ours"], None, {"api-key": "ours"}, None),
+    "the client's in another header": ((), None, {"api-key": "theirs"}, "theirs"),
+    "the relay's before that": ((), "up", {"api-key": "theirs"}, "Bearer up"),
 }
 
 
@@ -5735,7 +5737,8 @@ def test_the_key_that_goes_upstream(upstream, ours, key, headers, expected):
     relay = Relay(upstream.url, api_key=key)
     with Server(relay, api_keys=ours) as server, asking(server, headers=headers):
         _, (_, sent, _) = upstream.accept()
-    assert sent.get("authorization") == expected and (not ours or "ours" not in repr(sent))
+    went = [sent[name] for name in ("authorization", "api-key") if name in sent]
+    assert went == [expected] * bool(expected) and (not ours or "ours" not in repr(sent))
 
 
 # ----------------------------------------------------------------------------------
