@@ -106,7 +106,6 @@ import os
 import random
 import re
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -1581,77 +1580,83 @@ class ClientLeft(EndReply):
 LONGEST_WAIT = 10.0**6          # seconds; poll() counts milliseconds in 31 bits
 MOST_READ_AHEAD = 2**20         # bytes that are kept while nobody reads them
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-# A selector that takes descriptors above 1,023, where the platform has one.
-Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def ready_files(files, event, seconds=None):
-    """Those of the files that can be read (or written: EVENT_WRITE) within so many
-    seconds."""
-    with Selector() as selector:
-        for file in files:
-            selector.register(file, event)
-        return [key.fileobj for key, _ in selector.select(seconds)]
+def ready_files(files, seconds):
+    """Those of the files that can be read within so many seconds."""
+    if not files:                       # Windows refuses to wait for none
+        time.sleep(seconds)
+        return []
+    if not hasattr(select, "poll"):     # Windows; there any descriptor is good for it
+        return select.select(files, [], [], seconds)[0]
+    poll = select.poll()                # selectors take ten times as long to set up
+    for file in files:
+        poll.register(file, select.POLLIN)
+    found = dict(poll.poll(seconds * 1000))
+    return [file for file in files if file.fileno() in found]
 
 
 class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
     A client that half-closes has left, too.
 
-    seconds: how long the client may take to read what was sent.  deadline: when the
-    request that is being read must be complete, on the clock time.monotonic.
+    Reads and writes block.  Another thread calls `end_if_late` twice a second, which
+    wakes them when their deadline is over.
+
+    seconds: how long a request may take to arrive, and a client to read what was sent.
+    deadline: of the read or write that goes on, on the clock time.monotonic.
     """
 
     def __init__(self, sock, seconds):
-        sock.setblocking(False)
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
         self.stopping = False           # the server is about to close the connection
-        self.selector = Selector()
-        self.selector.register(sock, selectors.EVENT_READ)
 
-    def receive(self, seconds):
-        """Wait so long for bytes, and read what is there -> False if nothing came."""
-        pending = getattr(self.sock, "pending", int)    # TLS has read more than it gave
-        longest = max(min(seconds, LONGEST_WAIT), 0)
-        if not (pending() or self.selector.select(longest)):
-            return False
+    def receive(self):
+        """Wait for bytes, or for their end, and keep them."""
         try:
             block = self.sock.recv(65536)
-        except NOT_NOW:                 # only a part of a TLS record has come
-            return True
+        except NOT_NOW:
+            return
         except OSError:
             block = b""
         self.ended |= not block
         self.buffer += block
-        return True
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
-        if not self.receive(self.deadline - time.monotonic()):
+        self.receive()
+        if self.ended and time.monotonic() > self.deadline:
             raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
 
-    def is_full(self):
-        return len(self.buffer) > MOST_READ_AHEAD
+    def end_if_late(self):
+        """Wake the thread of this connection if its read or write takes too long."""
+        late = time.monotonic() - self.deadline
+        if late > 0:                    # the read first: a 408 can still be sent then
+            self.shut(socket.SHUT_RD if late < 1 else socket.SHUT_RDWR)
 
-    def pause(self, seconds):
-        """Sleep; ClientLeft if the client closes, a 503 if the server is stopping.
+    def wait(self, seconds, *sources):
+        """Wait so long, or until one of the files `sources` can be read.
 
+        Raises ClientLeft if the client closes, and a 503 if the server is stopping.
         What the client sends meanwhile is kept.  When the buffer is full nothing more
         is read, and a client that leaves is only noticed by the next send.
         """
         end = time.monotonic() + seconds
         while not (self.ended or self.stopping):
-            left = end - time.monotonic()
-            if not self.is_full():
-                if not self.receive(left):
-                    return
-            elif left > 0:
-                time.sleep(min(left, 1))
+            left = max(min(end - time.monotonic(), LONGEST_WAIT), 0)
+            if len(self.buffer) > MOST_READ_AHEAD:
+                found = ready_files(sources, min(left, 1))
             else:
+                found = ready_files([self.sock, *sources], left)
+            if self.sock in found:
+                self.sock.setblocking(False)    # it may be only a part of a TLS record
+                self.receive()
+                self.sock.setblocking(True)
+            elif found or not left:
                 return
         if self.stopping and not self.client_closed():
             raise APIError(503, "The server is shutting down.",
@@ -1666,36 +1671,22 @@ class Connection:
             return state == b"\x08"        # TCP_CLOSE_WAIT
         return False
 
-    def wait_for(self, source):
-        """Wait until the file `source` can be read, or as `pause` for the client."""
-        found = ()
-        while source not in found:
-            self.pause(0)
-            files, seconds = ([source], 1) if self.is_full() else (
-                [source, self.sock], None)
-            found = ready_files(files, selectors.EVENT_READ, seconds)
-
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
-        view, longest = memoryview(block), min(self.seconds, LONGEST_WAIT)
-        while view:
-            try:
-                view = view[self.sock.send(view):]
-            except NOT_NOW:
-                if not ready_files([self.sock], selectors.EVENT_WRITE, longest):
-                    raise ClientLeft from None
-            except OSError:
-                raise ClientLeft from None
+        view = memoryview(block)
+        try:
+            for start in range(0, len(block), 65536):
+                self.deadline = time.monotonic() + self.seconds
+                self.sock.sendall(view[start:start + 65536])
+        except OSError:
+            raise ClientLeft from None
+        self.deadline = math.inf
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
         also forget the TLS state, which its thread may still need."""
         with suppress(OSError):
             socket.socket.shutdown(self.sock, how)
-
-    def close(self):
-        self.selector.close()
-        self.sock.close()
 
 
 # `this_thread.connection` is the one that a thread serves.  A backend gets only the
@@ -1705,9 +1696,8 @@ this_thread = threading.local()
 
 def pause(seconds):
     """Sleep; ClientLeft as soon as the client leaves.  pause(0) only looks."""
-    connection = getattr(this_thread, "connection", None)
-    if connection:
-        connection.pause(seconds)
+    if hasattr(this_thread, "connection"):
+        this_thread.connection.wait(seconds)
     else:
         time.sleep(seconds)
 
@@ -1715,7 +1705,7 @@ def pause(seconds):
 def wait_for(source):
     """Wait until the file `source` can be read; ClientLeft if the client leaves."""
     if hasattr(this_thread, "connection"):
-        this_thread.connection.wait_for(source)
+        this_thread.connection.wait(math.inf, source)
 
 
 # ----------------------------------------------------------------------------------
@@ -3493,7 +3483,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self):
         reader = self.reader
         with suppress(EndReply, OSError):
-            while self.open and not self.server.closing:
+            while self.open and not self.server.closed.is_set():
                 reader.wait_for_request()
                 reader.idle = False
                 self.serve()
@@ -3504,14 +3494,16 @@ class Handler(BaseHTTPRequestHandler):
         reader = self.reader
         if self.server.tls:             # without close_notify, a response may be cut
             with suppress(OSError, ValueError):
+                reader.sock.setblocking(False)  # nobody waits for the client's
                 reader.sock.unwrap()
         with suppress(OSError, ClientLeft, APIError):
+            reader.sock.setblocking(True)
             reader.shut(socket.SHUT_WR)
             reader.deadline = time.monotonic() + 1
             while reader.unread:        # if bytes remain unread, the close is a reset
                 reader.buffer.clear()
                 reader.read_more()
-        reader.close()
+        reader.sock.close()
         del self.server.connections[threading.current_thread()]
 
     # ------ sending
@@ -3592,7 +3584,7 @@ class Handler(BaseHTTPRequestHandler):
             pair = "hh" if os.name == "nt" else "ii"
             self.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                         struct.pack(pair, 1, 0))
-            self.reader.close()
+            self.reader.sock.close()
 
     # ------ one request, one response
 
@@ -3607,6 +3599,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.reader.unread:
                 incoming.content = self.reader.read_content(incoming,
                                                             self.server.max_body)
+            self.reader.deadline = math.inf
         finally:
             incoming.exchange.content = incoming.content
             self.server.enter(incoming.exchange)
@@ -3957,7 +3950,6 @@ class Server(ThreadingHTTPServer):
     delay = 0                   # seconds between pieces, unless a reply says otherwise
     trace = None                # or a function of a number, "<" or ">", and the bytes
     core = None                 # a number that picks one core to run on; None is all
-    closing = False             # no more connections, no more requests
 
     def __init__(self, backend=echo, *, host="127.0.0.1", port=0, models=None,
                  api_keys=(), tokenize=tokenize, strict=True, quirk=None,
@@ -3979,7 +3971,8 @@ class Server(ThreadingHTTPServer):
         for route, function in dict(routes or {}).items():
             self.add_route(route, function)
         self.random, self.failure = random.Random(), None
-        self.connections, self.acceptor = {}, None  # {thread: its reader}; a thread
+        self.connections = {}           # {thread: its reader}
+        self.closed, self.threads = threading.Event(), []
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -4032,31 +4025,43 @@ class Server(ThreadingHTTPServer):
 
     def start(self, acceptors=1):
         """Serve in threads of its own; returns the server."""
-        if self.closing:
+        if self.closed.is_set():
             raise RuntimeError("this server is closed; make another one")
-        for _ in range(acceptors):
-            self.acceptor = threading.Thread(target=self.serve_forever, daemon=True)
-            self.acceptor.start()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in
+                        [self.watch, *[self.accept_connections] * acceptors]]
+        for thread in self.threads:
+            thread.start()
         return self
 
     def serve_forever(self, poll_interval=None):
-        """Accept connections until the server is closed."""
+        """Serve until another thread closes the server."""
+        self.start()
+        self.closed.wait()
+
+    def accept_connections(self):
         stay_on_core(self.core)
-        while not self.closing:
+        while not self.closed.is_set():
             self._handle_request_noblock()      # which blocks until there is one
+
+    def watch(self):
+        """End reads and writes that take too long: they block."""
+        stay_on_core(self.core)
+        while not self.closed.wait(0.5):
+            for reader in list(self.connections.values()):
+                reader.end_if_late()
 
     def get_request(self):
         try:
             return super().get_request()
         except OSError:                 # most likely out of descriptors: do not spin
-            time.sleep(0 if self.closing else 0.05)
+            self.closed.wait(0.05)
             raise
 
     def verify_request(self, sock, address):
         """Beyond max_connections a request gets a 503; far beyond, the connection is
         closed without a word."""
         most = 2 * self.max_connections + 16
-        return not self.closing and len(self.connections) <= most
+        return not self.closed.is_set() and len(self.connections) <= most
 
     def handle_error(self, sock, address):
         is_usual = isinstance(sys.exc_info()[1], OSError)   # a failed TLS handshake
@@ -4064,14 +4069,14 @@ class Server(ThreadingHTTPServer):
                 "A connection from %s failed", address[0], exc_info=True)
 
     def stop_accepting(self):
-        self.closing = True
+        self.closed.set()
         with suppress(OSError):         # a forked child may still hold the socket
             self.socket.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):         # a connection wakes accept() where that did not
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
-        if self.acceptor:
-            self.acceptor.join(1)
+        for thread in self.threads:
+            thread.join(1)
         self.server_close()
 
     def end_connections(self, how, seconds, only_idle=False):
@@ -4096,7 +4101,7 @@ class Server(ThreadingHTTPServer):
         thread that is blocked in a user's backend is left behind.  error: what ended
         the `with` block.
         """
-        if self.closing:
+        if self.closed.is_set():
             return
         self.stop_accepting()
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)

@@ -3534,9 +3534,9 @@ WAITING = {  # what is waited for after the first word (where there is one): the
 @pytest.mark.parametrize("what", WAITING)
 def test_a_client_that_leaves_is_noticed_whatever_is_waited_for(
         tls_files, monkeypatch, over_tls, more, close, what):
-    waits, receive = [], openai_compat.Connection.receive
-    monkeypatch.setattr(openai_compat.Connection, "receive",
-                        lambda self, seconds: waits.append(seconds) or receive(self, seconds))
+    waits, ready = [], openai_compat.ready_files
+    monkeypatch.setattr(openai_compat, "ready_files",
+                        lambda files, seconds: waits.append(seconds) or ready(files, seconds))
     threads, tls = set(threading.enumerate()), tls_files if over_tls else None
     silent = then_held(STREAM_HEAD + transfer_chunk(b"data: a\n\n"))
     with playing(silent) as (url, _), Server(WAITING[what](url), tls=tls) as server:
@@ -6499,7 +6499,7 @@ def test_only_tls_1_2_and_newer_are_spoken(tls_files):
 
 def test_a_silent_client_over_tls_is_closed_in_time(tls_files):
     with Server(tls=tls_files, request_timeout=0.1) as server, dial(server) as client:
-        assert ended(client)
+        assert len(read_to_end(client)) < 10            # at most an alert of TLS
 
 
 def test_a_handshake_that_fails_leaves_nothing_behind(tls_files):
