@@ -118,7 +118,6 @@ import time
 import unicodedata
 from contextlib import suppress
 from email.utils import formatdate
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote, urlsplit
 
@@ -3453,7 +3452,6 @@ def transfer_chunk(write):
 
 WRITES_PER_SEND = 1             # of a reply that is at hand
 request_ids = random.Random()   # Server.random makes the other ids; a test may seed it
-REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -3523,10 +3521,10 @@ class Handler(BaseHTTPRequestHandler):
                   **self.server.cors_headers(incoming), **response.headers, **framing}
         if not self.open or incoming.version < (1, 1):
             fields["connection"] = "keep-alive" if self.open else "close"
+        reason, _ = self.responses.get(response.status, ("", ""))
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        return b"HTTP/1.1 %d %b\r\n%b\r\n" % (
-            response.status, REASONS.get(response.status, b""),
-            lines.encode("latin-1", "replace"))
+        head = f"HTTP/1.1 {response.status} {reason}\r\n{lines}\r\n"
+        return head.encode("latin-1", "replace")
 
     def send(self, incoming, response):
         """Send a response.  The journal knows its end before the last byte goes out."""
