@@ -393,8 +393,8 @@ def check(where, value, spec):
         for i, item in enumerate(value):
             check(f"{where}[{i}]", item, spec[0])
     elif type(spec) is tuple:
-        check(where, value, str)
-        check_word(where, value, spec)
+        if value not in spec:
+            raise bad_word(where, value, spec)
     elif type(spec) is dict:
         if type(value) not in spec:
             names = " or ".join(map(JSON_NAMES.get, spec))
@@ -404,12 +404,13 @@ def check(where, value, spec):
         spec(where, value)
 
 
-def check_word(where, value, words):
-    if value not in words:
-        *most, last = map(repr, words)
-        supported = f"{', '.join(most)}, and {last}" if most else last
-        raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
-                      f"{supported}.", where, "invalid_value")
+def bad_word(where, value, words):
+    if type(value) is not str:
+        return mistyped(where, value, "a string")
+    *most, last = map(repr, words)
+    supported = f"{', '.join(most)}, and {last}" if most else last
+    return invalid(f"Invalid value: {value[:80]!r}. Supported values are: {supported}.",
+                   where, "invalid_value")
 
 
 class Object:
@@ -420,14 +421,16 @@ class Object:
         self.required = {name[:-1]: name[-1] for name in fields if name[-1] in "!?"}
 
     def __call__(self, where, value):
-        check(where, value, dict)
+        if type(value) is not dict:
+            raise mistyped(where, value, JSON_NAMES[dict])
         path = f"{where}." if where else ""
         for name, mark in self.required.items():
             if value.get(name) is None and (mark == "!" or name not in value):
                 raise missing(f"{path}{name}")
         for name, item in value.items():
-            if item is not None and name in self.fields:
-                check(f"{path}{name}", item, self.fields[name])
+            spec = self.fields.get(name)
+            if not (item is None or spec is None or type(item) is spec):
+                check(f"{path}{name}", item, spec)
 
 
 class Tagged:
@@ -617,7 +620,7 @@ def checked(body, fields):
 CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
 
 
-# These three messages are the API's own, with "preceeding" and "messages.[0]".
+# These messages are the API's own, with "preceeding" and "messages.[0]".
 def check_answer(i, call_id, called):
     """The tool message i must answer one of the calls of the turn before it."""
     if not called:
@@ -630,32 +633,27 @@ def check_answer(i, call_id, called):
                       f"messages.[{i}].tool_call_id")
 
 
-def unanswered_calls(i, ids):
-    """Message i, or the end of the conversation, stands where answers are missing."""
-    return invalid("An assistant message with 'tool_calls' must be followed by tool "
-                   "messages responding to each 'tool_call_id'. The following "
-                   "tool_call_ids did not have response messages: "
-                   f"{', '.join(ids)[:1000]}", f"messages.[{i}].role")
-
-
 def check_conversation(messages):
     """Refuse a tool call without its answer, and an answer without its call."""
     called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
-    for i, message in enumerate(messages):
+    for i, message in enumerate([*messages, {"role": "end"}]):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered.pop(message["tool_call_id"], None)
             continue
         if unanswered:
-            raise unanswered_calls(i, unanswered)
+            raise invalid(
+                "An assistant message with 'tool_calls' must be followed by tool "
+                "messages responding to each 'tool_call_id'. The following "
+                "tool_call_ids did not have response messages: "
+                f"{', '.join(unanswered)[:1000]}",
+                f"messages.[{min(i, len(messages) - 1)}].role")
         calls = ()
         if message["role"] == "assistant":
             check(f"messages[{i}]", message, INPUTS)
             calls = message.get("tool_calls") or ()
         called = {call["id"]: call for call in calls}
         unanswered = dict(called)
-    if unanswered:
-        raise unanswered_calls(len(messages) - 1, unanswered)
 
 
 def tool_key(tool):
@@ -679,9 +677,8 @@ def chosen_tools(tool_choice):
 
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
-    known = list(map(tool_key, request["tools"]))
     for key in map(tool_key, chosen_tools(request["tool_choice"])):
-        if key not in known:
+        if key not in map(tool_key, request["tools"]):
             raise invalid(f"Tool choice '{key[1]}' not found in 'tools' parameter.",
                           "tool_choice")
     call = request["function_call"]
@@ -799,13 +796,6 @@ def parse_completion(body, strict=True):
     return request
 
 
-def count_choices(request):
-    """How many times the backend is called for a request."""
-    if request["endpoint"] == "chat":
-        return request["n"]
-    return request["best_of"] * len(request["prompts"])
-
-
 # ----------------------------------------------------------------------------------
 # Pieces.  A model reads and writes tokens: words, or parts of words.  Limits and bills
 # count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
@@ -889,7 +879,7 @@ def slices(text):
     long text are counted slice by slice.  (A word, white space or a flag at the edge of
     a slice may be cut.)
     """
-    return (match[0] for match in SLICE.finditer(text))
+    return SLICE.findall(text)
 
 
 def segments_of(pieces, tokenize, make_id, finish_reason=None):
@@ -926,7 +916,7 @@ class Prompt:
         >>> Prompt([17, 18], tokenize).text
         '<|17|><|18|>'
         >>> list(Prompt("Once upon", tokenize).tokens())
-        ['Once', ' upon']
+        [['Once', ' upon']]
     """
 
     def __init__(self, given, tokenize):
@@ -936,10 +926,10 @@ class Prompt:
         self.tokenize = tokenize
 
     def tokens(self):
-        """One after the other: all at once could take much memory."""
+        """Lists of tokens, one for each slice: all at once would take much memory."""
         if self.decoded is not None:
-            return iter(self.decoded)
-        return itertools.chain.from_iterable(map(self.tokenize, slices(self.text)))
+            return [self.decoded]
+        return map(self.tokenize, slices(self.text))
 
 
 def prompts_of(request, tokenize):
@@ -957,11 +947,10 @@ def prompts_of(request, tokenize):
 
 def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
-    called = False
+    calls = itertools.count()
     for kind, value in segments:
-        if not (called and kind == "call"):
+        if kind != "call" or next(calls) == 0:
             yield kind, value
-        called = called or kind == "call"
 
 
 def up_to(segments, limit):
@@ -972,17 +961,16 @@ def up_to(segments, limit):
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
         [('text', ['Hel']), ('end', 'length')]
     """
-    left = limit
     for kind, value in segments:
         if kind == "call":
-            left -= len(value.tokens)
+            limit -= len(value.tokens)
         elif kind != "end":
-            if len(value) > left:
-                if left > 0:
-                    yield kind, value[:left]
+            if len(value) > limit:
+                if limit > 0:
+                    yield kind, value[:limit]
                 yield "end", "length"
                 return
-            left -= len(value)
+            limit -= len(value)
         yield kind, value
 
 
@@ -1110,13 +1098,12 @@ class Usage:
     """
 
     def __init__(self, prompts=(), corrections=None):
-        self.prompts = prompts
-        self.corrections = {name: value for name, value in (corrections or {}).items()
-                            if value is not None}
+        self.prompts, self.corrections = prompts, corrections or {}
         self.completion_tokens = 0
 
     def counters(self, details=()):
-        prompt_tokens = sum(1 for prompt in self.prompts for _ in prompt.tokens())
+        prompt_tokens = sum(len(tokens) for prompt in self.prompts
+                            for tokens in prompt.tokens())
         usage = {"prompt_tokens": prompt_tokens,
                  "completion_tokens": self.completion_tokens, **self.corrections}
         total = usage["prompt_tokens"] + usage["completion_tokens"]
@@ -1311,7 +1298,7 @@ def text_choices(request, index, prompt, segments, usage):
     offset, top = len(prompt.text), request["logprobs"]
     for number, (kind, value) in enumerate(segments):
         if number == 0 and request["echo"]:
-            tokens = list(prompt.tokens()) if top is not None else []
+            tokens = [*itertools.chain(*prompt.tokens())] if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind == "end":
@@ -1352,25 +1339,27 @@ def completion_chunks(request, sequences, usage):
 
 
 def spelled(values):
-    """What the chunks have at one place, as one: texts and lists are joined, objects
-    field by field.  null adds nothing.
+    """What the values at one place of the chunks spell: texts are joined, lists are
+    extended, objects are spelled field by field.  null adds nothing.
 
     Example:
         >>> spelled([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
         {'content': 'Hi', 'refusal': None}
     """
-    values = [value for value in values if value is not None]
-    if not values:
-        return None
-    kind = type(values[0])
+    kind = type(values[0]) if values else None
     if kind is str:
         return "".join(values)
     if kind is list:
         return list(itertools.chain.from_iterable(values))
-    if kind is dict:
-        return {name: spelled([value.get(name) for value in values])
-                for name in dict.fromkeys(itertools.chain.from_iterable(values))}
-    return values[0]
+    if kind is not dict:
+        return values[0] if values else None
+    fields = {}
+    for value in values:
+        for name, each in value.items():
+            same = fields.setdefault(name, [])
+            if each is not None:
+                same.append(each)
+    return {name: spelled(same) for name, same in fields.items()}
 
 
 def spelled_calls(fragments):
@@ -1394,7 +1383,8 @@ def spelled_choice(choices):
     whole = {}
     for name, value in choices[-1].items():     # the one that has the finish_reason
         if name in ("delta", "text", "logprobs"):
-            value = spelled([choice[name] for choice in choices])
+            value = spelled([choice[name] for choice in choices
+                             if choice[name] is not None])
         whole["message" if name == "delta" else name] = value
     if "tool_calls" in whole.get("message", ()):
         whole["message"]["tool_calls"] = list(
@@ -2655,8 +2645,8 @@ def command(program, at_once=1):
 
     def backend(request):
         pieces = run_program(program, request, places)
-        # Several choices take turns: one would wait for the place that another holds.
-        return list(pieces) if count_choices(request) > 1 else pieces
+        # Choices take turns, and one would wait for the place that another holds.
+        return list(pieces) if request["index"] else pieces
     backend.model = os.path.basename(program[0])
     return backend
 
