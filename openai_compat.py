@@ -358,9 +358,10 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def out_of_bounds(where, value, name, side, bound):
+def out_of_bounds(where, value, spec, side, bound):
     """A number, or a length, is out of bounds; a least length is 1."""
-    kind = name.split()[1]              # of "an array", for example
+    name = JSON_NAMES[list if type(spec) is list else spec]     # "an array"
+    kind = name.split()[1]
     if type(value) in (int, float):
         place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
         fault, got = f"{kind} {place} {side} value", value
@@ -394,6 +395,7 @@ def check(where, value, spec):
             check(f"{where}[{i}]", item, spec[0])
     elif type(spec) is tuple:
         if value not in spec:
+            check(where, value, str)
             raise bad_word(where, value, spec)
     elif type(spec) is dict:
         if type(value) not in spec:
@@ -405,8 +407,6 @@ def check(where, value, spec):
 
 
 def bad_word(where, value, words):
-    if type(value) is not str:
-        return mistyped(where, value, "a string")
     *most, last = map(repr, words)
     supported = f"{', '.join(most)}, and {last}" if most else last
     return invalid(f"Invalid value: {value[:80]!r}. Supported values are: {supported}.",
@@ -433,16 +433,16 @@ class Object:
                 check(f"{path}{name}", item, spec)
 
 
-class Tagged:
+class Tagged(collections.namedtuple("Tagged", "tag shapes")):
     """An object of several shapes: the value of the field `tag` says which it has."""
 
-    def __init__(self, tag, shapes):
-        self.tag, self.shapes = tag, shapes
-        self.tagged = Object({f"{tag}!": tuple(shapes)})
-
     def __call__(self, where, value):
-        self.tagged(where, value)
-        check(where, value, self.shapes[value[self.tag]])
+        check(where, value, dict)
+        shape = value.get(self.tag)
+        if shape is None:
+            raise missing(f"{where}.{self.tag}")
+        check(f"{where}.{self.tag}", shape, tuple(self.shapes))
+        check(where, value, self.shapes[shape])
 
 
 def typed(**specs):
@@ -460,12 +460,11 @@ class Bounded(collections.namedtuple("Bounded", "inner least most")):
 
     def __call__(self, where, value):
         check(where, value, self.inner)
-        name = JSON_NAMES[list if type(self.inner) is list else self.inner]
         size = value if type(value) in (int, float) else len(value)
         if self.least is not None and size < self.least:
-            raise out_of_bounds(where, value, name, "minimum", self.least)
+            raise out_of_bounds(where, value, self.inner, "minimum", self.least)
         if self.most is not None and size > self.most:
-            raise out_of_bounds(where, value, name, "maximum", self.most)
+            raise out_of_bounds(where, value, self.inner, "maximum", self.most)
 
 
 class Map(collections.namedtuple("Map", "value key pairs")):
@@ -607,17 +606,15 @@ def checked(body, fields):
     if body.get("model") in (None, ""):     # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
     fields("", body)
-    given = {name: value for name, value in body.items() if value is not None}
+    # null is absence, except in an unknown field, which stays as it is.
+    given = {name: value for name, value in body.items()
+             if value is not None or name not in fields.fields}
     for name, other, message in NEEDS:
         if name in given and name in fields.fields and not given.get(other):
             raise invalid(message.format(name, other), name)
     stop = given.get("stop", [])        # a string or a list: always a list from here on
     given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
-    # Unknown fields as they are; null is replaced by the default.
-    return {**body, **fields.defaults, **given, "body": body}
-
-
-CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
+    return {**fields.defaults, **given, "body": body}
 
 
 # These messages are the API's own, with "preceeding" and "messages.[0]".
@@ -753,7 +750,7 @@ def parse_prompts(prompt):
     if prompt is None:
         prompt = "<|endoftext|>"        # the API's default: begin a new document
     if prompt == []:
-        raise out_of_bounds("prompt", prompt, "an array", "minimum", 1)
+        raise out_of_bounds("prompt", prompt, list, "minimum", 1)
     is_one = type(prompt) is str or is_token_ids(prompt)
     prompts = [prompt] if is_one else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
@@ -907,29 +904,25 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None):
     yield "end", finish_reason or reason
 
 
-class Prompt:
-    """A prompt, a str or a list of token ids, as its text and as its tokens.
+Prompt = collections.namedtuple("Prompt", "text tokens")
+
+
+def prompt_of(given, tokenize):
+    """A prompt, a str or a list of token ids -> its text, and a function of no arguments
+    that returns its tokens in lists, one for each slice.
 
     A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
-        >>> Prompt([17, 18], tokenize).text
-        '<|17|><|18|>'
-        >>> list(Prompt("Once upon", tokenize).tokens())
-        [['Once', ' upon']]
+        >>> text, tokens = prompt_of([17, 18], tokenize)
+        >>> text, tokens()
+        ('<|17|><|18|>', [['<|17|>', '<|18|>']])
     """
-
-    def __init__(self, given, tokenize):
-        decode = getattr(tokenize, "decode", "<|{}|>".format)
-        self.decoded = None if type(given) is str else [decode(id) for id in given]
-        self.text = given if type(given) is str else "".join(self.decoded)
-        self.tokenize = tokenize
-
-    def tokens(self):
-        """Lists of tokens, one for each slice: all at once would take much memory."""
-        if self.decoded is not None:
-            return [self.decoded]
-        return map(self.tokenize, slices(self.text))
+    if type(given) is str:
+        return Prompt(given, lambda: map(tokenize, slices(given)))
+    decode = getattr(tokenize, "decode", "<|{}|>".format)
+    decoded = [decode(id) for id in given]
+    return Prompt("".join(decoded), lambda: [decoded])
 
 
 def prompts_of(request, tokenize):
@@ -938,7 +931,7 @@ def prompts_of(request, tokenize):
         texts = [text_of(message.get("content")) for message in request["messages"]]
     else:
         texts = request["prompts"]
-    return [Prompt(text, tokenize) for text in texts]
+    return [prompt_of(text, tokenize) for text in texts]
 
 
 # ----------------------------------------------------------------------------------
@@ -1091,7 +1084,7 @@ class Usage:
     `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
-        >>> usage = Usage([Prompt("Once upon", tokenize)])
+        >>> usage = Usage([prompt_of("Once upon", tokenize)])
         >>> usage.completion_tokens += 3
         >>> usage.counters()
         {'prompt_tokens': 2, 'completion_tokens': 3, 'total_tokens': 5}
@@ -1101,13 +1094,13 @@ class Usage:
         self.prompts, self.corrections = prompts, corrections or {}
         self.completion_tokens = 0
 
-    def counters(self, details=()):
+    def counters(self, details={}):
         prompt_tokens = sum(len(tokens) for prompt in self.prompts
                             for tokens in prompt.tokens())
         usage = {"prompt_tokens": prompt_tokens,
                  "completion_tokens": self.completion_tokens, **self.corrections}
         total = usage["prompt_tokens"] + usage["completion_tokens"]
-        return {**usage, "total_tokens": total, **dict(details), **self.corrections}
+        return {**usage, "total_tokens": total, **details, **self.corrections}
 
 
 def chunks_of(request, choices, usage):
@@ -1126,8 +1119,8 @@ def chunks_of(request, choices, usage):
     for choice in choices:
         yield {**common, "choices": [choice]}
     if "usage" in common:
-        details = USAGE_DETAILS if is_chat else {}
-        yield {**common, "choices": [], "usage": usage.counters(details)}
+        counters = usage.counters(USAGE_DETAILS if is_chat else {})
+        yield {**common, "choices": [], "usage": counters}
 
 
 def in_turn(generators):
@@ -1226,10 +1219,9 @@ def call_deltas(request, call, index):
         None 0 {'arguments': '}'}
     """
     is_custom = ("custom", call.name) in map(tool_key, request["tools"])
-    kind = "custom" if is_custom else "function"
-    field, tokens = CALL_INPUT[kind], call.tokens
-    if kind == "function" and not tokens:
-        tokens = ["{}"]                 # clients parse it as JSON, which "" is not
+    kind, field = ("custom", "input") if is_custom else ("function", "arguments")
+    # Clients parse arguments as JSON, which "" is not.
+    tokens = call.tokens or ([] if is_custom else ["{}"])
     opening = {"id": call.id, "type": kind}
     for part in [{"name": call.name, field: ""}, *({field: token} for token in tokens)]:
         yield ({"function_call": part} if is_legacy(request) else
