@@ -390,7 +390,8 @@ def check(where, value, spec):
         if type(value) is not spec and (type(value), spec) != (int, float):
             raise mistyped(where, value, JSON_NAMES[spec])
     elif type(spec) is list:
-        check(where, value, list)
+        if type(value) is not list:
+            raise mistyped(where, value, JSON_NAMES[list])
         for i, item in enumerate(value):
             check(f"{where}[{i}]", item, spec[0])
     elif type(spec) is tuple:
@@ -522,9 +523,8 @@ MESSAGE = Tagged("role", {
 # {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
 JSON_SCHEMA = Object({"name!": check_name, "description": str, "schema": dict,
                       "strict": bool})
-RESPONSE_FORMAT = Tagged("type", {
-    "text": dict, "json_object": dict,
-    "json_schema": Object({"json_schema!": JSON_SCHEMA})})
+RESPONSE_FORMAT = Tagged("type", {"text": dict, "json_object": dict,
+                                  "json_schema": Object({"json_schema!": JSON_SCHEMA})})
 STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
 STOP = Bounded(str, None, 1000)
 BIASES = Map(Bounded(float, -100, 100), None, None)
@@ -894,8 +894,8 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None):
     for piece in pieces:
         if isinstance(piece, ToolCall):
             reason = "tool_calls"
-            id, tokens = piece.id or make_id(), tokenize(piece.arguments)
-            yield "call", Call(piece.name, id, tokens)
+            yield "call", Call(piece.name, piece.id or make_id(),
+                               tokenize(piece.arguments))
         elif not isinstance(piece, str):
             raise BackendFault("a piece must be a str or a ToolCall, "
                                f"not {type(piece).__name__}")
@@ -1098,9 +1098,11 @@ class Usage:
         prompt_tokens = sum(len(tokens) for prompt in self.prompts
                             for tokens in prompt.tokens())
         usage = {"prompt_tokens": prompt_tokens,
-                 "completion_tokens": self.completion_tokens, **self.corrections}
-        total = usage["prompt_tokens"] + usage["completion_tokens"]
-        return {**usage, "total_tokens": total, **details, **self.corrections}
+                 "completion_tokens": self.completion_tokens,
+                 "total_tokens": None, **details, **self.corrections}
+        if usage["total_tokens"] is None:
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage
 
 
 def chunks_of(request, choices, usage):
@@ -1293,15 +1295,13 @@ def text_choices(request, index, prompt, segments, usage):
             tokens = [*itertools.chain(*prompt.tokens())] if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
-        if kind == "end":
-            yield text_choice(index, "", text_logprobs([], top, offset), value)
-        elif kind == "text":
-            usage.completion_tokens += len(value)
-            text = "".join(value)
-            yield text_choice(index, text, text_logprobs(value, top, offset))
-            offset += len(text)
-        else:
+        if kind not in ("text", "end"):
             raise BackendFault("a text completion cannot hold a tool call or a refusal")
+        tokens, reason = (value, None) if kind == "text" else ([], value)
+        usage.completion_tokens += len(tokens)
+        text = "".join(tokens)
+        yield text_choice(index, text, text_logprobs(tokens, top, offset), reason)
+        offset += len(text)
 
 
 def completion_chunks(request, sequences, usage):
