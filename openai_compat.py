@@ -258,11 +258,6 @@ def is_deeper(value, levels):
     return levels == 0 or any(is_deeper(each, levels - 1) for each in items)
 
 
-def body_error(reason):
-    return APIError(400, "We could not parse the JSON body of your request. (HINT: the "
-                         f"body must be one JSON object in UTF-8; {reason}.)")
-
-
 def parse_json(body):
     """Parse the body of a request, or raise a 400 that says what is wrong (RFC 8259).
 
@@ -273,16 +268,18 @@ def parse_json(body):
     try:
         text = body.decode()
         value = decode_json(text[1:] if text.startswith("\ufeff") else text)
+        if type(value) is not dict:
+            raise ValueError(f"it is {JSON_NAMES[type(value)]}, not an object")
         brackets = text.count("[") + text.count("{")    # at least as many as levels
         if brackets > MOST_NESTED and is_deeper(value, MOST_NESTED):
             raise RecursionError
+        return value
     except RecursionError:
-        raise body_error(f"it is nested more than {MOST_NESTED} levels deep") from None
+        reason = f"it is nested more than {MOST_NESTED} levels deep"
     except ValueError as error:
-        raise body_error(str(error)[:200]) from None
-    if type(value) is not dict:
-        raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
-    return value
+        reason = str(error)[:200]
+    raise APIError(400, "We could not parse the JSON body of your request. (HINT: the "
+                        f"body must be one JSON object in UTF-8; {reason}.)")
 
 
 def copied(value):
@@ -645,11 +642,10 @@ def check_conversation(messages):
                 "tool_call_ids did not have response messages: "
                 f"{', '.join(unanswered)[:1000]}",
                 f"messages.[{min(i, len(messages) - 1)}].role")
-        calls = ()
+        called = {}
         if message["role"] == "assistant":
             check(f"messages[{i}]", message, INPUTS)
-            calls = message.get("tool_calls") or ()
-        called = {call["id"]: call for call in calls}
+            called = {call["id"]: call for call in message.get("tool_calls") or ()}
         unanswered = dict(called)
 
 
@@ -699,12 +695,6 @@ def text_of(content):
     return content or ""
 
 
-def last_question(messages):
-    """The text of the last user message; without one, of the last message."""
-    users = [message for message in messages if message["role"] == "user"]
-    return text_of((users or messages)[-1].get("content"))
-
-
 def parse_chat(body, strict=True):
     """Check the body of POST /v1/chat/completions -> the request.
 
@@ -728,7 +718,9 @@ def parse_chat(body, strict=True):
     if "audio" in request["modalities"]:
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
-    text = last_question(request["messages"])
+    # The last user message; without one, the last message of all.
+    users = [each for each in request["messages"] if each["role"] == "user"]
+    text = text_of((users or request["messages"])[-1].get("content"))
     request.update(endpoint="chat", prompt=text, text=text)
     return request
 
@@ -751,8 +743,7 @@ def parse_prompts(prompt):
         prompt = "<|endoftext|>"        # the API's default: begin a new document
     if prompt == []:
         raise out_of_bounds("prompt", prompt, list, "minimum", 1)
-    is_one = type(prompt) is str or is_token_ids(prompt)
-    prompts = [prompt] if is_one else prompt
+    prompts = [prompt] if type(prompt) is str or is_token_ids(prompt) else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
                                          or all(map(is_token_ids, prompts))):
         raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
@@ -1098,11 +1089,9 @@ class Usage:
         prompt_tokens = sum(len(tokens) for prompt in self.prompts
                             for tokens in prompt.tokens())
         usage = {"prompt_tokens": prompt_tokens,
-                 "completion_tokens": self.completion_tokens,
-                 "total_tokens": None, **details, **self.corrections}
-        if usage["total_tokens"] is None:
-            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
-        return usage
+                 "completion_tokens": self.completion_tokens, **self.corrections}
+        total = usage["prompt_tokens"] + usage["completion_tokens"]
+        return {**usage, "total_tokens": total, **details, **self.corrections}
 
 
 def chunks_of(request, choices, usage):
