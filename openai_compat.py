@@ -330,8 +330,7 @@ def to_json(value):
 # the same as absence, and unknown fields pass unchecked.
 #
 # What a value must be is a spec:
-#     str, bool, int, float, list, dict
-#                                 a type; float takes integers too
+#     str, bool, int, float, list, dict     that type; float takes integers too
 #     ("low", "high")             one of these words
 #     [spec]                      an array of values that fit the spec
 #     {str: spec, list: spec}     a value of one of these types, which fits its spec
@@ -836,10 +835,10 @@ def combines(character):
 
 def recombined(tokens):
     """Join each token that starts with a combining character to the one before."""
-    starts = [i for i, token in enumerate(tokens) if i == 0 or not (
-        combines(token[0]) or tokens[i - 1][-1] == ZERO_WIDTH_JOINER)]
+    starts = [i for i, (before, token) in enumerate(zip(tokens, tokens[1:]), 1)
+              if not (combines(token[0]) or before[-1] == ZERO_WIDTH_JOINER)]
     return ["".join(tokens[start:end])
-            for start, end in zip(starts, [*starts[1:], None])]
+            for start, end in zip([0, *starts], [*starts, None])]
 
 
 def tokenize(text):
@@ -861,7 +860,7 @@ SLICE = re.compile(r".{1,65536}(?= |\Z)|.{1,65536}(?=\w)|.{1,65536}", re.S)
 
 
 def slices(text):
-    """Cut a long text into slices of at most 64 KiB, between words where it can.
+    """Cut a long text into slices of at most 65,536 characters, if possible at words.
 
     A list of tokens takes about forty times the memory of its text, so the tokens of a
     long text are counted slice by slice.  (A word, white space or a flag at the edge of
@@ -899,8 +898,8 @@ Prompt = collections.namedtuple("Prompt", "text tokens")
 
 
 def prompt_of(given, tokenize):
-    """A prompt, a str or a list of token ids -> its text, and a function of no arguments
-    that returns its tokens in lists, one for each slice.
+    """A prompt, a str or a list of token ids -> its text, and a function without
+    arguments that returns its tokens in lists, one for each slice.
 
     A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
@@ -1115,7 +1114,7 @@ def chunks_of(request, choices, usage):
 
 
 def in_turn(generators):
-    """One item of each generator in turn, until all have ended.
+    """One item of each generator in turn, until all have ended.  No item may be None.
 
     A choice that is slow holds up the others; the API runs them side by side.
 
