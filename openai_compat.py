@@ -243,25 +243,17 @@ decode_json = json.JSONDecoder(parse_constant=reject_number,
                                parse_float=finite).decode
 
 
-def nesting(value):
-    """How many levels of arrays and objects a JSON value has.
+def is_deeper(value, levels):
+    """Has a JSON value more than so many levels of arrays and objects?
 
     Example:
-        >>> nesting({"a": [1, [2]]})
-        3
+        >>> is_deeper([[1]], 1), is_deeper([[1]], 2)
+        (True, False)
     """
-    depth, level = 0, [value]
-    while level:
-        containers = [each for each in level if isinstance(each, (list, dict))]
-        depth += bool(containers)
-        level = [item for each in containers
-                 for item in (each.values() if isinstance(each, dict) else each)]
-    return depth
-
-
-def body_error(reason):
-    return APIError(400, "We could not parse the JSON body of your request. (HINT: the "
-                         f"body must be one JSON object in UTF-8; {reason}.)")
+    if not isinstance(value, (list, dict)):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deeper(each, levels - 1) for each in items)
 
 
 def parse_json(body):
@@ -274,18 +266,18 @@ def parse_json(body):
     try:
         text = body.decode()
         value = decode_json(text[1:] if text.startswith("\ufeff") else text)
+        if type(value) is not dict:
+            raise ValueError(f"it is {JSON_NAMES[type(value)]}, not an object")
+        brackets = text.count("[") + text.count("{")    # at least as many as levels
+        if brackets > MOST_NESTED and is_deeper(value, MOST_NESTED):
+            raise RecursionError
+        return value
     except RecursionError:
-        raise body_error("it is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise body_error(f"it is not UTF-8 (byte {error.start})") from None
+        reason = f"it is nested more than {MOST_NESTED} levels deep"
     except ValueError as error:
-        raise body_error(str(error)[:200]) from None
-    if type(value) is not dict:
-        raise body_error(f"it is {JSON_NAMES[type(value)]}, not an object")
-    brackets = text.count("[") + text.count("{")    # at least as many as levels
-    if brackets > MOST_NESTED and nesting(value) > MOST_NESTED:
-        raise body_error(f"it is nested more than {MOST_NESTED} levels deep")
-    return value
+        reason = str(error)[:200]
+    raise APIError(400, "We could not parse the JSON body of your request. (HINT: the "
+                        f"body must be one JSON object in UTF-8; {reason}.)")
 
 
 def copied(value):
@@ -336,19 +328,15 @@ def to_json(value):
 # the same as absence, and unknown fields pass unchecked.
 #
 # What a value must be is a spec:
-#     "string"                    a type of JSON
+#     str, bool, int, float, list, dict     that type; float takes integers too
 #     ("low", "high")             one of these words
 #     [spec]                      an array of values that fit the spec
+#     {str: spec, list: spec}     a value of one of these types, which fits its spec
 #     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
 #                                 required but may be null
-#     Tagged, Either, Map, Bounded: below, each with its check
+#     Tagged, Bounded, Map: below, each with its check
 #     a function                  of a path and the value there; raises, or returns
 # The messages are the API's own, word for word.
-
-TYPES = {  # compared exactly: bool is not an integer, although it is an int in Python
-    "string": (str,), "boolean": (bool,), "integer": (int,), "decimal": (int, float),
-    "array": (list,), "object": (dict,)}
-
 
 def invalid(message, param, code=None):
     return APIError(400, message, param, code)
@@ -364,57 +352,60 @@ def mistyped(where, value, expected):
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
-def bad_number(where, value, kind, side, bound):
-    """A number out of bounds.  side: "minimum" or "maximum".  The code is
-    "integer_below_min_value" and the like."""
-    place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
-    return invalid(f"Invalid '{where}': {kind} {place} {side} value. Expected a value "
-                   f"{sign} {bound}, but got {value} instead.", where,
-                   f"{kind}_{place}_{side[:3]}_value")
-
-
-def bad_length(where, value, kind, side, bound):
-    """A length out of bounds; a least one is never above 1.  The code is "empty_array",
-    "string_above_max_length" and the like."""
-    name = JSON_NAMES[type(value)]
-    if value:
+def out_of_bounds(where, value, spec, side, bound):
+    """A number, or a length, is out of bounds; a least length is 1."""
+    name = JSON_NAMES[list if type(spec) is list else spec]     # "an array"
+    kind = name.split()[1]
+    if type(value) in (int, float):
+        place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
+        fault, got = f"{kind} {place} {side} value", value
+        expected, code = f"a value {sign}", f"{kind}_{place}_{side[:3]}_value"
+    elif value:
         fault, got = f"{kind} too long", f"{name} with length {len(value)}"
-        code = f"{kind}_above_max_length"
+        expected, code = f"{name} with maximum length", f"{kind}_above_max_length"
     else:
-        fault, got, code = f"empty {kind}", f"an empty {kind}", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {name} with {side} length "
-                   f"{bound}, but got {got} instead.", where, code)
+        fault, got = f"empty {kind}", f"an empty {kind}"
+        expected, code = f"{name} with minimum length", f"empty_{kind}"
+    return invalid(f"Invalid '{where}': {fault}. Expected {expected} {bound}, but got "
+                   f"{got} instead.", where, code)
 
 
 def check(where, value, spec):
     """Raise a 400 unless the value fits the spec; `where` is its path in the body.
 
     Example:
-        >>> check("messages[0].name", "Ann", "string")
-        >>> check("n", 0, Bounded("integer", 1, 128))
+        >>> check("messages[0].name", "Ann", str)
+        >>> check("n", 0, Bounded(int, 1, 128))
         Traceback (most recent call last):
         ...
         openai_compat.APIError: Invalid 'n': integer below minimum value. ...
     """
-    if callable(spec):
-        spec(where, value)
-    elif type(spec) is tuple:
-        check_word(where, value, spec)
+    if type(spec) is type:              # exactly: True is an int in Python, not in JSON
+        if type(value) is not spec and (type(value), spec) != (int, float):
+            raise mistyped(where, value, JSON_NAMES[spec])
     elif type(spec) is list:
-        check(where, value, "array")
+        if type(value) is not list:
+            raise mistyped(where, value, JSON_NAMES[list])
         for i, item in enumerate(value):
             check(f"{where}[{i}]", item, spec[0])
-    elif type(value) not in TYPES[spec]:
-        raise mistyped(where, value, JSON_NAMES[TYPES[spec][-1]])
+    elif type(spec) is tuple:
+        if value not in spec:
+            check(where, value, str)
+            raise bad_word(where, value, spec)
+    elif type(spec) is dict:
+        if type(value) not in spec:
+            names = " or ".join(map(JSON_NAMES.get, spec))
+            raise mistyped(where, value, f"one of {names}")
+        check(where, value, spec[type(value)])
+    else:
+        spec(where, value)
 
 
-def check_word(where, value, words):
-    check(where, value, "string")
-    if value not in words:
-        *most, last = map(repr, words)
-        supported = f"{', '.join(most)}, and {last}" if most else last
-        raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
-                      f"{supported}.", where, "invalid_value")
+def bad_word(where, value, words):
+    *most, last = map(repr, words)
+    supported = f"{', '.join(most)}, and {last}" if most else last
+    return invalid(f"Invalid value: {value[:80]!r}. Supported values are: {supported}.",
+                   where, "invalid_value")
 
 
 class Object:
@@ -422,41 +413,41 @@ class Object:
 
     def __init__(self, fields):
         self.fields = {name.rstrip("!?"): spec for name, spec in fields.items()}
-        self.required = [name[:-1] for name in fields if name[-1] in "!?"]
-        self.nullable = [name[:-1] for name in fields if name[-1] == "?"]
+        self.required = {name[:-1]: name[-1] for name in fields if name[-1] in "!?"}
 
     def __call__(self, where, value):
-        check(where, value, "object")
+        if type(value) is not dict:
+            raise mistyped(where, value, JSON_NAMES[dict])
         path = f"{where}." if where else ""
-        for name in self.required:
-            is_null = name in value and name in self.nullable
-            if value.get(name) is None and not is_null:
+        for name, mark in self.required.items():
+            if value.get(name) is None and (mark == "!" or name not in value):
                 raise missing(f"{path}{name}")
         for name, item in value.items():
-            if item is not None and name in self.fields:
-                check(f"{path}{name}", item, self.fields[name])
+            spec = self.fields.get(name)
+            if not (item is None or spec is None or type(item) is spec):
+                check(f"{path}{name}", item, spec)
 
 
 class Tagged(collections.namedtuple("Tagged", "tag shapes")):
     """An object of several shapes: the value of the field `tag` says which it has."""
 
     def __call__(self, where, value):
-        check(where, value, "object")
+        check(where, value, dict)
         shape = value.get(self.tag)
         if shape is None:
             raise missing(f"{where}.{self.tag}")
-        check_word(f"{where}.{self.tag}", shape, tuple(self.shapes))
+        check(f"{where}.{self.tag}", shape, tuple(self.shapes))
         check(where, value, self.shapes[shape])
 
 
-class Either(collections.namedtuple("Either", "text other")):
-    """A string, or else an array or an object."""
+def typed(**specs):
+    """An object with a type, which has its content under the name of the type.
 
-    def __call__(self, where, value):
-        other = "array" if isinstance(self.other, list) else "object"
-        if type(value) not in (str, *TYPES[other]):
-            raise mistyped(where, value, f"one of a string or an {other}")
-        check(where, value, self.text if type(value) is str else self.other)
+    Example:
+        >>> typed(text=str)("part", {"type": "text", "text": "Hello"})
+    """
+    return Tagged("type", {kind: Object({f"{kind}!": spec})
+                           for kind, spec in specs.items()})
 
 
 class Bounded(collections.namedtuple("Bounded", "inner least most")):
@@ -464,28 +455,26 @@ class Bounded(collections.namedtuple("Bounded", "inner least most")):
 
     def __call__(self, where, value):
         check(where, value, self.inner)
-        kind = "array" if isinstance(self.inner, list) else self.inner
-        is_number = kind in ("integer", "decimal")
-        size, error = (value, bad_number) if is_number else (len(value), bad_length)
+        size = value if type(value) in (int, float) else len(value)
         if self.least is not None and size < self.least:
-            raise error(where, value, kind, "minimum", self.least)
+            raise out_of_bounds(where, value, self.inner, "minimum", self.least)
         if self.most is not None and size > self.most:
-            raise error(where, value, kind, "maximum", self.most)
+            raise out_of_bounds(where, value, self.inner, "maximum", self.most)
 
 
 class Map(collections.namedtuple("Map", "value key pairs")):
     """An object with any keys: at most `pairs`, each at most `key` characters long."""
 
     def __call__(self, where, value):
-        check(where, value, Bounded("object", None, self.pairs))
+        check(where, value, Bounded(dict, None, self.pairs))
         for name, item in value.items():
-            check(where, name, Bounded("string", None, self.key))
+            check(where, name, Bounded(str, None, self.key))
             check(f"{where}.{name[:64]}", item, self.value)
 
 
 def check_name(where, value):
     """The spec of the name of a function, a tool or a schema."""
-    check(where, value, Bounded("string", None, 64))
+    check(where, value, Bounded(str, None, 64))
     if not re.fullmatch("[a-zA-Z0-9_-]+", value):
         raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
                       "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
@@ -493,49 +482,47 @@ def check_name(where, value):
 
 
 # {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
-FUNCTION = Object({"name!": check_name, "description": "string",
-                   "parameters": "object", "strict": "boolean"})
-CUSTOM = Object({"name!": check_name, "description": "string", "format": "object"})
-TOOL = Tagged("type", {"function": Object({"function!": FUNCTION}),
-                       "custom": Object({"custom!": CUSTOM})})
+FUNCTION = Object({"name!": check_name, "description": str, "parameters": dict,
+                   "strict": bool})
+CUSTOM = Object({"name!": check_name, "description": str, "format": dict})
+TOOL = typed(function=FUNCTION, custom=CUSTOM)
 # "required", or {"type": "function", "function": {"name": "now"}}, or
 # {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}
 NAME = Object({"name!": check_name})
-NAMED_TOOL = {"function": Object({"function!": NAME}),
-              "custom": Object({"custom!": NAME})}
 ALLOWED = Object({"mode!": ("auto", "required"),
-                  "tools!": [Tagged("type", NAMED_TOOL)]})
-TOOL_CHOICE = Either(("none", "auto", "required"), Tagged(
-    "type", {**NAMED_TOOL, "allowed_tools": Object({"allowed_tools!": ALLOWED})}))
+                  "tools!": [typed(function=NAME, custom=NAME)]})
+TOOL_CHOICE = {str: ("none", "auto", "required"),
+               dict: typed(function=NAME, custom=NAME, allowed_tools=ALLOWED)}
+FUNCTION_CALL = {str: ("none", "auto"), dict: NAME}
 # {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-CALLED = Object({"name!": "string"})    # check_conversation checks the input, if strict
-TOOL_CALL = Tagged("type", {"function": Object({"id!": "string", "function!": CALLED}),
-                            "custom": Object({"id!": "string", "custom!": CALLED})})
+CALLED = Object({"name!": str})
+TOOL_CALL = Tagged("type", {"function": Object({"id!": str, "function!": CALLED}),
+                            "custom": Object({"id!": str, "custom!": CALLED})})
+ARGUMENTS = Object({"arguments!": str})         # checked only if strict
+INPUTS = Object({"tool_calls": [typed(function=ARGUMENTS,
+                                      custom=Object({"input!": str}))],
+                 "function_call": ARGUMENTS})
 # "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
-AUDIO = Object({"data!": "string", "format!": ("wav", "mp3")})
-CONTENT = Either("string", [Tagged("type", {
-    "text": Object({"text!": "string"}), "refusal": Object({"refusal!": "string"}),
-    "image_url": Object({"image_url!": Object({"url!": "string"})}),
-    "file": Object({"file!": "object"}), "input_audio": Object({"input_audio!": AUDIO}),
-})])
+AUDIO = Object({"data!": str, "format!": ("wav", "mp3")})
+CONTENT = {str: str, list: [typed(text=str, refusal=str, file=dict, input_audio=AUDIO,
+                                  image_url=Object({"url!": str}))]}
 # {"role": "user", "content": "Hello"}
-PLAIN_MESSAGE = Object({"content?": CONTENT, "name": "string"})
+PLAIN_MESSAGE = Object({"content?": CONTENT, "name": str})
 MESSAGE = Tagged("role", {
     "system": PLAIN_MESSAGE, "developer": PLAIN_MESSAGE, "user": PLAIN_MESSAGE,
-    "assistant": Object({"content": CONTENT, "name": "string", "refusal": "string",
+    "assistant": Object({"content": CONTENT, "name": str, "refusal": str,
                          "tool_calls": [TOOL_CALL], "function_call": CALLED}),
-    "tool": Object({"content?": CONTENT, "tool_call_id!": "string"}),
-    "function": Object({"content?": "string", "name!": "string"})})
+    "tool": Object({"content?": CONTENT, "tool_call_id!": str}),
+    "function": Object({"content?": str, "name!": str})})
 # {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
-JSON_SCHEMA = Object({"name!": check_name, "description": "string",
-                      "schema": "object", "strict": "boolean"})
-RESPONSE_FORMAT = Tagged("type", {
-    "text": Object({}), "json_object": Object({}),
-    "json_schema": Object({"json_schema!": JSON_SCHEMA})})
-STREAM_OPTIONS = Object({"include_usage": "boolean", "include_obfuscation": "boolean"})
-STOP = Bounded("string", None, 1000)
-BIASES = Map(Bounded("decimal", -100, 100), None, None)
-METADATA = Map(Bounded("string", None, 512), 64, 16)
+JSON_SCHEMA = Object({"name!": check_name, "description": str, "schema": dict,
+                      "strict": bool})
+RESPONSE_FORMAT = Tagged("type", {"text": dict, "json_object": dict,
+                                  "json_schema": Object({"json_schema!": JSON_SCHEMA})})
+STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
+STOP = Bounded(str, None, 1000)
+BIASES = Map(Bounded(float, -100, 100), None, None)
+METADATA = Map(Bounded(str, None, 512), 64, 16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -551,57 +538,54 @@ class Fields(Object):
 
 
 #    name                      spec                           default   least   most
-MODEL = (
-    "model!",                  "string",                      None,     None,   None)
 SHARED_FIELDS = (
-    ("max_tokens",             "integer",                     None,     0,      None),
-    ("n",                      "integer",                     1,        1,      128),
-    ("temperature",            "decimal",                     1,        0,      2),
-    ("top_p",                  "decimal",                     1,        0,      1),
-    ("presence_penalty",       "decimal",                     0,        -2,     2),
-    ("frequency_penalty",      "decimal",                     0,        -2,     2),
+    ("model!",                 str,                           None,     None,   None),
+    ("max_tokens",             int,                           None,     0,      None),
+    ("n",                      int,                           1,        1,      128),
+    ("temperature",            float,                         1,        0,      2),
+    ("top_p",                  float,                         1,        0,      1),
+    ("presence_penalty",       float,                         0,        -2,     2),
+    ("frequency_penalty",      float,                         0,        -2,     2),
     ("logit_bias",             BIASES,                        None,     None,   None),
-    ("stop",                   Either(STOP, [STOP]),          (),       None,   None),
-    ("user",                   "string",                      None,     None,   None),
-    ("seed",                   "integer",                     None,  -2**63, 2**63 - 1),
-    ("stream",                 "boolean",                     False,    None,   None),
+    ("stop",                   {str: STOP, list: [STOP]},     (),       None,   None),
+    ("user",                   str,                           None,     None,   None),
+    ("seed",                   int,                           None,  -2**63, 2**63 - 1),
+    ("stream",                 bool,                          False,    None,   None),
     ("stream_options",         STREAM_OPTIONS,                None,     None,   None),
 )
 CHAT_FIELDS = Fields(
-    MODEL,
     ("messages!",              [MESSAGE],                     None,     1,      None),
     ("functions",              [FUNCTION],                    (),       1,      128),
     ("tools",                  [TOOL],                        (),       None,   128),
     ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          Either(("none", "auto"), NAME), None,    None,   None),
-    ("parallel_tool_calls",    "boolean",                     True,     None,   None),
+    ("function_call",          FUNCTION_CALL,                 None,     None,   None),
+    ("parallel_tool_calls",    bool,                          True,     None,   None),
     ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
-    ("max_completion_tokens",  "integer",                     None,     1,      None),
+    ("max_completion_tokens",  int,                           None,     1,      None),
     *SHARED_FIELDS,
-    ("logprobs",               "boolean",                     False,    None,   None),
-    ("top_logprobs",           "integer",                     None,     0,      20),
-    ("safety_identifier",      "string",                      None,     None,   64),
-    ("prompt_cache_key",       "string",                      None,     None,   None),
+    ("logprobs",               bool,                          False,    None,   None),
+    ("top_logprobs",           int,                           None,     0,      20),
+    ("safety_identifier",      str,                           None,     None,   64),
+    ("prompt_cache_key",       str,                           None,     None,   None),
     ("prompt_cache_retention", ("in_memory", "24h"),          None,     None,   None),
-    ("prompt_cache_options",   "object",                      None,     None,   None),
+    ("prompt_cache_options",   dict,                          None,     None,   None),
     ("service_tier",           TIERS,                         "auto",   None,   None),
     ("modalities",             [("text", "audio")],           ("text",), 1,     2),
-    ("audio",                  "object",                      None,     None,   None),
-    ("prediction",             "object",                      None,     None,   None),
+    ("audio",                  dict,                          None,     None,   None),
+    ("prediction",             dict,                          None,     None,   None),
     ("reasoning_effort",       EFFORTS,                       None,     None,   None),
     ("verbosity",              ("low", "medium", "high"),     None,     None,   None),
-    ("store",                  "boolean",                     False,    None,   None),
+    ("store",                  bool,                          False,    None,   None),
     ("metadata",               METADATA,                      None,     None,   None),
-    ("web_search_options",     "object",                      None,     None,   None),
-    ("moderation",             "object",                      None,     None,   None),
+    ("web_search_options",     dict,                          None,     None,   None),
+    ("moderation",             dict,                          None,     None,   None),
 )
 COMPLETION_FIELDS = Fields(
-    MODEL,
     *SHARED_FIELDS,
-    ("best_of",                "integer",                     None,     0,      20),
-    ("echo",                   "boolean",                     False,    None,   None),
-    ("logprobs",               "integer",                     None,     0,      5),
-    ("suffix",                 "string",                      None,     None,   None),
+    ("best_of",                int,                           None,     0,      20),
+    ("echo",                   bool,                          False,    None,   None),
+    ("logprobs",               int,                           None,     0,      5),
+    ("suffix",                 str,                           None,     None,   None),
 )                               # "prompt" has four forms: parse_prompts checks it
 ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
 SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
@@ -615,27 +599,19 @@ def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
     if body.get("model") in (None, ""):     # the API has other words for this one
         raise invalid("you must provide a model parameter", None)
-    check("", body, fields)
-    given = {name: value for name, value in body.items() if value is not None}
+    fields("", body)
+    # null is absence, except in an unknown field, which stays as it is.
+    given = {name: value for name, value in body.items()
+             if value is not None or name not in fields.fields}
     for name, other, message in NEEDS:
-        if name in fields.fields and name in given and not given.get(other):
+        if name in given and name in fields.fields and not given.get(other):
             raise invalid(message.format(name, other), name)
     stop = given.get("stop", [])        # a string or a list: always a list from here on
     given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
-    # Unknown fields as they are; null is replaced by the default.
-    return {**body, **fields.defaults, **given, "body": body}
+    return {**fields.defaults, **given, "body": body}
 
 
-CALL_INPUT = {"function": "arguments", "custom": "input"}   # where a call has its input
-
-
-def check_input(where, call):
-    """The input of a tool call must be a string."""
-    kind = call["type"]
-    check(f"{where}.{kind}", call[kind], Object({f"{CALL_INPUT[kind]}!": "string"}))
-
-
-# These three messages are the API's own, with "preceeding" and "messages.[0]".
+# These messages are the API's own, with "preceeding" and "messages.[0]".
 def check_answer(i, call_id, called):
     """The tool message i must answer one of the calls of the turn before it."""
     if not called:
@@ -648,45 +624,36 @@ def check_answer(i, call_id, called):
                       f"messages.[{i}].tool_call_id")
 
 
-def unanswered_calls(i, ids):
-    """Message i, or the end of the conversation, stands where answers are missing."""
-    return invalid("An assistant message with 'tool_calls' must be followed by tool "
-                   "messages responding to each 'tool_call_id'. The following "
-                   "tool_call_ids did not have response messages: "
-                   f"{', '.join(ids)[:1000]}", f"messages.[{i}].role")
-
-
 def check_conversation(messages):
     """Refuse a tool call without its answer, and an answer without its call."""
     called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
-    for i, message in enumerate(messages):
+    for i, message in enumerate([*messages, {"role": "end"}]):
         if message["role"] == "tool":
             check_answer(i, message["tool_call_id"], called)
             unanswered.pop(message["tool_call_id"], None)
             continue
         if unanswered:
-            raise unanswered_calls(i, unanswered)
-        is_assistant = message["role"] == "assistant"
-        calls = is_assistant and message.get("tool_calls") or []
-        if is_assistant and message.get("function_call"):
-            check(f"messages[{i}].function_call", message["function_call"],
-                  Object({"arguments!": "string"}))
-        for j, call in enumerate(calls):
-            check_input(f"messages[{i}].tool_calls[{j}]", call)
-        called = {call["id"]: call for call in calls}
+            raise invalid(
+                "An assistant message with 'tool_calls' must be followed by tool "
+                "messages responding to each 'tool_call_id'. The following "
+                "tool_call_ids did not have response messages: "
+                f"{', '.join(unanswered)[:1000]}",
+                f"messages.[{min(i, len(messages) - 1)}].role")
+        called = {}
+        if message["role"] == "assistant":
+            check(f"messages[{i}]", message, INPUTS)
+            called = {call["id"]: call for call in message.get("tool_calls") or ()}
         unanswered = dict(called)
-    if unanswered:
-        raise unanswered_calls(len(messages) - 1, unanswered)
 
 
-def tool_names(tools):
-    """The names of some tools, as "tools" lists them or a "tool_choice" names them.
+def tool_key(tool):
+    """The type and the name of a tool, as "tools" or a "tool_choice" has it.
 
     Example:
-        >>> tool_names([{"type": "function", "function": {"name": "search"}}])
-        ['search']
+        >>> tool_key({"type": "function", "function": {"name": "search"}})
+        ('function', 'search')
     """
-    return [tool[tool["type"]]["name"] for tool in tools]
+    return tool["type"], tool[tool["type"]]["name"]
 
 
 def chosen_tools(tool_choice):
@@ -700,11 +667,9 @@ def chosen_tools(tool_choice):
 
 def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
-    for tool in chosen_tools(request["tool_choice"]):
-        kind, name = tool["type"], tool[tool["type"]]["name"]
-        if (kind, name) not in [(each["type"], each[each["type"]]["name"])
-                                for each in request["tools"]]:
-            raise invalid(f"Tool choice '{name}' not found in 'tools' parameter.",
+    for key in map(tool_key, chosen_tools(request["tool_choice"])):
+        if key not in map(tool_key, request["tools"]):
+            raise invalid(f"Tool choice '{key[1]}' not found in 'tools' parameter.",
                           "tool_choice")
     call = request["function_call"]
     if type(call) is dict and call["name"] not in [
@@ -725,12 +690,6 @@ def text_of(content):
         return "".join(part[part["type"]] for part in content
                        if part["type"] in ("text", "refusal"))
     return content or ""
-
-
-def last_question(messages):
-    """The text of the last user message; without one, of the last message."""
-    users = [message for message in messages if message["role"] == "user"]
-    return text_of((users or messages)[-1].get("content"))
 
 
 def parse_chat(body, strict=True):
@@ -756,7 +715,9 @@ def parse_chat(body, strict=True):
     if "audio" in request["modalities"]:
         raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
                       "this model.", "modalities", "unsupported_value")
-    text = last_question(request["messages"])
+    # The last user message; without one, the last message of all.
+    users = [each for each in request["messages"] if each["role"] == "user"]
+    text = text_of((users or request["messages"])[-1].get("content"))
     request.update(endpoint="chat", prompt=text, text=text)
     return request
 
@@ -778,9 +739,8 @@ def parse_prompts(prompt):
     if prompt is None:
         prompt = "<|endoftext|>"        # the API's default: begin a new document
     if prompt == []:
-        raise bad_length("prompt", prompt, "array", "minimum", 1)
-    is_one = type(prompt) is str or is_token_ids(prompt)
-    prompts = [prompt] if is_one else prompt
+        raise out_of_bounds("prompt", prompt, list, "minimum", 1)
+    prompts = [prompt] if type(prompt) is str or is_token_ids(prompt) else prompt
     if type(prompts) is not list or not (all(type(each) is str for each in prompts)
                                          or all(map(is_token_ids, prompts))):
         raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
@@ -819,13 +779,6 @@ def parse_completion(body, strict=True):
                       "array_above_max_length")
     request.update(endpoint="completion", best_of=best_of, prompts=prompts)
     return request
-
-
-def count_choices(request):
-    """How many times the backend is called for a request."""
-    if request["endpoint"] == "chat":
-        return request["n"]
-    return request["best_of"] * len(request["prompts"])
 
 
 # ----------------------------------------------------------------------------------
@@ -880,13 +833,10 @@ def combines(character):
 
 def recombined(tokens):
     """Join each token that starts with a combining character to the one before."""
-    whole, parts = [], []
-    for token in tokens:
-        if parts and not (combines(token[0]) or parts[-1][-1] == ZERO_WIDTH_JOINER):
-            whole.append("".join(parts))
-            parts = []
-        parts.append(token)
-    return [*whole, "".join(parts)] if parts else whole
+    starts = [i for i, (before, token) in enumerate(zip(tokens, tokens[1:]), 1)
+              if not (combines(token[0]) or before[-1] == ZERO_WIDTH_JOINER)]
+    return ["".join(tokens[start:end])
+            for start, end in zip([0, *starts], [*starts, None])]
 
 
 def tokenize(text):
@@ -903,24 +853,18 @@ def tokenize(text):
     return tokens if text.isascii() else recombined(tokens)
 
 
-def slices(text, size=65536):
-    """Cut a long text into slices, before a space where there is one.
+# Cut before a space where there is one, else before a letter.
+SLICE = re.compile(r".{1,65536}(?= |\Z)|.{1,65536}(?=\w)|.{1,65536}", re.S)
+
+
+def slices(text):
+    """Cut a long text into slices of at most 65,536 characters, if possible at words.
 
     A list of tokens takes about forty times the memory of its text, so the tokens of a
     long text are counted slice by slice.  (A word, white space or a flag at the edge of
     a slice may be cut.)
     """
-    start = 0
-    while len(text) - start > size:
-        space = text.rfind(" ", start + 1, start + size)
-        end = space if space > 0 else start + size
-        while end < len(text) and (combines(text[end])
-                                   or text[end - 1] == ZERO_WIDTH_JOINER):
-            end += 1
-        yield text[start:end]
-        start = end
-    if text:
-        yield text[start:]
+    return SLICE.findall(text)
 
 
 def segments_of(pieces, tokenize, make_id, finish_reason=None):
@@ -938,8 +882,8 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None):
     for piece in pieces:
         if isinstance(piece, ToolCall):
             reason = "tool_calls"
-            id, tokens = piece.id or make_id(), tokenize(piece.arguments)
-            yield "call", Call(piece.name, id, tokens)
+            yield "call", Call(piece.name, piece.id or make_id(),
+                               tokenize(piece.arguments))
         elif not isinstance(piece, str):
             raise BackendFault("a piece must be a str or a ToolCall, "
                                f"not {type(piece).__name__}")
@@ -948,29 +892,25 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None):
     yield "end", finish_reason or reason
 
 
-class Prompt:
-    """A prompt, a str or a list of token ids, as its text and as its tokens.
+Prompt = collections.namedtuple("Prompt", "text tokens")
+
+
+def prompt_of(given, tokenize):
+    """A prompt, a str or a list of token ids -> its text, and a function without
+    arguments that returns its tokens in lists, one for each slice.
 
     A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
-        >>> Prompt([17, 18], tokenize).text, Prompt("Once upon", tokenize).count()
-        ('<|17|><|18|>', 2)
+        >>> text, tokens = prompt_of([17, 18], tokenize)
+        >>> text, tokens()
+        ('<|17|><|18|>', [['<|17|>', '<|18|>']])
     """
-
-    def __init__(self, given, tokenize):
-        decode = getattr(tokenize, "decode", "<|{}|>".format)
-        self.decoded = None if type(given) is str else [decode(id) for id in given]
-        self.text = given if type(given) is str else "".join(self.decoded)
-        self.tokenize = tokenize
-
-    def tokens(self):
-        return self.tokenize(self.text) if self.decoded is None else self.decoded
-
-    def count(self):
-        if self.decoded is not None:
-            return len(self.decoded)
-        return sum(map(len, map(self.tokenize, slices(self.text))))
+    if type(given) is str:
+        return Prompt(given, lambda: map(tokenize, slices(given)))
+    decode = getattr(tokenize, "decode", "<|{}|>".format)
+    decoded = [decode(id) for id in given]
+    return Prompt("".join(decoded), lambda: [decoded])
 
 
 def prompts_of(request, tokenize):
@@ -979,7 +919,7 @@ def prompts_of(request, tokenize):
         texts = [text_of(message.get("content")) for message in request["messages"]]
     else:
         texts = request["prompts"]
-    return [Prompt(text, tokenize) for text in texts]
+    return [prompt_of(text, tokenize) for text in texts]
 
 
 # ----------------------------------------------------------------------------------
@@ -988,11 +928,10 @@ def prompts_of(request, tokenize):
 
 def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
-    called = False
+    calls = itertools.count()
     for kind, value in segments:
-        if not (called and kind == "call"):
+        if kind != "call" or next(calls) == 0:
             yield kind, value
-        called = called or kind == "call"
 
 
 def up_to(segments, limit):
@@ -1003,17 +942,16 @@ def up_to(segments, limit):
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
         [('text', ['Hel']), ('end', 'length')]
     """
-    left = limit
     for kind, value in segments:
         if kind == "call":
-            left -= len(value.tokens)
+            limit -= len(value.tokens)
         elif kind != "end":
-            if len(value) > left:
-                if left > 0:
-                    yield kind, value[:left]
+            if len(value) > limit:
+                if limit > 0:
+                    yield kind, value[:limit]
                 yield "end", "length"
                 return
-            left -= len(value)
+            limit -= len(value)
         yield kind, value
 
 
@@ -1081,29 +1019,18 @@ def until_stop(segments, stops):
         held = held + value
         text = "".join(held)
         cut = first_stop(text, stops)
-        if cut is not None:
-            before, _ = split_tokens(held, cut)
-            if before:
-                yield "text", before
-            yield "end", "stop"
-            return
-        safe = len(text) - partial_stop(text, stops)
-        before, held = split_tokens(held, safe, whole=True)
+        end = len(text) - partial_stop(text, stops) if cut is None else cut
+        before, held = split_tokens(held, end, whole=cut is None)
         if before:
             yield "text", before
+        if cut is not None:
+            yield "end", "stop"
+            return
 
 
 def is_legacy(request):
     """Does the request use `functions`, the older form of `tools`?"""
     return bool(request["functions"]) and not request["tools"]
-
-
-def token_limit(request):
-    """The smaller one of the limits that the request sets, or None."""
-    limits = [request["max_tokens"]]
-    if request["endpoint"] == "chat":
-        limits.append(request["max_completion_tokens"])
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def sequence(segments, request):
@@ -1112,11 +1039,12 @@ def sequence(segments, request):
     These generators do not close their source when they stop early.  `Server.replies`
     has the generator of a backend closed when the exchange ends.
     """
-    if request["endpoint"] == "chat" and (
-            not request["parallel_tool_calls"] or is_legacy(request)):
-        segments = one_call(segments)
-    limit = token_limit(request)
-    if limit is not None:
+    limits = [request["max_tokens"]]
+    if request["endpoint"] == "chat":
+        limits.append(request["max_completion_tokens"])
+        if not request["parallel_tool_calls"] or is_legacy(request):
+            segments = one_call(segments)
+    for limit in set(limits) - {None}:
         segments = up_to(segments, limit)
     if request["stop"]:
         segments = until_stop(segments, request["stop"])
@@ -1144,47 +1072,47 @@ class Usage:
     `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
-        >>> usage = Usage([Prompt("Once upon", tokenize)])
+        >>> usage = Usage([prompt_of("Once upon", tokenize)])
         >>> usage.completion_tokens += 3
         >>> usage.counters()
         {'prompt_tokens': 2, 'completion_tokens': 3, 'total_tokens': 5}
     """
 
     def __init__(self, prompts=(), corrections=None):
-        self.prompts = prompts
-        self.corrections = {name: value for name, value in (corrections or {}).items()
-                            if value is not None}
+        self.prompts, self.corrections = prompts, corrections or {}
         self.completion_tokens = 0
 
-    def counters(self, details=()):
-        completion = self.corrections.get("completion_tokens", self.completion_tokens)
-        prompt = self.corrections.get("prompt_tokens")
-        if prompt is None:
-            prompt = sum(each.count() for each in self.prompts)
-        return {"prompt_tokens": prompt, "completion_tokens": completion,
-                "total_tokens": prompt + completion, **dict(details),
-                **self.corrections}
+    def counters(self, details={}):
+        prompt_tokens = sum(len(tokens) for prompt in self.prompts
+                            for tokens in prompt.tokens())
+        usage = {"prompt_tokens": prompt_tokens,
+                 "completion_tokens": self.completion_tokens, **self.corrections}
+        total = usage["prompt_tokens"] + usage["completion_tokens"]
+        return {**usage, "total_tokens": total, **details, **self.corrections}
 
 
-def wants_usage(request):
-    options = request["stream_options"] or {}
-    return not request["stream"] or bool(options.get("include_usage"))
-
-
-def common_fields(request, object_name):
-    """What all chunks of a reply have in common."""
-    common = {"id": request["id"], "object": object_name, "created": int(time.time()),
-              "model": request["model"], "system_fingerprint": "fp_openai_compat"}
-    if request["endpoint"] == "chat":
+def chunks_of(request, choices, usage):
+    """A chunk for each choice object.  Where the usage is wanted, one more has it, and
+    no choices."""
+    is_chat = request["endpoint"] == "chat"
+    common = {"id": request["id"],
+              "object": "chat.completion.chunk" if is_chat else "text_completion",
+              "created": int(time.time()), "model": request["model"],
+              "system_fingerprint": "fp_openai_compat"}
+    if is_chat:
         tier = request["service_tier"]
         common["service_tier"] = SERVED_TIERS.get(tier, tier)
-    if wants_usage(request):
+    if not request["stream"] or (request["stream_options"] or {}).get("include_usage"):
         common["usage"] = None          # as the API says in every chunk but the last
-    return common
+    for choice in choices:
+        yield {**common, "choices": [choice]}
+    if "usage" in common:
+        counters = usage.counters(USAGE_DETAILS if is_chat else {})
+        yield {**common, "choices": [], "usage": counters}
 
 
 def in_turn(generators):
-    """One item of each generator in turn, until all have ended.
+    """One item of each generator in turn, until all have ended.  No item may be None.
 
     A choice that is slow holds up the others; the API runs them side by side.
 
@@ -1192,16 +1120,16 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    if len(generators) == 1:            # the usual case, faster
-        yield from generators[0]
-        return
     running = list(generators)
-    while running:
+    while len(running) > 1:
         for items in list(running):
-            try:
-                yield next(items)
-            except StopIteration:
+            item = next(items, None)
+            if item is None:
                 running.remove(items)
+            else:
+                yield item
+    for items in running:               # the one that is left, or the only one
+        yield from items
 
 
 # Log probabilities are made up, since there is no model: the token that was said comes
@@ -1261,14 +1189,8 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
 
 def opening_delta(kind):
     """The delta that says who speaks.  It stands alone: clients rely on it."""
-    content = "" if kind in ("text", "end") else None
-    return {"role": "assistant", "content": content,
+    return {"role": "assistant", "content": "" if kind in ("text", "end") else None,
             "refusal": "" if kind == "refusal" else None}
-
-
-def custom_tools(request):
-    return [tool["custom"]["name"] for tool in request["tools"]
-            if tool["type"] == "custom"]
 
 
 def call_deltas(request, call, index):
@@ -1284,19 +1206,15 @@ def call_deltas(request, call, index):
         None 0 {'arguments': '{'}
         None 0 {'arguments': '}'}
     """
-    kind = "custom" if call.name in custom_tools(request) else "function"
-    field, tokens = CALL_INPUT[kind], call.tokens
-    if kind == "function" and not tokens:
-        tokens = ["{}"]                 # clients parse it as JSON, which "" is not
-    if is_legacy(request):
-        yield {"function_call": {"name": call.name, "arguments": ""}}
-        for token in tokens:
-            yield {"function_call": {"arguments": token}}
-        return
-    yield {"tool_calls": [{"index": index, "id": call.id, "type": kind,
-                           kind: {"name": call.name, field: ""}}]}
-    for token in tokens:
-        yield {"tool_calls": [{"index": index, kind: {field: token}}]}
+    is_custom = ("custom", call.name) in map(tool_key, request["tools"])
+    kind, field = ("custom", "input") if is_custom else ("function", "arguments")
+    # Clients parse arguments as JSON, which "" is not.
+    tokens = call.tokens or ([] if is_custom else ["{}"])
+    opening = {"id": call.id, "type": kind}
+    for part in [{"name": call.name, field: ""}, *({field: token} for token in tokens)]:
+        yield ({"function_call": part} if is_legacy(request) else
+               {"tool_calls": [{"index": index, **opening, kind: part}]})
+        opening = {}
 
 
 def chat_choice(index, delta, logprobs=None, finish_reason=None):
@@ -1312,18 +1230,17 @@ def chat_choices(request, index, segments, usage):
     own.  The price: the client of a slow model sees nothing before the first piece.
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
-    calls = 0
-    for number, (kind, value) in enumerate(segments):
-        if number == 0:
+    numbers = itertools.count()         # of the tool calls
+    for place, (kind, value) in enumerate(segments):
+        if place == 0:
             yield chat_choice(index, opening_delta(kind), chat_logprobs([], top))
         if kind == "end":
             legacy = value == "tool_calls" and is_legacy(request)
             yield chat_choice(index, {}, None, "function_call" if legacy else value)
         elif kind == "call":
             usage.completion_tokens += len(value.tokens)
-            for delta in call_deltas(request, value, calls):
+            for delta in call_deltas(request, value, next(numbers)):
                 yield chat_choice(index, delta)
-            calls += 1
         else:
             usage.completion_tokens += len(value)
             field = "content" if kind == "text" else kind
@@ -1345,15 +1262,10 @@ def chat_chunks(request, sequences, usage):
         0 {'content': 'Hello'} None
         0 {'content': '!'} None
         0 {} stop
-
-    The last chunk, where the usage is wanted, has it and no choices.
     """
-    common = common_fields(request, "chat.completion.chunk")
-    for choice in in_turn([chat_choices(request, index, segments, usage)
-                           for index, segments in enumerate(sequences)]):
-        yield {**common, "choices": [choice]}
-    if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.counters(USAGE_DETAILS)}
+    return chunks_of(request, in_turn([
+        chat_choices(request, index, segments, usage)
+        for index, segments in enumerate(sequences)]), usage)
 
 
 def text_choice(index, text, logprobs, finish_reason=None):
@@ -1366,18 +1278,16 @@ def text_choices(request, index, prompt, segments, usage):
     offset, top = len(prompt.text), request["logprobs"]
     for number, (kind, value) in enumerate(segments):
         if number == 0 and request["echo"]:
-            tokens = prompt.tokens() if top is not None else []
+            tokens = [*itertools.chain(*prompt.tokens())] if top is not None else []
             yield text_choice(index, prompt.text,
                               text_logprobs(tokens, top, 0, is_prompt=True))
-        if kind == "end":
-            yield text_choice(index, "", text_logprobs([], top, offset), value)
-        elif kind == "text":
-            usage.completion_tokens += len(value)
-            text = "".join(value)
-            yield text_choice(index, text, text_logprobs(value, top, offset))
-            offset += len(text)
-        else:
+        if kind not in ("text", "end"):
             raise BackendFault("a text completion cannot hold a tool call or a refusal")
+        tokens, reason = (value, None) if kind == "text" else ([], value)
+        usage.completion_tokens += len(tokens)
+        text = "".join(tokens)
+        yield text_choice(index, text, text_logprobs(tokens, top, offset), reason)
+        offset += len(text)
 
 
 def completion_chunks(request, sequences, usage):
@@ -1396,79 +1306,68 @@ def completion_chunks(request, sequences, usage):
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
         [{'text': '', 'index': 0, 'logprobs': None, 'finish_reason': 'stop'}]
     """
-    common = common_fields(request, "text_completion")
     best_of, n, running = request["best_of"], request["n"], []
     for i, segments in enumerate(sequences):
         number, rank = divmod(i, best_of)
         index = number * n + rank if rank < n else None     # None: counted, not shown
         running.append(text_choices(request, index, usage.prompts[number], segments,
                                     usage))
-    for choice in in_turn(running):
-        if choice["index"] is not None:
-            yield {**common, "choices": [choice]}
-    if wants_usage(request):
-        yield {**common, "choices": [], "usage": usage.counters()}
+    shown = (each for each in in_turn(running) if each["index"] is not None)
+    return chunks_of(request, shown, usage)
 
 
-def joined(texts):
-    """The texts as one; None if there is none.
+def spelled(values):
+    """What the values at one place of the chunks spell: texts are joined, lists are
+    extended, objects are spelled field by field.  null adds nothing.
 
     Example:
-        >>> joined([None, "Hel", "lo"]), joined([None])
-        ('Hello', None)
+        >>> spelled([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
+        {'content': 'Hi', 'refusal': None}
     """
-    texts = [text for text in texts if text is not None]
-    return "".join(texts) if texts else None
+    kind = type(values[0]) if values else None
+    if kind is str:
+        return "".join(values)
+    if kind is list:
+        return list(itertools.chain.from_iterable(values))
+    if kind is not dict:
+        return values[0] if values else None
+    fields = {}
+    for value in values:
+        for name, each in value.items():
+            same = fields.setdefault(name, [])
+            if each is not None:
+                same.append(each)
+    return {name: spelled(same) for name, same in fields.items()}
 
 
-def joined_logprobs(logprobs):
-    """The arrays of each field, one after the other; None if there are none."""
-    logprobs = [each for each in logprobs if each is not None]
-    if not logprobs:
-        return None
-    whole = {field: [entry for each in logprobs for entry in each[field] or ()]
-             for field in logprobs[0]}
-    if whole.get("refusal") == []:      # a text completion has no such field
-        whole["refusal"] = None
-    return whole
-
-
-def joined_calls(fragments):
-    """The fragments of tool calls -> the calls, in order of their index.
+def spelled_calls(fragments):
+    """The fragments of tool calls -> the calls.
 
     Example:
         >>> request = {"tools": [], "functions": []}
         >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
-        >>> [call] = joined_calls(delta["tool_calls"][0] for delta in deltas)
+        >>> [call] = spelled_calls(delta["tool_calls"][0] for delta in deltas)
         >>> call["id"], call["function"]
         ('call_1', {'name': 'now', 'arguments': '{}'})
     """
-    calls = collections.defaultdict(list)
-    for fragment in fragments:
-        calls[fragment["index"]].append(fragment)
-    for index in sorted(calls):
-        opening, kind = calls[index][0], calls[index][0]["type"]
-        text = "".join(fragment[kind][CALL_INPUT[kind]] for fragment in calls[index])
-        yield {"id": opening["id"], "type": kind,
-               kind: {**opening[kind], CALL_INPUT[kind]: text}}
+    for _, same in itertools.groupby(fragments, operator.itemgetter("index")):
+        call = spelled(list(same))
+        del call["index"]
+        yield call
 
 
-def folded_choice(index, fields):
-    """One choice of a completion, from {field: what each chunk has under it}."""
-    ends = {"logprobs": joined_logprobs(fields.pop("logprobs")),
-            "finish_reason": fields.pop("finish_reason")[-1]}
-    if "text" in fields:
-        return {"index": index, "text": joined(fields["text"]), **ends}
-    message = {"role": "assistant", "content": joined(fields.get("content", ())),
-               "refusal": joined(fields.get("refusal", ()))}
-    if "tool_calls" in fields:
-        fragments = itertools.chain.from_iterable(fields["tool_calls"])
-        message["tool_calls"] = list(joined_calls(fragments))
-    if "function_call" in fields:
-        arguments = joined(call["arguments"] for call in fields["function_call"])
-        message["function_call"] = {**fields["function_call"][0],
-                                    "arguments": arguments}
-    return {"index": index, "message": message, **ends}
+def spelled_choice(choices):
+    """The choice objects of one index -> that choice of the completion."""
+    whole = {}
+    for name, value in choices[-1].items():     # the one that has the finish_reason
+        if name in ("delta", "text", "logprobs"):
+            value = spelled([choice[name] for choice in choices
+                             if choice[name] is not None])
+        whole["message" if name == "delta" else name] = value
+    if "tool_calls" in whole.get("message", ()):
+        whole["message"]["tool_calls"] = list(
+            spelled_calls(whole["message"]["tool_calls"]))
+    return whole
 
 
 def fold(chunks):
@@ -1481,23 +1380,18 @@ def fold(chunks):
         ...     {"id": "1", "object": "chat.completion.chunk", "choices": [
         ...         chat_choice(0, {"content": "lo"}, finish_reason="stop")]}])
         >>> completion["object"], completion["choices"][0]["message"]
-        ('chat.completion', {'role': 'assistant', 'content': 'Hello', 'refusal': None})
+        ('chat.completion', {'role': 'assistant', 'content': 'Hello'})
 
     Raises ValueError without any chunk.
     """
-    chunk, choices = None, {}
+    chunk, choices = None, collections.defaultdict(list)
     for chunk in chunks:
         for choice in chunk["choices"]:
-            fields = choices.setdefault(choice["index"], collections.defaultdict(list))
-            delta = choice["delta"] if "delta" in choice else {"text": choice["text"]}
-            for field, value in delta.items():
-                fields[field].append(value)
-            fields["logprobs"].append(choice["logprobs"])
-            fields["finish_reason"].append(choice["finish_reason"])
+            choices[choice["index"]].append(choice)
     if chunk is None:
         raise ValueError("a completion needs at least one chunk")
     whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
-             "choices": [folded_choice(*each) for each in sorted(choices.items())]}
+             "choices": [spelled_choice(choices[index]) for index in sorted(choices)]}
     if "usage" in chunk:
         whole["usage"] = whole.pop("usage")     # the last field, as the API has it
     return whole
@@ -2327,11 +2221,11 @@ def forced_tool(request):
     """The name of the tool that the request insists on, or None."""
     choice, call = request["tool_choice"], request["function_call"]
     if choice == "required":
-        return tool_names(request["tools"])[0]
+        return tool_key(request["tools"][0])[1]
     is_auto = type(choice) is dict and choice["type"] == "allowed_tools" and (
         choice["allowed_tools"]["mode"] == "auto")
     if not is_auto:
-        for name in tool_names(chosen_tools(choice)):
+        for _, name in map(tool_key, chosen_tools(choice)):
             return name
     return call["name"] if type(call) is dict else None
 
@@ -2711,8 +2605,8 @@ def command(program, at_once=1):
 
     def backend(request):
         pieces = run_program(program, request, places)
-        # Several choices take turns: one would wait for the place that another holds.
-        return list(pieces) if count_choices(request) > 1 else pieces
+        # Choices take turns, and one would wait for the place that another holds.
+        return list(pieces) if request["index"] else pieces
     backend.model = os.path.basename(program[0])
     return backend
 
