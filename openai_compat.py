@@ -90,7 +90,7 @@ Not done here: running a model, images, audio, files, HTTP/2; embeddings and
 """
 import base64
 import codecs
-import collections
+import collections.abc
 import contextlib
 import errno
 import functools
@@ -836,8 +836,7 @@ def count_choices(request):
 # one token.  `Server(tokenize=...)` takes a real tokenizer.
 #
 # A backend yields pieces: str and ToolCall.  `segments_of` makes segments of them:
-# pairs of a kind and what is said in tokens, which can be counted and cut.  (A refusal,
-# and a text that is known as a whole, become segments in part 2: see `said_by`.)
+# pairs of a kind and what is said in tokens, which can be counted and cut.
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
@@ -860,6 +859,10 @@ class ToolCall:
 
     def __repr__(self):
         return f"ToolCall({self.name!r}, {self.arguments!r})"
+
+
+class Refusal(str):
+    """A piece that refuses: the `refusal` of a Reply."""
 
 
 Call = collections.namedtuple("Call", "name id tokens")
@@ -925,8 +928,9 @@ def slices(text, size=65536):
         yield text[start:]
 
 
-def segments_of(pieces, tokenize, make_id, finish_reason=None):
-    """Pieces -> segments; the last one has the finish_reason.
+def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False):
+    """Pieces -> segments; the last one has the finish_reason.  one_by_one: each token
+    of a text in a segment of its own.
 
     Example:
         >>> pieces = ["Hi you", ToolCall("now")]
@@ -946,7 +950,10 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None):
             raise BackendFault("a piece must be a str or a ToolCall, "
                                f"not {type(piece).__name__}")
         elif piece:
-            yield "text", tokenize(piece)
+            kind = "refusal" if isinstance(piece, Refusal) else "text"
+            tokens = tokenize(piece)
+            groups = [[token] for token in tokens] if one_by_one else [tokens]
+            yield from ((kind, group) for group in groups)
     yield "end", finish_reason or reason
 
 
@@ -2229,7 +2236,7 @@ def delay_pair(delay):
 REPLY_TYPES = {
     "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
     "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
-    "error": APIError,
+    "error": APIError, "expect": (dict, collections.abc.Callable),
 }
 
 
@@ -2253,6 +2260,7 @@ class Reply:
         self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
+        self.expect = expect
         for name, types in REPLY_TYPES.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, types):
@@ -2262,11 +2270,9 @@ class Reply:
         pieces = () if isinstance(text, str) else text or ()
         if not all(isinstance(piece, (str, ToolCall)) for piece in pieces):
             raise TypeError(f"a text must be a str or pieces, not {text!r}")
-        if not (expect is None or isinstance(expect, dict) or callable(expect)):
-            raise TypeError(f"expect must be a dict or a function, not {expect!r}")
         delay_pair(delay)
         parse_quirk(quirk)
-        self.headers, self.expect = header_fields(headers), expect
+        self.headers = header_fields(headers)
 
     def __repr__(self):
         given = (f"{name}={value!r}" for name, value in vars(self).items() if value)
@@ -2285,7 +2291,7 @@ def as_reply(result):
     if isinstance(result, Reply):
         return result
     if isinstance(result, ToolCall):
-        return Reply(tool_calls=[result])
+        result = [result]
     if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
         raise BackendFault("a backend must return a str, a Reply or an iterable of "
                            f"pieces, not {type(result).__name__}")
@@ -2301,34 +2307,15 @@ def while_connected(pieces):
         yield piece
 
 
-def split(text, tokenize, one_by_one=True):
-    """A text as lists of tokens: one token each, which a stream needs, or else few long
-    lists, which cost less.
-
-    Example:
-        >>> list(split("Hi you", tokenize)), list(split("Hi you", tokenize, False))
-        ([['Hi'], [' you']], [['Hi', ' you']])
-    """
-    for tokens in map(tokenize, slices(text)):
-        if one_by_one:
-            yield from ([token] for token in tokens)
-        elif tokens:
-            yield tokens
-
-
-def said_by(reply, tokenize, make_id, one_by_one):
-    """A reply -> its segments: refusal, text, tool calls, end."""
+def pieces_of(reply):
+    """All that a reply says: its refusal, its text, its tool calls."""
+    refusal = [Refusal(reply.refusal)] if reply.refusal else []
     text = reply.text or ()
-    for kind, whole in (("refusal", reply.refusal), ("text", text)):
-        if isinstance(whole, str):
-            for tokens in split(whole, tokenize, one_by_one):
-                yield kind, tokens
     if isinstance(text, str):
-        text = ()
+        text = slices(text)
     elif not isinstance(text, (list, tuple)):
         text = while_connected(text)
-    yield from segments_of(itertools.chain(text, reply.tool_calls), tokenize, make_id,
-                           reply.finish_reason)
+    return itertools.chain(refusal, text, reply.tool_calls)
 
 
 def paced(segments, delay, error):
@@ -2346,22 +2333,20 @@ def paced(segments, delay, error):
 def forced_tool(request):
     """The name of the tool that the request insists on, or None."""
     choice, call = request["tool_choice"], request["function_call"]
-    if choice == "required":
-        return tool_names(request["tools"])[0]
-    is_auto = type(choice) is dict and choice["type"] == "allowed_tools" and (
-        choice["allowed_tools"]["mode"] == "auto")
-    if not is_auto:
-        for name in tool_names(chosen_tools(choice)):
-            return name
-    return call["name"] if type(call) is dict else None
+    chosen = request["tools"] if choice == "required" else chosen_tools(choice)
+    if type(choice) is dict and choice["type"] == "allowed_tools" and (
+            choice["allowed_tools"]["mode"] == "auto"):
+        chosen = []
+    names = tool_names(chosen) + ([call["name"]] if type(call) is dict else [])
+    return names[0] if names else None
 
 
 def sample_input(request, name):
     """Arguments that fit the schema of the tool of that name; text for a custom one."""
-    tools = [*request["tools"], *({"function": each} for each in request["functions"])]
-    for tool in tools:
-        function = tool.get("function", {})
-        if function.get("name") == name:
+    functions = [*request["functions"], *(tool["function"] for tool in request["tools"]
+                                          if tool["type"] == "function")]
+    for function in functions:
+        if function["name"] == name:
             return sample(function.get("parameters") or {"type": "object"})
     return request["text"]
 
@@ -2405,9 +2390,9 @@ def as_backend(value):
     if isinstance(value, APIError):
         value = Reply(error=value)
     if isinstance(value, (str, Reply, ToolCall)):
-        return constant(as_reply(value))
+        return constant(value)
     is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
-    if isinstance(value, PassingOn) or callable(value) and not is_async:
+    if callable(value) and not is_async:
         return value
     what = "a coroutine function" if is_async else repr(value)[:200]
     raise TypeError("a backend must be a function of the request, a str, a Reply, a "
@@ -2496,13 +2481,6 @@ def reply_from_json(step):
 Step = collections.namedtuple("Step", "number expect backend given")
 
 
-def as_function(value):
-    """A backend that can be called, so no relay and no replay."""
-    if isinstance(value, PassingOn):
-        raise TypeError(f"{value!r} cannot be part of a script")
-    return as_backend(value)
-
-
 def as_step(number, step):
     """A step of a script, from any of its forms; what cannot be a step is refused."""
     try:
@@ -2510,10 +2488,9 @@ def as_step(number, step):
         if isinstance(given, (list, tuple)):
             given = Reply(tool_calls=given)
         expect = given.expect if isinstance(given, Reply) else None
-        return Step(number, expect, as_function(given), step)
+        return Step(number, expect or {}, as_backend(given), step)
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"step {number} of the script: {error}") from None
+        raise type(error)(f"step {number} of the script: {error}") from None
 
 
 class Script:
@@ -2538,9 +2515,9 @@ class Script:
     def __init__(self, *steps, any_order=False, otherwise=None):
         self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         self.count, self.any_order = len(steps), any_order
-        self.otherwise = None if otherwise is None else as_function(otherwise)
-        self.faults, self.last_unmatched = [], None
+        self.otherwise = None if otherwise is None else as_backend(otherwise)
         self.lock, self.current = threading.Lock(), threading.local()
+        self.faults = []                # why there was no step for a request
 
     @classmethod
     def from_file(cls, path):
@@ -2562,45 +2539,37 @@ class Script:
 
     def take(self, body):
         """The backend of the step that a request uses up."""
+        faults = []
         with self.lock:
-            step, fault = self.match(body)
-            if step is not None:
-                self.steps.remove(step)
-                return step.backend
+            steps = self.steps[:1]
+            if self.any_order:          # those without an `expect` come last
+                steps = sorted(self.steps, key=lambda step: not step.expect)
+            for step in steps:
+                fault = difference(step.expect, body)
+                if fault is None:
+                    self.steps.remove(step)
+                    return step.backend
+                faults.append(f"step {step.number} is not for this request: {fault}")
+            self.faults.append("; ".join(faults) or (
+                f"step {self.count + 1} was asked for, but the script has {self.count}; "
+                f"the request: {brief(body)}"))
             if self.otherwise is not None:
-                self.last_unmatched = fault
                 return self.otherwise
-            self.faults.append(fault)
-        raise APIError(400, f"Script: {fault}", code="script_not_followed",
-                       headers={"x-should-retry": "false"})
-
-    def match(self, body):
-        """(the step for a request, None), or (None, why there is none)."""
-        steps, faults = self.steps[:1], []
-        if self.any_order:              # those without an `expect` come last
-            steps = sorted(self.steps, key=lambda step: step.expect is None)
-        for step in steps:
-            fault = None if step.expect is None else difference(step.expect, body)
-            if fault is None:
-                return step, None
-            faults.append(f"step {step.number} is not for this request: {fault}")
-        return None, "; ".join(faults) or (
-            f"step {self.count + 1} was asked for, but the script has {self.count}; "
-            f"the request: {brief(body)}")
+            raise APIError(400, f"Script: {self.faults[-1]}", code="script_not_followed",
+                           headers={"x-should-retry": "false"})
 
     def check(self, error=None):
         """Raise AssertionError unless every request followed the script.
 
         Remaining steps count only if there was no other error.
         """
-        faults = list(self.faults)
+        faults = [] if self.otherwise else list(self.faults)
         if self.steps and not faults and error is None:
             number, *_, given = self.steps[0]
             faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
                           f"{number} on: {brief(given)}")
-            if self.last_unmatched:
-                faults.append(f"of the last request that no step was for, "
-                              f"{self.last_unmatched}")
+            faults += [f"of the last request that no step was for, {fault}"
+                       for fault in self.faults[-1:]]
         if faults:
             raise AssertionError("Script: " + "; ".join(faults))
 
@@ -2621,9 +2590,8 @@ def start_program(program, request, files):
         return subprocess.Popen(arguments, stdin=files[0], stdout=subprocess.PIPE,
                                 stderr=files[1], **NEW_GROUP)
     except (OSError, ValueError) as error:
-        is_too_long = (getattr(error, "errno", None) == errno.E2BIG
-                       or getattr(error, "winerror", None) == 206)
-        if is_too_long or isinstance(error, ValueError):
+        if (isinstance(error, ValueError) or error.errno == errno.E2BIG
+                or getattr(error, "winerror", None) == 206):
             raise invalid("The prompt cannot be an argument of a program: it is too "
                           "long, or has a NUL or a lone surrogate.", None) from None
         raise BackendFault(f"{program[0]} cannot be run ({error.strerror})") from None
@@ -2645,12 +2613,11 @@ def transcript(request):
 
 
 def end_program(process):
-    """Stop a program and its children."""
+    """Stop a program and its children, unless it has ended by itself."""
     import subprocess
-    if os.name == "nt":
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    else:
+    if process.returncode is None and os.name == "nt":
+        subprocess.run(f"taskkill /F /T /PID {process.pid}", capture_output=True)
+    elif process.returncode is None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             # macOS says EPERM where only a zombie is left of the group.
             with suppress(ProcessLookupError, PermissionError,
@@ -2670,18 +2637,6 @@ def read_block(pipe):
     return os.read(pipe.fileno(), 65536)
 
 
-def output_of(process):
-    """The text that a program writes, as it writes it, until the program has ended."""
-    blocks = iter(functools.partial(read_block, process.stdout), b"")
-    try:
-        yield from codecs.iterdecode(blocks, "utf-8", "replace")
-        while process.poll() is None:   # it has closed its output, and goes on
-            pause(0.02)
-    except BaseException:
-        end_program(process)
-        raise
-
-
 def last_line(file):
     file.seek(max(file.seek(0, os.SEEK_END) - 2000, 0))
     lines = file.read().decode("utf-8", "replace").strip().splitlines()
@@ -2689,7 +2644,7 @@ def last_line(file):
 
 
 def run_program(program, request, places):
-    """What a program writes, as it writes it."""
+    """What a program writes, as it writes it, until the program has ended."""
     import tempfile
     while not places.acquire(timeout=0.05):
         pause(0)
@@ -2701,7 +2656,11 @@ def run_program(program, request, places):
                                 if name != "body"}))
         files[0].seek(0)
         process = stack.enter_context(start_program(program, request, files))
-        yield from output_of(process)
+        stack.callback(end_program, process)
+        blocks = iter(functools.partial(read_block, process.stdout), b"")
+        yield from codecs.iterdecode(blocks, "utf-8", "replace")
+        while process.poll() is None:   # it has closed its output, and goes on
+            pause(0.02)
         if process.returncode:
             raise APIError(500, f"{program[0]} ended with status {process.returncode}: "
                                 f"{last_line(files[1])}")
@@ -4014,8 +3973,9 @@ class Server(ThreadingHTTPServer):
 
     @backend.setter
     def backend(self, backend):
-        backend = as_backend(backend)
-        if isinstance(backend, PassingOn) and (self.quirk or self.quirk_header):
+        if not isinstance(backend, PassingOn):
+            backend = as_backend(backend)
+        elif self.quirk or self.quirk_header:
             raise ValueError("a quirk cannot bend what a relay or a replay passes on")
         self._backend = backend
 
@@ -4280,8 +4240,10 @@ class Server(ThreadingHTTPServer):
     def sequence_of(self, reply, request):
         """What a reply says, at its pace and cut to the limits of the request."""
         delay = reply.delay or self.delay
-        segments = said_by(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
-                           one_by_one=request["stream"] or bool(delay))
+        is_whole = isinstance(reply.text or "", str)    # the pieces of others stay whole
+        segments = segments_of(
+            pieces_of(reply), self.tokenize, lambda: f"call_{self.random_name(24)}",
+            reply.finish_reason, one_by_one=is_whole and (request["stream"] or delay))
         if delay or reply.error:
             segments = paced(segments, delay, reply.error)
         return sequence(segments, request)
