@@ -2320,14 +2320,13 @@ def pieces_of(reply):
 
 def paced(segments, delay, error):
     """Each segment so many seconds after the one before; the error is the end."""
-    seconds, between = delay_pair(delay)
-    for kind, value in segments:
+    first, between = delay_pair(delay)
+    for i, (kind, value) in enumerate(segments):
         if error or kind != "end":
-            pause(seconds)
+            pause(between if i else first)
         if error and kind == "end":
             raise error
         yield kind, value
-        seconds = between
 
 
 def forced_tool(request):
@@ -2525,10 +2524,10 @@ class Script:
         try:
             with open(path, "rb") as file:
                 steps = json.load(file)
+            if type(steps) is not list:
+                raise ValueError(f"it is {JSON_NAMES[type(steps)]}")
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if type(steps) is not list:
-            raise ValueError(f"{path}: a script must be a JSON list of steps")
+            raise ValueError(f"{path} is not a JSON list of steps: {error}") from None
         return cls(*steps)
 
     def __call__(self, request):
@@ -2550,13 +2549,14 @@ class Script:
                     self.steps.remove(step)
                     return step.backend
                 faults.append(f"step {step.number} is not for this request: {fault}")
-            self.faults.append("; ".join(faults) or (
-                f"step {self.count + 1} was asked for, but the script has {self.count}; "
-                f"the request: {brief(body)}"))
-            if self.otherwise is not None:
-                return self.otherwise
-            raise APIError(400, f"Script: {self.faults[-1]}", code="script_not_followed",
-                           headers={"x-should-retry": "false"})
+            fault = "; ".join(faults) or (
+                f"step {self.count + 1} was asked for, but the script has {self.count};"
+                f" the request: {brief(body)}")
+            self.faults.append(fault)
+        if self.otherwise is not None:
+            return self.otherwise
+        raise APIError(400, f"Script: {fault}", code="script_not_followed",
+                       headers={"x-should-retry": "false"})
 
     def check(self, error=None):
         """Raise AssertionError unless every request followed the script.
@@ -2711,25 +2711,19 @@ class PassingOn:
 
     `incoming` is the request as HTTP delivered it (the class stands in part 3): its
     method, target, headers and content, and the route and the model that the target
-    means.  `incoming.asked()` is what a tape knows it by, `incoming.counted(writes)`
-    counts events on their way, `incoming.closers` are called when it ends.
+    means.  `incoming.asked()` is what a tape knows it by, `incoming.noted(events)`
+    counts events and ends at [DONE], `incoming.closers` are called when it ends.
     """
 
-    def response(self, status, headers, writes, incoming):
-        if is_event_stream(headers):
-            writes = incoming.counted(writes)
-        return Response(status, headers, writes)
 
-
-REQUEST_HEADERS = re.compile("authorization|api-key|accept|content-type|user-agent"
-                             "|idempotency-key|openai-.*|x-stainless-.*")
+KEY_HEADERS = {"authorization", "api-key"}
+REQUEST_HEADERS = re.compile("accept|content-type|user-agent|idempotency-key|openai-.*"
+                             "|x-stainless-.*")
 RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
-BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
+AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")   # after a blank line
 MOST_HELD = 2**16               # bytes of an event that has not ended
-DONE_EVENT = re.compile(
-    rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
@@ -2747,12 +2741,9 @@ class Upstream(io.RawIOBase):
     def readable(self):
         return True
 
-    def close(self):
-        """http.client closes it before it has read the body; the exchange closes the
-        socket when it ends."""
-
     def readinto(self, buffer):
         while True:
+            pause(0)
             try:
                 count = self.sock.recv_into(buffer)
                 self.ended = count == 0
@@ -2764,34 +2755,27 @@ class Upstream(io.RawIOBase):
 def blocks_of(response):
     """The body of an upstream's response as it arrives; Cut if the upstream is cut."""
     try:
-        for block in iter(functools.partial(response.read1, 65536), b""):
-            yield block
-            pause(0)
+        yield from iter(functools.partial(response.read1, 65536), b"")
+        if response.length:             # that many bytes were promised
+            raise http.client.IncompleteRead(b"")
     except (OSError, http.client.HTTPException):
         raise Cut("fin") from None
-    if response.length:                 # that many bytes were promised and did not come
-        raise Cut("fin")
 
 
 def whole_events(blocks):
-    """Blocks as they come -> writes of whole events, up to [DONE], even if the upstream
-    stays connected.  Some writes are empty: the sender skips those.
+    """Blocks as they come -> their events, one at a time.
 
     Example:
-        >>> list(whole_events([b"data: 1\\n\\nda", b"ta: [DONE]\\n", b"\\nmore"]))
-        [b'data: 1\\n\\n', b'', b'data: [DONE]\\n\\n']
+        >>> list(whole_events([b"data: 1\\n\\nda", b"ta: 2\\n", b"\\n: end"]))
+        [b'data: 1\\n\\n', b'data: 2\\n\\n', b': end']
     """
     held = b""
     for block in blocks:
-        held += block
-        done = DONE_EVENT.search(held)
-        if done:
-            yield held[:done.end()]
-            return
-        ends = (match.end() for match in BLANK_LINE.finditer(held))
-        end = max(ends, default=0) if len(held) < MOST_HELD else len(held)
-        yield held[:end]
-        held = held[end:]
+        *events, held = AFTER_EVENT.split(held + block)
+        yield from events
+        if len(held) > MOST_HELD:
+            yield held
+            held = b""
     yield held
 
 
@@ -2824,28 +2808,25 @@ class Relay(PassingOn):
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        is_plain = not (self.upstream.query or "@" in self.upstream.netloc)
-        if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
-                and is_plain):
+        if (self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname
+                or self.upstream.query or "@" in self.upstream.netloc):
             raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: "
                              "its URL must be like http://host:8000/v1, without a "
                              "password or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
-        self.lock, self.on_record = threading.Lock(), None
+        self.lock, self.on_record = threading.Lock(), lambda recording: None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
 
     def headers(self, incoming):
-        headers = {name: value for name, value in incoming.headers.items()
-                   if REQUEST_HEADERS.fullmatch(name)}
-        if incoming.has_our_key or self.api_key:
-            # The upstream gets one key, and never one that is for this server.
-            headers.pop("authorization", None)
-            headers.pop("api-key", None)
-        if self.api_key:
-            headers["authorization"] = f"Bearer {self.api_key}"
-        return {**JSON, **headers}      # http.client adds "accept-encoding: identity"
+        """The client's headers for the upstream, which gets one key, and never ours."""
+        ours = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        passed = () if ours or incoming.has_our_key else KEY_HEADERS
+        theirs = {name: value for name, value in incoming.headers.items()
+                  if name in passed or REQUEST_HEADERS.fullmatch(name)}
+        # http.client adds "accept-encoding: identity".
+        return {**JSON, **theirs, **ours}
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
@@ -2871,8 +2852,9 @@ class Relay(PassingOn):
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
                                headers)
-            connection.sock = upstream = Upstream(connection.sock)
-            response = connection.getresponse()
+            upstream = Upstream(connection.sock)
+            response = http.client.HTTPResponse(upstream, method=incoming.method)
+            response.begin()
             if upstream.ended:          # http.client takes half a head for a whole one
                 raise OSError("the connection was cut")
             return response
@@ -2881,62 +2863,55 @@ class Relay(PassingOn):
                                 f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        started = time.monotonic()
-        try:
+        with self.explained():
             response = self.ask(incoming)
-        except (ClientLeft, APIError) as error:
-            self.miss(error)
-            raise
         headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
         if is_event_stream(headers):
-            headers, writes = {**EVENT_STREAM, **headers}, whole_events(writes)
+            headers = {**EVENT_STREAM, **headers}
+            writes = incoming.noted(whole_events(writes))
         if self.tape:
             recording = {"request": incoming.asked(), "status": response.status,
                          "headers": headers, "writes": []}
-            writes = self.recorded(writes, recording, started)
+            writes = self.recorded(writes, recording, incoming.exchange)
             incoming.closers.append(writes.close)
-        return self.response(response.status, headers, writes, incoming)
+        return Response(response.status, headers, writes)
 
-    def recorded(self, writes, recording, last):
+    def recorded(self, writes, recording, exchange):
         """The same writes.  The exchange is on the tape before the last one goes out
         ([DONE], or the empty one that ends a body), so that whoever has read all of it
-        can replay it.  last: when the request, then a write, went out."""
-        is_stream = is_event_stream(recording["headers"])
-        try:
+        can replay it."""
+        with self.explained():
+            last = 0                    # when the request came, then when a write went
             for write in filter(None, writes):
-                seconds = round(time.monotonic() - last, 4)
+                seconds = round(exchange.elapsed() - last, 4)
                 recording["writes"].append([seconds, as_text(write)])
-                if is_stream and DONE_EVENT.search(write):
+                if exchange.outcome is not None:        # it has ended: this is [DONE]
                     break
                 yield write
-                last = time.monotonic()
+                last = exchange.elapsed()
             else:
                 write = b""
-        except (EndReply, APIError, GeneratorExit) as error:
-            self.miss(error)
-            raise
-        self.append(recording)
+            with self.lock, open(self.tape, "ab") as tape:
+                tape.write(to_json(recording) + b"\n")
+                self.on_record(recording)
         yield write
 
-    def miss(self, error):
-        """Say why an exchange is not on the tape."""
-        why = {Cut: "the upstream was cut", ClientLeft: "the client left",
-               GeneratorExit: "the client left"}.get(type(error), error)
-        if self.tape:
-            log.warning("An exchange was not recorded on %s: %s", self.tape, why)
-
-    def append(self, recording):
+    @contextlib.contextmanager
+    def explained(self):
+        """Log why an exchange does not come onto the tape.  If the tape cannot be
+        written, the client still gets its reply."""
         try:
-            with self.lock:
-                with open(self.tape, "ab") as tape:
-                    tape.write(to_json(recording) + b"\n")
-                if self.on_record:
-                    self.on_record(recording)
-        except OSError as error:
-            self.miss(error)
+            yield
+        except (EndReply, APIError, GeneratorExit, OSError) as error:
+            why = {Cut: "the upstream was cut", ClientLeft: "the client left",
+                   GeneratorExit: "the client left"}.get(type(error), error)
+            if self.tape:
+                log.warning("An exchange was not recorded on %s: %s", self.tape, why)
+            if not isinstance(error, OSError):
+                raise
 
 
 def likeness(a, b):
@@ -2966,65 +2941,58 @@ class Replay(PassingOn):
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         self.paths = set(relay.paths if relay else ())  # and what is on the tape
         if relay is not None:
-            relay.tape = relay.tape or tape
-            relay.on_record = self.add
-        if relay is None or os.path.exists(tape):
-            self.load()
-
-    def load(self):
-        with open(self.tape, "rb") as lines:
+            relay.tape, relay.on_record = relay.tape or tape, self.add
+            open(tape, "ab").close()            # if it cannot be written, say so now
+        with open(tape, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    recording = json.loads(line)
-                    recording["headers"] = header_fields({**recording["headers"]})
-                    for wait, text in recording["writes"]:
-                        as_bytes(text)          # raises if it cannot be sent
-                        if not is_number(wait):
-                            raise ValueError
-                    if recording["status"] not in range(200, 600):
-                        raise ValueError
-                    self.add(recording)
+                    self.add(json.loads(line))
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"line {number} of {self.tape} is not a whole "
+                    raise ValueError(f"line {number} of {tape} is not a whole "
                                      "recording") from None
 
     def add(self, recording):
-        recording["line"] = next(self.lines)
-        self.recordings[canonical(recording["request"])].append(recording)
-        self.paths.add(recording["request"]["path"])
+        """Get a recording ready to be sent; an error if it is not a whole one."""
+        request, writes = recording["request"], recording["writes"]
+        self.recordings[canonical(request)].append({
+            "request": request, "line": next(self.lines),
+            "status": int(recording["status"]),
+            "headers": header_fields(recording["headers"]),
+            "writes": [(float(wait), as_bytes(text)) for wait, text in writes]})
+        self.paths.add(request["path"])
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
-        recorded = sum(self.recordings.values(), [])
-        if not recorded:
-            return APIError(404, "The tape is empty.", code="not_recorded")
-        nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
-        fault = difference(nearest["request"], asked)
-        if fault is None:               # null is like absent there, and true like 1
-            other = difference(asked, nearest["request"])
-            fault = f"on the tape {other or 'a null or a boolean differs'}"
-        return APIError(404, "There is no recording of this request.  The nearest is "
-                             f"line {nearest['line']} of {self.tape}: {fault}.",
-                        code="not_recorded")
+        message, recorded = "The tape is empty.", sum(self.recordings.values(), [])
+        if recorded:
+            nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
+            request = nearest["request"]
+            # To `difference` null is like absent, and true like 1.
+            fault = difference(request, asked) or "on the tape " + (
+                difference(asked, request) or "a null or a boolean differs")
+            message = ("There is no recording of this request.  The nearest is line "
+                       f"{nearest['line']} of {self.tape}: {fault}.")
+        self.faults.append(f"{asked['method']} {asked['path']}: {message}")
+        return APIError(404, message, code="not_recorded")
 
     def writes(self, recording):
-        for seconds, text in recording["writes"]:
+        for seconds, write in recording["writes"]:
             pause(seconds / self.speed if self.speed else 0)
-            yield as_bytes(text)
+            yield write
 
     def respond(self, incoming):
         asked = incoming.asked()
         with self.lock:
             queue = self.recordings.get(canonical(asked), [None])
             recording = queue.pop(0) if len(queue) > 1 else queue[0]
-        if recording is None and self.relay is not None:
-            return self.relay.respond(incoming)
         if recording is None:
-            error = self.unknown(asked)
-            self.faults.append(f"{asked['method']} {asked['path']}: {error}")
-            raise error
-        return self.response(recording["status"], recording["headers"],
-                             self.writes(recording), incoming)
+            if self.relay is None:
+                raise self.unknown(asked)
+            return self.relay.respond(incoming)
+        writes = self.writes(recording)
+        if is_event_stream(recording["headers"]):
+            writes = incoming.noted(whole_events(writes))
+        return Response(recording["status"], recording["headers"], writes)
 
     def check(self, error=None):
         """Raise AssertionError if a request was not on the tape."""
@@ -3363,21 +3331,15 @@ class Incoming:
         self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
 
     def noted(self, events):
-        """The events of our own stream, counted.  [DONE] is the end of the exchange: a
-        quirk that follows may split it, or send more after it."""
+        """Events, counted.  [DONE] is the last one and the end of the exchange: a quirk
+        that follows may split it, or send more after it."""
         for each in events:
-            self.exchange.events += 1
-            if each == DONE:
+            self.exchange.events += each != b""
+            if each.rstrip().endswith((b"data: [DONE]", b"data:[DONE]")):
                 self.end()
+                yield each
+                return
             yield each
-
-    def counted(self, writes):
-        """The same, slower, for the writes of others, which may hold several events."""
-        for write in writes:
-            self.exchange.events += len(BLANK_LINE.findall(write))
-            if DONE_EVENT.search(write):
-                self.end()
-            yield write
 
     def bent(self, chunks, quirk, k):
         """The writes of a stream with a quirk, which is reset if it changed nothing."""
