@@ -953,7 +953,7 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False)
             kind = "refusal" if isinstance(piece, Refusal) else "text"
             tokens = tokenize(piece)
             groups = [[token] for token in tokens] if one_by_one else [tokens]
-            yield from ((kind, group) for group in groups)
+            yield from [(kind, group) for group in groups]
     yield "end", finish_reason or reason
 
 
@@ -2563,7 +2563,7 @@ class Script:
 
         Remaining steps count only if there was no other error.
         """
-        faults = [] if self.otherwise else list(self.faults)
+        faults = list(self.faults) if self.otherwise is None else []
         if self.steps and not faults and error is None:
             number, *_, given = self.steps[0]
             faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
@@ -2711,8 +2711,8 @@ class PassingOn:
 
     `incoming` is the request as HTTP delivered it (the class stands in part 3): its
     method, target, headers and content, and the route and the model that the target
-    means.  `incoming.asked()` is what a tape knows it by, `incoming.noted(events)`
-    counts events and ends at [DONE], `incoming.closers` are called when it ends.
+    means.  `incoming.asked()` is what a tape knows it by, `incoming.noted` counts its
+    events and ends it at [DONE], `incoming.closers` are called when it ends.
     """
 
 
@@ -2723,6 +2723,7 @@ RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
 AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")   # after a blank line
+DONE_EVENT = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s*\Z")
 MOST_HELD = 2**16               # bytes of an event that has not ended
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
@@ -2776,7 +2777,8 @@ def whole_events(blocks):
         if len(held) > MOST_HELD:
             yield held
             held = b""
-    yield held
+    if held:
+        yield held
 
 
 def as_text(write):
@@ -2871,7 +2873,7 @@ class Relay(PassingOn):
         writes = blocks_of(response)
         if is_event_stream(headers):
             headers = {**EVENT_STREAM, **headers}
-            writes = incoming.noted(whole_events(writes))
+            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
         if self.tape:
             recording = {"request": incoming.asked(), "status": response.status,
                          "headers": headers, "writes": []}
@@ -2888,16 +2890,14 @@ class Relay(PassingOn):
             for write in filter(None, writes):
                 seconds = round(exchange.elapsed() - last, 4)
                 recording["writes"].append([seconds, as_text(write)])
-                if exchange.outcome is not None:        # it has ended: this is [DONE]
-                    break
-                yield write
-                last = exchange.elapsed()
-            else:
-                write = b""
+                if exchange.outcome is None:        # otherwise it is [DONE]
+                    yield write
+                    last = exchange.elapsed()
             with self.lock, open(self.tape, "ab") as tape:
                 tape.write(to_json(recording) + b"\n")
                 self.on_record(recording)
-        yield write
+        if exchange.outcome is not None:
+            yield write
 
     @contextlib.contextmanager
     def explained(self):
@@ -2991,7 +2991,7 @@ class Replay(PassingOn):
             return self.relay.respond(incoming)
         writes = self.writes(recording)
         if is_event_stream(recording["headers"]):
-            writes = incoming.noted(whole_events(writes))
+            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
         return Response(recording["status"], recording["headers"], writes)
 
     def check(self, error=None):
@@ -3330,12 +3330,12 @@ class Incoming:
         failed = self.failed or (self.exchange.status or 0) >= 400
         self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
 
-    def noted(self, events):
+    def noted(self, events, is_done=DONE.__eq__):
         """Events, counted.  [DONE] is the last one and the end of the exchange: a quirk
         that follows may split it, or send more after it."""
         for each in events:
-            self.exchange.events += each != b""
-            if each.rstrip().endswith((b"data: [DONE]", b"data:[DONE]")):
+            self.exchange.events += 1
+            if is_done(each):
                 self.end()
                 yield each
                 return
