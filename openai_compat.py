@@ -2424,15 +2424,15 @@ def brief(value, around=0):
     return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
-def refused_by(function, value):
-    """Why a function in an `expect` says no to a value; None if it says yes."""
+def refusal_by(function, value, at):
+    """What a function in an `expect` says no to, and why; None if it says yes."""
     try:
         result = function(None if value is ABSENT else value)
         says = "no" if result is not None else "None (to say yes, it must return True)"
     except AssertionError as error:
         result, says = False, str(error) or "assertion failed"
     name = getattr(function, "__name__", repr(function))
-    return None if result else f"{brief(value)}, to which {name} says: {says}"
+    return None if result else f"{at} is {brief(value)}, to which {name} says: {says}"
 
 
 def difference(expected, value, path=""):
@@ -2445,8 +2445,7 @@ def difference(expected, value, path=""):
     """
     at = path or "the body"
     if callable(expected):
-        fault = refused_by(expected, value)
-        return fault and f"{at} is {fault}"
+        return refusal_by(expected, value, at)
     if isinstance(expected, dict) and isinstance(value, dict):
         pairs = [(each, value.get(name, ABSENT), f"{path}.{name}" if path else name)
                  for name, each in expected.items()]
