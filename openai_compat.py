@@ -2864,7 +2864,7 @@ class Relay(PassingOn):
                                 f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        with self.explained():
+        with self.misses_logged():
             response = self.ask(incoming)
         headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
@@ -2884,7 +2884,7 @@ class Relay(PassingOn):
         """The same writes.  The exchange is on the tape before the last one goes out
         ([DONE], or the empty one that ends a body), so that whoever has read all of it
         can replay it."""
-        with self.explained():
+        with self.misses_logged():
             last = 0                    # when the request came, then when a write went
             for write in filter(None, writes):
                 seconds = round(exchange.elapsed() - last, 4)
@@ -2899,7 +2899,7 @@ class Relay(PassingOn):
             yield write
 
     @contextlib.contextmanager
-    def explained(self):
+    def misses_logged(self):
         """Log why an exchange does not come onto the tape.  If the tape cannot be
         written, the client still gets its reply."""
         try:
@@ -3331,7 +3331,8 @@ class Incoming:
 
     def noted(self, events, is_done=DONE.__eq__):
         """Events, counted.  [DONE] is the last one and the end of the exchange: a quirk
-        that follows may split it, or send more after it."""
+        that follows may split it, or send more after it.  is_done: is an event [DONE]?
+        """
         for each in events:
             self.exchange.events += 1
             if is_done(each):
