@@ -951,9 +951,10 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False)
                                f"not {type(piece).__name__}")
         elif piece:
             kind = "refusal" if isinstance(piece, Refusal) else "text"
-            tokens = tokenize(piece)
-            groups = [[token] for token in tokens] if one_by_one else [tokens]
-            yield from [(kind, group) for group in groups]
+            if one_by_one:
+                yield from ((kind, [token]) for token in tokenize(piece))
+            else:
+                yield kind, tokenize(piece)
     yield "end", finish_reason or reason
 
 
