@@ -90,7 +90,7 @@ Not done here: running a model, images, audio, files, HTTP/2; embeddings and
 """
 import base64
 import codecs
-import collections
+import collections.abc
 import contextlib
 import errno
 import functools
@@ -656,12 +656,13 @@ def tool_key(tool):
     return tool["type"], tool[tool["type"]]["name"]
 
 
-def chosen_tools(tool_choice):
-    """The tools that a "tool_choice" names."""
+def chosen_tools(tool_choice, modes=("auto", "required")):
+    """The tools that a "tool_choice" names; modes: of its "allowed_tools"."""
     if type(tool_choice) is not dict:
         return []
     if tool_choice["type"] == "allowed_tools":
-        return tool_choice["allowed_tools"]["tools"]
+        allowed = tool_choice["allowed_tools"]
+        return allowed["tools"] if allowed["mode"] in modes else []
     return [tool_choice]
 
 
@@ -787,8 +788,7 @@ def parse_completion(body, strict=True):
 # one token.  `Server(tokenize=...)` takes a real tokenizer.
 #
 # A backend yields pieces: str and ToolCall.  `segments_of` makes segments of them:
-# pairs of a kind and what is said in tokens, which can be counted and cut.  (A refusal,
-# and a text that is known as a whole, become segments in part 2: see `said_by`.)
+# pairs of a kind and what is said in tokens, which can be counted and cut.
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
@@ -811,6 +811,10 @@ class ToolCall:
 
     def __repr__(self):
         return f"ToolCall({self.name!r}, {self.arguments!r})"
+
+
+class Refusal(str):
+    """A piece that refuses: the `refusal` of a Reply."""
 
 
 Call = collections.namedtuple("Call", "name id tokens")
@@ -867,8 +871,9 @@ def slices(text):
     return SLICE.findall(text)
 
 
-def segments_of(pieces, tokenize, make_id, finish_reason=None):
-    """Pieces -> segments; the last one has the finish_reason.
+def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False):
+    """Pieces -> segments; the last one has the finish_reason.  one_by_one: each token
+    of a text in a segment of its own.
 
     Example:
         >>> pieces = ["Hi you", ToolCall("now")]
@@ -888,7 +893,11 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None):
             raise BackendFault("a piece must be a str or a ToolCall, "
                                f"not {type(piece).__name__}")
         elif piece:
-            yield "text", tokenize(piece)
+            kind = "refusal" if isinstance(piece, Refusal) else "text"
+            if one_by_one:
+                yield from ((kind, [token]) for token in tokenize(piece))
+            else:
+                yield kind, tokenize(piece)
     yield "end", finish_reason or reason
 
 
@@ -2103,7 +2112,7 @@ def delay_pair(delay):
 REPLY_TYPES = {
     "text": (str, list, tuple), "tool_calls": (list, tuple), "refusal": str,
     "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
-    "error": APIError,
+    "error": APIError, "expect": (dict, collections.abc.Callable),
 }
 
 
@@ -2127,6 +2136,7 @@ class Reply:
         self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
+        self.expect = expect
         for name, types in REPLY_TYPES.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, types):
@@ -2136,11 +2146,9 @@ class Reply:
         pieces = () if isinstance(text, str) else text or ()
         if not all(isinstance(piece, (str, ToolCall)) for piece in pieces):
             raise TypeError(f"a text must be a str or pieces, not {text!r}")
-        if not (expect is None or isinstance(expect, dict) or callable(expect)):
-            raise TypeError(f"expect must be a dict or a function, not {expect!r}")
         delay_pair(delay)
         parse_quirk(quirk)
-        self.headers, self.expect = header_fields(headers), expect
+        self.headers = header_fields(headers)
 
     def __repr__(self):
         given = (f"{name}={value!r}" for name, value in vars(self).items() if value)
@@ -2159,7 +2167,7 @@ def as_reply(result):
     if isinstance(result, Reply):
         return result
     if isinstance(result, ToolCall):
-        return Reply(tool_calls=[result])
+        result = [result]
     if isinstance(result, (bytes, dict)) or not hasattr(result, "__iter__"):
         raise BackendFault("a backend must return a str, a Reply or an iterable of "
                            f"pieces, not {type(result).__name__}")
@@ -2175,67 +2183,44 @@ def while_connected(pieces):
         yield piece
 
 
-def split(text, tokenize, one_by_one=True):
-    """A text as lists of tokens: one token each, which a stream needs, or else few long
-    lists, which cost less.
-
-    Example:
-        >>> list(split("Hi you", tokenize)), list(split("Hi you", tokenize, False))
-        ([['Hi'], [' you']], [['Hi', ' you']])
-    """
-    for tokens in map(tokenize, slices(text)):
-        if one_by_one:
-            yield from ([token] for token in tokens)
-        elif tokens:
-            yield tokens
-
-
-def said_by(reply, tokenize, make_id, one_by_one):
-    """A reply -> its segments: refusal, text, tool calls, end."""
+def pieces_of(reply):
+    """All that a reply says: its refusal, its text, its tool calls."""
+    refusal = [Refusal(reply.refusal)] if reply.refusal else []
     text = reply.text or ()
-    for kind, whole in (("refusal", reply.refusal), ("text", text)):
-        if isinstance(whole, str):
-            for tokens in split(whole, tokenize, one_by_one):
-                yield kind, tokens
     if isinstance(text, str):
-        text = ()
+        text = slices(text)
     elif not isinstance(text, (list, tuple)):
         text = while_connected(text)
-    yield from segments_of(itertools.chain(text, reply.tool_calls), tokenize, make_id,
-                           reply.finish_reason)
+    return itertools.chain(refusal, text, reply.tool_calls)
 
 
 def paced(segments, delay, error):
     """Each segment so many seconds after the one before; the error is the end."""
-    seconds, between = delay_pair(delay)
-    for kind, value in segments:
+    first, between = delay_pair(delay)
+    for i, (kind, value) in enumerate(segments):
         if error or kind != "end":
-            pause(seconds)
+            pause(between if i else first)
         if error and kind == "end":
             raise error
         yield kind, value
-        seconds = between
 
 
 def forced_tool(request):
     """The name of the tool that the request insists on, or None."""
     choice, call = request["tool_choice"], request["function_call"]
-    if choice == "required":
-        return tool_key(request["tools"][0])[1]
-    is_auto = type(choice) is dict and choice["type"] == "allowed_tools" and (
-        choice["allowed_tools"]["mode"] == "auto")
-    if not is_auto:
-        for _, name in map(tool_key, chosen_tools(choice)):
-            return name
-    return call["name"] if type(call) is dict else None
+    if type(call) is dict:
+        return call["name"]
+    chosen = (request["tools"] if choice == "required"
+              else chosen_tools(choice, modes=("required",)))
+    return tool_key(chosen[0])[1] if chosen else None
 
 
 def sample_input(request, name):
     """Arguments that fit the schema of the tool of that name; text for a custom one."""
-    tools = [*request["tools"], *({"function": each} for each in request["functions"])]
-    for tool in tools:
-        function = tool.get("function", {})
-        if function.get("name") == name:
+    functions = [*request["functions"], *(tool["function"] for tool in request["tools"]
+                                          if tool["type"] == "function")]
+    for function in functions:
+        if function["name"] == name:
             return sample(function.get("parameters") or {"type": "object"})
     return request["text"]
 
@@ -2279,9 +2264,9 @@ def as_backend(value):
     if isinstance(value, APIError):
         value = Reply(error=value)
     if isinstance(value, (str, Reply, ToolCall)):
-        return constant(as_reply(value))
+        return constant(value)
     is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
-    if isinstance(value, PassingOn) or callable(value) and not is_async:
+    if callable(value) and not is_async:
         return value
     what = "a coroutine function" if is_async else repr(value)[:200]
     raise TypeError("a backend must be a function of the request, a str, a Reply, a "
@@ -2314,15 +2299,15 @@ def brief(value, around=0):
     return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
-def refused_by(function, value):
-    """Why a function in an `expect` says no to a value; None if it says yes."""
+def refusal_by(function, value, at):
+    """What a function in an `expect` says no to, and why; None if it says yes."""
     try:
         result = function(None if value is ABSENT else value)
         says = "no" if result is not None else "None (to say yes, it must return True)"
     except AssertionError as error:
         result, says = False, str(error) or "assertion failed"
     name = getattr(function, "__name__", repr(function))
-    return None if result else f"{brief(value)}, to which {name} says: {says}"
+    return None if result else f"{at} is {brief(value)}, to which {name} says: {says}"
 
 
 def difference(expected, value, path=""):
@@ -2335,8 +2320,7 @@ def difference(expected, value, path=""):
     """
     at = path or "the body"
     if callable(expected):
-        fault = refused_by(expected, value)
-        return fault and f"{at} is {fault}"
+        return refusal_by(expected, value, at)
     if isinstance(expected, dict) and isinstance(value, dict):
         pairs = [(each, value.get(name, ABSENT), f"{path}.{name}" if path else name)
                  for name, each in expected.items()]
@@ -2370,13 +2354,6 @@ def reply_from_json(step):
 Step = collections.namedtuple("Step", "number expect backend given")
 
 
-def as_function(value):
-    """A backend that can be called, so no relay and no replay."""
-    if isinstance(value, PassingOn):
-        raise TypeError(f"{value!r} cannot be part of a script")
-    return as_backend(value)
-
-
 def as_step(number, step):
     """A step of a script, from any of its forms; what cannot be a step is refused."""
     try:
@@ -2384,10 +2361,9 @@ def as_step(number, step):
         if isinstance(given, (list, tuple)):
             given = Reply(tool_calls=given)
         expect = given.expect if isinstance(given, Reply) else None
-        return Step(number, expect, as_function(given), step)
+        return Step(number, expect or {}, as_backend(given), step)
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"step {number} of the script: {error}") from None
+        raise type(error)(f"step {number} of the script: {error}") from None
 
 
 class Script:
@@ -2412,9 +2388,9 @@ class Script:
     def __init__(self, *steps, any_order=False, otherwise=None):
         self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         self.count, self.any_order = len(steps), any_order
-        self.otherwise = None if otherwise is None else as_function(otherwise)
-        self.faults, self.last_unmatched = [], None
+        self.otherwise = None if otherwise is None else as_backend(otherwise)
         self.lock, self.current = threading.Lock(), threading.local()
+        self.faults = []                # why there was no step for a request
 
     @classmethod
     def from_file(cls, path):
@@ -2422,10 +2398,10 @@ class Script:
         try:
             with open(path, "rb") as file:
                 steps = json.load(file)
+            if type(steps) is not list:
+                raise ValueError(f"it is {JSON_NAMES[type(steps)]}")
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if type(steps) is not list:
-            raise ValueError(f"{path}: a script must be a JSON list of steps")
+            raise ValueError(f"{path} is not a JSON list of steps: {error}") from None
         return cls(*steps)
 
     def __call__(self, request):
@@ -2436,45 +2412,38 @@ class Script:
 
     def take(self, body):
         """The backend of the step that a request uses up."""
+        faults = []
         with self.lock:
-            step, fault = self.match(body)
-            if step is not None:
-                self.steps.remove(step)
-                return step.backend
-            if self.otherwise is not None:
-                self.last_unmatched = fault
-                return self.otherwise
+            steps = self.steps[:1]
+            if self.any_order:          # those without an `expect` come last
+                steps = sorted(self.steps, key=lambda step: not step.expect)
+            for step in steps:
+                fault = difference(step.expect, body)
+                if fault is None:
+                    self.steps.remove(step)
+                    return step.backend
+                faults.append(f"step {step.number} is not for this request: {fault}")
+            fault = "; ".join(faults) or (
+                f"step {self.count + 1} was asked for, but the script has {self.count};"
+                f" the request: {brief(body)}")
             self.faults.append(fault)
+        if self.otherwise is not None:
+            return self.otherwise
         raise APIError(400, f"Script: {fault}", code="script_not_followed",
                        headers={"x-should-retry": "false"})
-
-    def match(self, body):
-        """(the step for a request, None), or (None, why there is none)."""
-        steps, faults = self.steps[:1], []
-        if self.any_order:              # those without an `expect` come last
-            steps = sorted(self.steps, key=lambda step: step.expect is None)
-        for step in steps:
-            fault = None if step.expect is None else difference(step.expect, body)
-            if fault is None:
-                return step, None
-            faults.append(f"step {step.number} is not for this request: {fault}")
-        return None, "; ".join(faults) or (
-            f"step {self.count + 1} was asked for, but the script has {self.count}; "
-            f"the request: {brief(body)}")
 
     def check(self, error=None):
         """Raise AssertionError unless every request followed the script.
 
         Remaining steps count only if there was no other error.
         """
-        faults = list(self.faults)
+        faults = list(self.faults) if self.otherwise is None else []
         if self.steps and not faults and error is None:
             number, *_, given = self.steps[0]
             faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
                           f"{number} on: {brief(given)}")
-            if self.last_unmatched:
-                faults.append(f"of the last request that no step was for, "
-                              f"{self.last_unmatched}")
+            faults += [f"of the last request that no step was for, {fault}"
+                       for fault in self.faults[-1:]]
         if faults:
             raise AssertionError("Script: " + "; ".join(faults))
 
@@ -2495,9 +2464,8 @@ def start_program(program, request, files):
         return subprocess.Popen(arguments, stdin=files[0], stdout=subprocess.PIPE,
                                 stderr=files[1], **NEW_GROUP)
     except (OSError, ValueError) as error:
-        is_too_long = (getattr(error, "errno", None) == errno.E2BIG
-                       or getattr(error, "winerror", None) == 206)
-        if is_too_long or isinstance(error, ValueError):
+        if (isinstance(error, ValueError) or error.errno == errno.E2BIG
+                or getattr(error, "winerror", None) == 206):
             raise invalid("The prompt cannot be an argument of a program: it is too "
                           "long, or has a NUL or a lone surrogate.", None) from None
         raise BackendFault(f"{program[0]} cannot be run ({error.strerror})") from None
@@ -2519,12 +2487,11 @@ def transcript(request):
 
 
 def end_program(process):
-    """Stop a program and its children."""
+    """Stop a program and its children, unless it has ended by itself."""
     import subprocess
-    if os.name == "nt":
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)],
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    else:
+    if process.returncode is None and os.name == "nt":
+        subprocess.run(f"taskkill /F /T /PID {process.pid}", capture_output=True)
+    elif process.returncode is None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             # macOS says EPERM where only a zombie is left of the group.
             with suppress(ProcessLookupError, PermissionError,
@@ -2544,18 +2511,6 @@ def read_block(pipe):
     return os.read(pipe.fileno(), 65536)
 
 
-def output_of(process):
-    """The text that a program writes, as it writes it, until the program has ended."""
-    blocks = iter(functools.partial(read_block, process.stdout), b"")
-    try:
-        yield from codecs.iterdecode(blocks, "utf-8", "replace")
-        while process.poll() is None:   # it has closed its output, and goes on
-            pause(0.02)
-    except BaseException:
-        end_program(process)
-        raise
-
-
 def last_line(file):
     file.seek(max(file.seek(0, os.SEEK_END) - 2000, 0))
     lines = file.read().decode("utf-8", "replace").strip().splitlines()
@@ -2563,7 +2518,7 @@ def last_line(file):
 
 
 def run_program(program, request, places):
-    """What a program writes, as it writes it."""
+    """What a program writes, as it writes it, until the program has ended."""
     import tempfile
     while not places.acquire(timeout=0.05):
         pause(0)
@@ -2575,7 +2530,11 @@ def run_program(program, request, places):
                                 if name != "body"}))
         files[0].seek(0)
         process = stack.enter_context(start_program(program, request, files))
-        yield from output_of(process)
+        stack.callback(end_program, process)
+        blocks = iter(functools.partial(read_block, process.stdout), b"")
+        yield from codecs.iterdecode(blocks, "utf-8", "replace")
+        while process.poll() is None:   # it has closed its output, and goes on
+            pause(0.02)
         if process.returncode:
             raise APIError(500, f"{program[0]} ended with status {process.returncode}: "
                                 f"{last_line(files[1])}")
@@ -2626,25 +2585,20 @@ class PassingOn:
 
     `incoming` is the request as HTTP delivered it (the class stands in part 3): its
     method, target, headers and content, and the route and the model that the target
-    means.  `incoming.asked()` is what a tape knows it by, `incoming.counted(writes)`
-    counts events on their way, `incoming.closers` are called when it ends.
+    means.  `incoming.asked()` is what a tape knows it by, `incoming.noted` counts its
+    events and ends it at [DONE], `incoming.closers` are called when it ends.
     """
 
-    def response(self, status, headers, writes, incoming):
-        if is_event_stream(headers):
-            writes = incoming.counted(writes)
-        return Response(status, headers, writes)
 
-
-REQUEST_HEADERS = re.compile("authorization|api-key|accept|content-type|user-agent"
-                             "|idempotency-key|openai-.*|x-stainless-.*")
+KEY_HEADERS = {"authorization", "api-key"}
+REQUEST_HEADERS = re.compile("accept|content-type|user-agent|idempotency-key|openai-.*"
+                             "|x-stainless-.*")
 RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
                               "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
                               "|openai-.*")
-BLANK_LINE = re.compile(rb"\r?\n\r?\n|\r\r")
+AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")   # after a blank line
+DONE_EVENT = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s*\Z")
 MOST_HELD = 2**16               # bytes of an event that has not ended
-DONE_EVENT = re.compile(
-    rb"(?:\A|(?<=[\r\n]))data: ?\[DONE\][ \t]*(?:\r?\n\r?\n|\r\r)")
 # An id that could lead a server to another path than /models/ID, however it decodes it.
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
@@ -2662,12 +2616,9 @@ class Upstream(io.RawIOBase):
     def readable(self):
         return True
 
-    def close(self):
-        """http.client closes it before it has read the body; the exchange closes the
-        socket when it ends."""
-
     def readinto(self, buffer):
         while True:
+            pause(0)
             try:
                 count = self.sock.recv_into(buffer)
                 self.ended = count == 0
@@ -2679,35 +2630,29 @@ class Upstream(io.RawIOBase):
 def blocks_of(response):
     """The body of an upstream's response as it arrives; Cut if the upstream is cut."""
     try:
-        for block in iter(functools.partial(response.read1, 65536), b""):
-            yield block
-            pause(0)
+        yield from iter(functools.partial(response.read1, 65536), b"")
+        if response.length:             # that many bytes were promised
+            raise http.client.IncompleteRead(b"")
     except (OSError, http.client.HTTPException):
         raise Cut("fin") from None
-    if response.length:                 # that many bytes were promised and did not come
-        raise Cut("fin")
 
 
 def whole_events(blocks):
-    """Blocks as they come -> writes of whole events, up to [DONE], even if the upstream
-    stays connected.  Some writes are empty: the sender skips those.
+    """Blocks as they come -> their events, one at a time.
 
     Example:
-        >>> list(whole_events([b"data: 1\\n\\nda", b"ta: [DONE]\\n", b"\\nmore"]))
-        [b'data: 1\\n\\n', b'', b'data: [DONE]\\n\\n']
+        >>> list(whole_events([b"data: 1\\n\\nda", b"ta: 2\\n", b"\\n: end"]))
+        [b'data: 1\\n\\n', b'data: 2\\n\\n', b': end']
     """
     held = b""
     for block in blocks:
-        held += block
-        done = DONE_EVENT.search(held)
-        if done:
-            yield held[:done.end()]
-            return
-        ends = (match.end() for match in BLANK_LINE.finditer(held))
-        end = max(ends, default=0) if len(held) < MOST_HELD else len(held)
-        yield held[:end]
-        held = held[end:]
-    yield held
+        *events, held = AFTER_EVENT.split(held + block)
+        yield from events
+        if len(held) > MOST_HELD:
+            yield held
+            held = b""
+    if held:
+        yield held
 
 
 def as_text(write):
@@ -2739,28 +2684,25 @@ class Relay(PassingOn):
     def __init__(self, base_url, api_key=None, record=None, paths=()):
         self.base_url, self.api_key, self.tape = base_url.rstrip("/"), api_key, record
         self.upstream = urlsplit(self.base_url)
-        is_plain = not (self.upstream.query or "@" in self.upstream.netloc)
-        if not (self.upstream.scheme in self.CONNECTIONS and self.upstream.hostname
-                and is_plain):
+        if (self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname
+                or self.upstream.query or "@" in self.upstream.netloc):
             raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: "
                              "its URL must be like http://host:8000/v1, without a "
                              "password or a query")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
-        self.lock, self.on_record = threading.Lock(), None
+        self.lock, self.on_record = threading.Lock(), lambda recording: None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
 
     def headers(self, incoming):
-        headers = {name: value for name, value in incoming.headers.items()
-                   if REQUEST_HEADERS.fullmatch(name)}
-        if incoming.has_our_key or self.api_key:
-            # The upstream gets one key, and never one that is for this server.
-            headers.pop("authorization", None)
-            headers.pop("api-key", None)
-        if self.api_key:
-            headers["authorization"] = f"Bearer {self.api_key}"
-        return {**JSON, **headers}      # http.client adds "accept-encoding: identity"
+        """The client's headers for the upstream, which gets one key, and never ours."""
+        ours = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        passed = () if ours or incoming.has_our_key else KEY_HEADERS
+        theirs = {name: value for name, value in incoming.headers.items()
+                  if name in passed or REQUEST_HEADERS.fullmatch(name)}
+        # http.client adds "accept-encoding: identity".
+        return {**JSON, **theirs, **ours}
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
@@ -2786,8 +2728,9 @@ class Relay(PassingOn):
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
                                headers)
-            connection.sock = upstream = Upstream(connection.sock)
-            response = connection.getresponse()
+            upstream = Upstream(connection.sock)
+            response = http.client.HTTPResponse(upstream, method=incoming.method)
+            response.begin()
             if upstream.ended:          # http.client takes half a head for a whole one
                 raise OSError("the connection was cut")
             return response
@@ -2796,62 +2739,53 @@ class Relay(PassingOn):
                                 f"{error}.", code="upstream_unreachable") from None
 
     def respond(self, incoming):
-        started = time.monotonic()
-        try:
+        with self.misses_logged():
             response = self.ask(incoming)
-        except (ClientLeft, APIError) as error:
-            self.miss(error)
-            raise
         headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
                    if RESPONSE_HEADERS.fullmatch(name.lower())}
         writes = blocks_of(response)
         if is_event_stream(headers):
-            headers, writes = {**EVENT_STREAM, **headers}, whole_events(writes)
+            headers = {**EVENT_STREAM, **headers}
+            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
         if self.tape:
             recording = {"request": incoming.asked(), "status": response.status,
                          "headers": headers, "writes": []}
-            writes = self.recorded(writes, recording, started)
+            writes = self.recorded(writes, recording, incoming.exchange)
             incoming.closers.append(writes.close)
-        return self.response(response.status, headers, writes, incoming)
+        return Response(response.status, headers, writes)
 
-    def recorded(self, writes, recording, last):
+    def recorded(self, writes, recording, exchange):
         """The same writes.  The exchange is on the tape before the last one goes out
         ([DONE], or the empty one that ends a body), so that whoever has read all of it
-        can replay it.  last: when the request, then a write, went out."""
-        is_stream = is_event_stream(recording["headers"])
-        try:
+        can replay it."""
+        with self.misses_logged():
+            last = 0                    # when the request came, then when a write went
             for write in filter(None, writes):
-                seconds = round(time.monotonic() - last, 4)
+                seconds = round(exchange.elapsed() - last, 4)
                 recording["writes"].append([seconds, as_text(write)])
-                if is_stream and DONE_EVENT.search(write):
-                    break
-                yield write
-                last = time.monotonic()
-            else:
-                write = b""
-        except (EndReply, APIError, GeneratorExit) as error:
-            self.miss(error)
-            raise
-        self.append(recording)
-        yield write
+                if exchange.outcome is None:        # otherwise it is [DONE]
+                    yield write
+                    last = exchange.elapsed()
+            with self.lock, open(self.tape, "ab") as tape:
+                tape.write(to_json(recording) + b"\n")
+                self.on_record(recording)
+        if exchange.outcome is not None:
+            yield write
 
-    def miss(self, error):
-        """Say why an exchange is not on the tape."""
-        why = {Cut: "the upstream was cut", ClientLeft: "the client left",
-               GeneratorExit: "the client left"}.get(type(error), error)
-        if self.tape:
-            log.warning("An exchange was not recorded on %s: %s", self.tape, why)
-
-    def append(self, recording):
+    @contextlib.contextmanager
+    def misses_logged(self):
+        """Log why an exchange does not come onto the tape.  If the tape cannot be
+        written, the client still gets its reply."""
         try:
-            with self.lock:
-                with open(self.tape, "ab") as tape:
-                    tape.write(to_json(recording) + b"\n")
-                if self.on_record:
-                    self.on_record(recording)
-        except OSError as error:
-            self.miss(error)
+            yield
+        except (EndReply, APIError, GeneratorExit, OSError) as error:
+            why = {Cut: "the upstream was cut", ClientLeft: "the client left",
+                   GeneratorExit: "the client left"}.get(type(error), error)
+            if self.tape:
+                log.warning("An exchange was not recorded on %s: %s", self.tape, why)
+            if not isinstance(error, OSError):
+                raise
 
 
 def likeness(a, b):
@@ -2881,65 +2815,58 @@ class Replay(PassingOn):
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         self.paths = set(relay.paths if relay else ())  # and what is on the tape
         if relay is not None:
-            relay.tape = relay.tape or tape
-            relay.on_record = self.add
-        if relay is None or os.path.exists(tape):
-            self.load()
-
-    def load(self):
-        with open(self.tape, "rb") as lines:
+            relay.tape, relay.on_record = relay.tape or tape, self.add
+            open(tape, "ab").close()            # if it cannot be written, say so now
+        with open(tape, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    recording = json.loads(line)
-                    recording["headers"] = header_fields({**recording["headers"]})
-                    for wait, text in recording["writes"]:
-                        as_bytes(text)          # raises if it cannot be sent
-                        if not is_number(wait):
-                            raise ValueError
-                    if recording["status"] not in range(200, 600):
-                        raise ValueError
-                    self.add(recording)
+                    self.add(json.loads(line))
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"line {number} of {self.tape} is not a whole "
+                    raise ValueError(f"line {number} of {tape} is not a whole "
                                      "recording") from None
 
     def add(self, recording):
-        recording["line"] = next(self.lines)
-        self.recordings[canonical(recording["request"])].append(recording)
-        self.paths.add(recording["request"]["path"])
+        """Get a recording ready to be sent; an error if it is not a whole one."""
+        request, writes = recording["request"], recording["writes"]
+        self.recordings[canonical(request)].append({
+            "request": request, "line": next(self.lines),
+            "status": int(recording["status"]),
+            "headers": header_fields(recording["headers"]),
+            "writes": [(float(wait), as_bytes(text)) for wait, text in writes]})
+        self.paths.add(request["path"])
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
-        recorded = sum(self.recordings.values(), [])
-        if not recorded:
-            return APIError(404, "The tape is empty.", code="not_recorded")
-        nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
-        fault = difference(nearest["request"], asked)
-        if fault is None:               # null is like absent there, and true like 1
-            other = difference(asked, nearest["request"])
-            fault = f"on the tape {other or 'a null or a boolean differs'}"
-        return APIError(404, "There is no recording of this request.  The nearest is "
-                             f"line {nearest['line']} of {self.tape}: {fault}.",
-                        code="not_recorded")
+        message, recorded = "The tape is empty.", sum(self.recordings.values(), [])
+        if recorded:
+            nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
+            request = nearest["request"]
+            # To `difference` null is like absent, and true like 1.
+            fault = difference(request, asked) or "on the tape " + (
+                difference(asked, request) or "a null or a boolean differs")
+            message = ("There is no recording of this request.  The nearest is line "
+                       f"{nearest['line']} of {self.tape}: {fault}.")
+        self.faults.append(f"{asked['method']} {asked['path']}: {message}")
+        return APIError(404, message, code="not_recorded")
 
     def writes(self, recording):
-        for seconds, text in recording["writes"]:
+        for seconds, write in recording["writes"]:
             pause(seconds / self.speed if self.speed else 0)
-            yield as_bytes(text)
+            yield write
 
     def respond(self, incoming):
         asked = incoming.asked()
         with self.lock:
             queue = self.recordings.get(canonical(asked), [None])
             recording = queue.pop(0) if len(queue) > 1 else queue[0]
-        if recording is None and self.relay is not None:
-            return self.relay.respond(incoming)
         if recording is None:
-            error = self.unknown(asked)
-            self.faults.append(f"{asked['method']} {asked['path']}: {error}")
-            raise error
-        return self.response(recording["status"], recording["headers"],
-                             self.writes(recording), incoming)
+            if self.relay is None:
+                raise self.unknown(asked)
+            return self.relay.respond(incoming)
+        writes = self.writes(recording)
+        if is_event_stream(recording["headers"]):
+            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
+        return Response(recording["status"], recording["headers"], writes)
 
     def check(self, error=None):
         """Raise AssertionError if a request was not on the tape."""
@@ -3273,22 +3200,17 @@ class Incoming:
         failed = self.failed or (self.exchange.status or 0) >= 400
         self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
 
-    def noted(self, events):
-        """The events of our own stream, counted.  [DONE] is the end of the exchange: a
-        quirk that follows may split it, or send more after it."""
+    def noted(self, events, is_done=DONE.__eq__):
+        """Events, counted.  [DONE] is the last one and the end of the exchange: a quirk
+        that follows may split it, or send more after it.  is_done: is an event [DONE]?
+        """
         for each in events:
             self.exchange.events += 1
-            if each == DONE:
+            if is_done(each):
                 self.end()
+                yield each
+                return
             yield each
-
-    def counted(self, writes):
-        """The same, slower, for the writes of others, which may hold several events."""
-        for write in writes:
-            self.exchange.events += len(BLANK_LINE.findall(write))
-            if DONE_EVENT.search(write):
-                self.end()
-            yield write
 
     def bent(self, chunks, quirk, k):
         """The writes of a stream with a quirk, which is reset if it changed nothing."""
@@ -3876,8 +3798,9 @@ class Server(ThreadingHTTPServer):
 
     @backend.setter
     def backend(self, backend):
-        backend = as_backend(backend)
-        if isinstance(backend, PassingOn) and (self.quirk or self.quirk_header):
+        if not isinstance(backend, PassingOn):
+            backend = as_backend(backend)
+        elif self.quirk or self.quirk_header:
             raise ValueError("a quirk cannot bend what a relay or a replay passes on")
         self._backend = backend
 
@@ -4154,8 +4077,10 @@ class Server(ThreadingHTTPServer):
     def sequence_of(self, reply, request):
         """What a reply says, at its pace and cut to the limits of the request."""
         delay = reply.delay or self.delay
-        segments = said_by(reply, self.tokenize, lambda: f"call_{self.random_name(24)}",
-                           one_by_one=request["stream"] or bool(delay))
+        is_whole = isinstance(reply.text or "", str)    # the pieces of others stay whole
+        segments = segments_of(
+            pieces_of(reply), self.tokenize, lambda: f"call_{self.random_name(24)}",
+            reply.finish_reason, one_by_one=is_whole and (request["stream"] or delay))
         if delay or reply.error:
             segments = paced(segments, delay, reply.error)
         return sequence(segments, request)

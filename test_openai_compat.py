@@ -5579,6 +5579,14 @@ def test_the_events_of_an_upstream_are_counted_however_they_come(upstream, end, 
         assert server.journal[0].outcome == "complete" and connection.fileno() > 0
 
 
+def test_an_event_of_an_upstream_that_is_very_long_is_passed_on_before_its_end(upstream):
+    with Server(Relay(upstream.url)) as server, asking(server, stream=True) as client:
+        connection, _ = upstream.accept()
+        with connection:
+            connection.sendall(STREAM_HEAD + transfer_chunk(b"data: " + b"x" * 2**17))
+            read_past(client, b"x" * 2**15)
+
+
 def test_what_a_relay_passes_in_addition_has_any_body():
     with playing(reply(b"\xff", **JSON_TYPE)) as (url, requests):
         with Server(Relay(url, paths="/embeddings")) as server:
@@ -5891,7 +5899,10 @@ def test_an_unknown_request_is_told_the_nearest_recording(tape, text, fields, wo
 
 BROKEN_TAPES = {"cut": lambda line: line[:-20], "no JSON": lambda line: b"garbage\n",
                 "another file": lambda line: b'{"hello": "you"}\n', "a list": lambda line: b"[]\n",
-                "no status": lambda line: line.replace(b'"status"', b'"stat"')}
+                "no status": lambda line: line.replace(b'"status"', b'"stat"'),
+                "an odd status": lambda line: line.replace(b'"status":200', b'"status":"OK"'),
+                "an odd pause": lambda line: line.replace(b'"writes":[[', b'"writes":[["1 s",""],['),
+                "an odd header": lambda line: line.replace(b'"headers":{', b'"headers":{"a b":"",')}
 
 
 @pytest.mark.parametrize("broken", BROKEN_TAPES.values(), ids=list(BROKEN_TAPES))
