@@ -1729,9 +1729,8 @@ def wait_for(source):
 
 # ----------------------------------------------------------------------------------
 # Quirks.  Deliberate faults, for tests of a client.  A quirk is a generator over the
-# writes of a response, where one yield is one send; one of CHUNK_QUIRKS is a generator
-# over its chunks.  k: how many events come first.  `stall@3` lets three pass and is
-# then silent; a quirk that is everywhere ignores k.
+# writes of a response, where one yield is one send.  k: how many events come first.
+# `stall@3` lets three pass and is then silent; a quirk that is everywhere ignores k.
 
 class Cut(EndReply):
     """Ends the connection: Cut("fin"), Cut("reset"), or Cut("stall") for silence."""
@@ -1739,16 +1738,6 @@ class Cut(EndReply):
 
 class Instead(EndReply):
     """Ends a reply in favour of another response: Instead(response)."""
-
-
-def each_choice(change):
-    """A quirk that changes each choice object of each chunk in place."""
-    def quirk(chunks, k):
-        for chunk in chunks:
-            for choice in chunk["choices"]:
-                change(choice)
-            yield chunk
-    return quirk
 
 
 def each_write(change):
@@ -1759,19 +1748,30 @@ def each_write(change):
     return quirk
 
 
-def cut_after(how):
-    """A quirk that lets k events pass and then ends the connection."""
+def over_chunks(change):
+    """A quirk that changes dicts: change(chunks) wraps the chunks."""
     def quirk(writes, k):
-        yield from itertools.islice(writes, k)
-        raise Cut(how)
+        chunks = (json.loads(write[len("data: "):]) for write in writes if write != DONE)
+        return events(change(chunks))
     return quirk
+
+
+def each_choice(change):
+    """A quirk that changes each choice object of each chunk in place."""
+    def changed(chunks):
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                change(choice)
+            yield chunk
+    return over_chunks(changed)
 
 
 def calls_in(choice):
     return choice.get("delta", {}).get("tool_calls", ())
 
 
-def usage_always(chunks, k):
+@over_chunks
+def usage_always(chunks):
     """A usage in every chunk and in a chunk of its own, though nobody asked for it."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for chunk in chunks:
@@ -1781,67 +1781,31 @@ def usage_always(chunks, k):
         yield {**chunk, "choices": [], "usage": usage}
 
 
-def duplicate_tool_id(chunks, k):
+@over_chunks
+def duplicate_tool_id(chunks):
     """Each fragment of a tool call repeats the call's id and name."""
     opened = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
             for call in calls_in(choice):
-                kind = "custom" if "custom" in call else "function"
                 first = opened.setdefault((choice["index"], call["index"]), call)
+                kind = first["type"]
                 call.update(id=first["id"], type=kind)
                 call[kind]["name"] = first[kind]["name"]
         yield chunk
 
 
-CHUNK_QUIRKS = {
-    # The first delta does not say who speaks.
-    "no_role": each_choice(lambda choice: choice.get("delta", {}).pop("role", None)),
-    # Every delta says who speaks.
-    "role_every": each_choice(lambda choice: "delta" in choice and choice.update(
-        delta={"role": "assistant", **choice["delta"]})),
-    "usage_always": usage_always,
-    # Neither a finish_reason nor [DONE]: the stream just ends.
-    "no_finish": each_choice(lambda choice: choice.update(finish_reason=None)),
-    # Fragments of tool calls do not say which call they belong to.
-    "missing_tool_index": each_choice(
-        lambda choice: [call.pop("index") for call in calls_in(choice)]),
-    "duplicate_tool_id": duplicate_tool_id,
-}
-
-
-def split_bytes(writes, k):
-    """One byte a send."""
-    for write in writes:
-        for i in range(len(write)):
-            yield write[i:i + 1]
-
-
-def one_write(writes, k):
-    """All in one send."""
-    yield b"".join(writes)
-
-
 def no_done(writes, k):
     """All but [DONE]."""
-    yield from (write for write in writes if write != DONE)
+    return filter(DONE.__ne__, writes)
 
 
-def no_terminator(writes, k):
-    """Closed without the last transfer chunk."""
-    yield from writes
-    raise Cut("fin")
-
-
-def error_event(writes, k):
-    """An error event in place of the rest."""
-    yield from itertools.islice(writes, k)
-    yield event(server_error().body())
-
-
-def truncate(writes, k):
-    """Closed cleanly after k events, as if complete."""
-    yield from itertools.islice(writes, k)
+def cut_after(how):
+    """A quirk that lets k events pass, or all for None, and then ends the connection."""
+    def quirk(writes, k):
+        yield from itertools.islice(writes, k)
+        raise Cut(how)
+    return quirk
 
 
 def html_502(writes, k):
@@ -1850,7 +1814,7 @@ def html_502(writes, k):
                            b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
 
 
-WRITE_QUIRKS = {
+QUIRKS = {
     # A comment block before each event.
     "comment": each_write(lambda i, write, k: b": comment\n\n" + write),
     # Lines that end with CR LF.
@@ -1865,23 +1829,41 @@ WRITE_QUIRKS = {
     "retry_block": each_write(lambda i, write, k: b"retry: 1000\n\n" + write),
     # Events whose data is empty.
     "empty_data": each_write(lambda i, write, k: b"data:\n\n" + write),
-    "split_bytes": split_bytes,
-    "one_write": one_write,
+    # One byte a send.
+    "split_bytes": lambda writes, k: (
+        bytes([byte]) for write in writes for byte in write),
+    # All in one send.
+    "one_write": lambda writes, k: iter([b"".join(writes)]),
     "no_done": no_done,
-    "no_finish": no_done,               # the other half of it is a chunk quirk
-    "no_terminator": no_terminator,
+    # Neither a finish_reason nor [DONE]: the stream just ends.
+    "no_finish": lambda writes, k: no_done(each_choice(
+        lambda choice: choice.update(finish_reason=None))(writes, k), k),
+    # Closed without the last transfer chunk.
+    "no_terminator": lambda writes, k: cut_after("fin")(writes, None),
     # One event that is cut short inside its JSON.
     "bad_json": each_write(lambda i, write, k: (
         write[:len(write) // 2] + b"\n\n" if i == k else write)),
-    "error_event": error_event,
-    "truncate": truncate,
+    # An error event in place of the rest.
+    "error_event": lambda writes, k: itertools.chain(
+        itertools.islice(writes, k), [event(server_error().body())]),
+    # Closed cleanly after k events, as if complete.
+    "truncate": itertools.islice,
     # Silence until the client leaves.
     "stall": cut_after("stall"),
     # A TCP reset.
     "reset": cut_after("reset"),
     "html_502": html_502,
+    # The first delta does not say who speaks.
+    "no_role": each_choice(lambda choice: choice.get("delta", {}).pop("role", None)),
+    # Every delta says who speaks.
+    "role_every": each_choice(lambda choice: "delta" in choice and choice.update(
+        delta={"role": "assistant", **choice["delta"]})),
+    "usage_always": usage_always,
+    # Fragments of tool calls do not say which call they belong to.
+    "missing_tool_index": each_choice(
+        lambda choice: [call.pop("index") for call in calls_in(choice)]),
+    "duplicate_tool_id": duplicate_tool_id,
 }
-QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
 # These also happen to a reply that is not streamed, with k = 0.
 WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
 
@@ -3420,26 +3402,15 @@ class Incoming:
                 self.end()
             yield write
 
-    def bent(self, chunks, quirk, k):
-        """The writes of a stream with a quirk, which is reset if it changed nothing."""
-        self.quirk, plain, sent = quirk, [], []
-        chunks = CHUNK_QUIRKS.get(quirk, unbent)(noting(chunks, plain, event), k)
-        writes = WRITE_QUIRKS.get(quirk, unbent)(self.noted(events(chunks)), k)
-        yield from noting(writes, sent, bytes)
-        if sent == [*plain, DONE]:
+    def bent(self, writes, quirk, k):
+        """The writes with a quirk, which is reset if it changed nothing to the end."""
+        self.quirk, sent = quirk, []
+        writes, plain = itertools.tee(writes)
+        for write in QUIRKS[quirk](writes, k):
+            sent.append(write)
+            yield write
+        if DONE in sent and sent == [*plain]:
             self.quirk = None
-
-
-def unbent(values, k):
-    """The quirk that changes nothing."""
-    return values
-
-
-def noting(values, seen, as_bytes):
-    """The same values; each is added to `seen` as bytes."""
-    for value in values:
-        seen.append(as_bytes(value))
-        yield value
 
 
 def http_date(second):
@@ -4304,11 +4275,12 @@ class Server(ThreadingHTTPServer):
             response = json_response(fold(chunks), headers)
             if quirk in WHOLE_QUIRKS:   # the others are about events
                 incoming.quirk = quirk
-                response.body = WRITE_QUIRKS[quirk](iter([response.body]), 0)
+                response.body = QUIRKS[quirk]([response.body], 0)
             return response
         ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
-        writes = (incoming.bent(chunks, quirk, k) if quirk
-                  else incoming.noted(events(chunks)))
+        writes = incoming.noted(events(chunks))
+        if quirk:
+            writes = incoming.bent(writes, quirk, k)
         return Response(200, {**EVENT_STREAM, **headers}, writes, ready)
 
     # ------ the endpoints: what has come -> a response
