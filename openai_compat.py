@@ -1899,7 +1899,7 @@ def parse_quirk(text):
 # A full validator knows every keyword and runs patterns; this one refuses what it
 # cannot judge.
 
-SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
+SAMPLE_WORK = 200_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
 JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
               type(None): ["null"], int: ["integer", "number"], float: ["number"]}
@@ -1914,6 +1914,18 @@ FORMATS = {  # None: any string
 }
 
 
+def plain_json(value):
+    """A copy with none but JSON's own types, where 2.0 is the integer that it means.
+
+    Example:
+        >>> plain_json({"a": (2.0, 2.5)})
+        {'a': [2, 2.5]}
+    """
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+    return json.loads(to_json(value), parse_float=number)
+
+
 def canonical(value):
     """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
 
@@ -1921,9 +1933,7 @@ def canonical(value):
         >>> canonical({"b": 0.0, "a": True})
         '{"a": true, "b": 0}'
     """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
+    return json.dumps(plain_json(value), sort_keys=True)
 
 
 def unsatisfiable(keyword, why="it cannot be satisfied"):
@@ -1931,15 +1941,8 @@ def unsatisfiable(keyword, why="it cannot be satisfied"):
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def json_types(value):
-    """The JSON types of a value.  A number without a fraction is an integer.
-
-    Example:
-        >>> json_types(1.0), json_types(True)
-        (['number', 'integer'], ['boolean'])
-    """
-    is_whole = type(value) is float and value % 1 == 0
-    return JSON_TYPES[type(value)] + ["integer"] * is_whole
+def as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def is_one(value, values):
@@ -1959,27 +1962,24 @@ def is_multiple(value, step):               # of floats as other validators do i
 
 
 RULES = {keyword: (kind, rule) for kind, keywords, rule in (
-    # A type of values, the keywords that are about it, and whether a value obeys one: a
-    # function of the value and the keyword's argument, or None: that is not known here,
-    # or True: see Sampler.parts.
-    ("any", "not if $id $dynamicRef", None),
-    ("any", "type", lambda value, kinds: not set(json_types(value)).isdisjoint(
-        [kinds] if isinstance(kinds, str) else kinds)),
+    # A type of values, keywords that are about it, and whether a value obeys one: a
+    # function of the value and the keyword's argument.  None: that is not known here.
+    ("any", "type", lambda value, kinds: (
+        not set(JSON_TYPES[type(value)]).isdisjoint(as_list(kinds)))),
     ("any", "enum", is_one), ("any", "const", lambda value, it: is_one(value, [it])),
+    ("any", "not if $id $dynamicRef", lambda *_: None),
     ("number", "minimum", operator.ge), ("number", "exclusiveMinimum", operator.gt),
     ("number", "maximum", operator.le), ("number", "exclusiveMaximum", operator.lt),
     ("number", "multipleOf", is_multiple),
     ("string", "minLength", has_at_least), ("string", "maxLength", has_at_most),
     ("string", "format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    ("string", "pattern", None),
+    ("string", "pattern", lambda *_: None),
     ("array", "minItems", has_at_least), ("array", "maxItems", has_at_most),
     ("array", "uniqueItems", lambda value, on: (
         not on or len(set(map(canonical, value))) == len(value))),
-    ("array", "items prefixItems", True),
-    ("array", "contains additionalItems unevaluatedItems", None),
+    ("array", "contains additionalItems unevaluatedItems", lambda *_: None),
     ("object", "minProperties", has_at_least), ("object", "maxProperties", has_at_most),
     ("object", "required", lambda value, names: value.keys() >= set(names)),
-    ("object", "properties additionalProperties propertyNames", True),
     ("object", "patternProperties dependencies dependentRequired dependentSchemas "
                "unevaluatedProperties", lambda value, _: not value or None),
 ) for keyword in keywords.split()}
@@ -1995,13 +1995,12 @@ def property_schema(schema, name):
     return schema.get("properties", {}).get(name, rest)
 
 
-def item_schema(schema, index):
-    """The schema of an item.  `items` as a list is how prefixItems was once written."""
-    rest = schema.get("items", True)
-    first = rest if isinstance(rest, list) else schema.get("prefixItems", ())
-    if index < len(first):
-        return first[index]
-    return True if isinstance(rest, list) else rest
+def item_schemas(schema):
+    """The schemas of the items in turn.  A list of items is an older prefixItems."""
+    first, rest = schema.get("prefixItems", []), schema.get("items", True)
+    if isinstance(rest, list):
+        first, rest = rest, True
+    return itertools.chain(first, itertools.repeat(rest))
 
 
 class Sampler:
@@ -2009,68 +2008,65 @@ class Sampler:
 
     def __init__(self, root):
         self.root, self.left = root, SAMPLE_WORK
-        # Is the value an example of the schema's author?  Its strings are trusted to
-        # match a pattern, since patterns are not run.
-        self.trusting, self.trusted = False, set()
 
-    def spend(self, work, keyword="type"):
+    def spend(self, work):
         self.left -= work
         if self.left < 0:
-            raise unsatisfiable(keyword, "the instance or the work would be too large")
+            raise unsatisfiable("type", "the instance or the work would be too large")
+
+    def target(self, ref):
+        """What a $ref points to: "#", or a pointer (RFC 6901) such as "#/$defs/a"."""
+        place = {"#": self.root}
+        for step in unquote(ref).split("/"):
+            if isinstance(place, list):
+                place = dict(zip(map(str, itertools.count()), place))
+            place = place[step.replace("~1", "/").replace("~0", "~")]
+        return place
 
     def also(self, schema):
-        """What holds wherever a schema does: its allOf, and the target of its $ref.
-
-        A $ref is "#", or a pointer (RFC 6901) such as "#/$defs/a".
-        """
+        """What holds wherever a schema does: its allOf, and the target of its $ref."""
         yield from schema.get("allOf", ())
-        for ref in stated([schema], "$ref"):
-            place = {"#": self.root}
-            for step in unquote(ref).split("/"):
-                step = step.replace("~1", "/").replace("~0", "~")
-                if isinstance(place, list) and step.isdigit():
-                    place = dict(enumerate(place)).get(int(step))
-                else:
-                    place = place.get(step) if isinstance(place, dict) else None
-            if place is None:
-                raise unsatisfiable("$ref", f"there is no {ref}")
-            yield place
+        yield from map(self.target, stated([schema], "$ref"))
 
     # ------ the check
 
-    def broken(self, value, schema, keyword="allOf"):
-        """The first keyword that a value does not obey, or None."""
+    def broken(self, value, schema, keyword="allOf", trusting=False):
+        """The first keyword that a value does not obey, or None.
+
+        trusting: the value is a default or an example, or is in one, so its strings are
+        trusted to match their patterns.
+        """
+        if schema is None:
+            raise unsatisfiable(keyword, "it is not known here")
         if isinstance(schema, bool):
             return None if schema else keyword
         lists = stated([schema], "enum", "anyOf", "oneOf", "$ref")
         self.spend(len(schema) + sum(map(len, lists)))
-        for keyword in filter(RULES.__contains__, schema):
-            (kind, rule), argument = RULES[keyword], schema[keyword]
-            if kind not in ("any", *json_types(value)):
-                continue
-            verdict = rule(value, argument) if callable(rule) else rule
-            if verdict is False:
-                return keyword
-            claim = value, keyword, argument    # only those of strings go into the set
-            if verdict is None and kind == "string" and self.trusting:
-                self.trusted.add(claim)
-            elif verdict is None and (kind != "string" or claim not in self.trusted):
-                raise unsatisfiable(keyword, "it is not known here")
-        return next(filter(None, itertools.starmap(
-            self.broken, self.parts(value, schema))), None)
+        known = stated([schema], "default") + schema.get("examples", [])
+        parts = self.parts(value, schema, trusting or value in known)
+        return next(filter(None, itertools.starmap(self.broken, parts)), None)
 
-    def parts(self, value, schema):
-        """(a value, its schema, keyword) for the value itself and for what is in it."""
-        yield from ((value, each, "allOf") for each in self.also(schema))
+    def parts(self, value, schema, trusting):
+        """What `broken` must look at: (a value, its schema or a verdict, keyword, ...)."""
+        for keyword in filter(RULES.__contains__, schema):
+            kind, rule = RULES[keyword]
+            if kind in ("any", *JSON_TYPES[type(value)]):
+                is_trusted = trusting and keyword == "pattern"
+                yield value, is_trusted or rule(value, schema[keyword]), keyword
+        for each in self.also(schema):
+            yield value, each, "allOf", trusting
         for keyword in {"anyOf", "oneOf"} & schema.keys():
-            fits = (not self.broken(value, each) for each in schema[keyword])
+            fits = (not self.broken(value, each, keyword, trusting)
+                    for each in schema[keyword])
             # The second any() goes on behind the first branch that fits.
             yield value, any(fits) and not (keyword == "oneOf" and any(fits)), keyword
         for name in value if isinstance(value, dict) else ():
-            yield value[name], property_schema(schema, name), "additionalProperties"
-            yield name, schema.get("propertyNames", True), "propertyNames"
-        for index, each in enumerate(value if isinstance(value, list) else ()):
-            yield each, item_schema(schema, index), "items"
+            inner = property_schema(schema, name)
+            yield value[name], inner, "additionalProperties", trusting
+            yield name, schema.get("propertyNames", True), "propertyNames", trusting
+        items = value if isinstance(value, list) else ()
+        for each, inner in zip(items, item_schemas(schema)):
+            yield each, inner, "items", trusting
 
     # ------ the making
 
@@ -2078,10 +2074,9 @@ class Sampler:
         """A value that obeys all the schemas and is none of the others."""
         schemas = [each for each in schemas if each is not False]  # see `broken`
         fault = unsatisfiable("$ref", "it contains itself without an end")
-        for trusting, values in self.candidates(schemas, name, above):
+        for values in self.candidates(schemas, name, above):
             try:
                 for value in values:
-                    self.trusting = trusting
                     self.spend(len(to_json(value)))
                     keyword = self.broken(value, {"allOf": schemas})
                     if not keyword and not is_one(value, others):
@@ -2092,7 +2087,7 @@ class Sampler:
         raise fault
 
     def candidates(self, todo, name, above, here=()):
-        """(is it an author's example?, values), reading the schemas `todo` in turn.
+        """Iterables of values to try, reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -2112,55 +2107,48 @@ class Sampler:
     def values(self, here, name, inside):
         """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in stated(here, "examples") if each]
-        yield from ((True, [value]) for value in stated(here, "default") + examples)
         listed = stated(here, "const") + sum(stated(here, "enum"), [])
-        yield from ((False, [value]) for value in listed)
-        types = (each if type(each) is list else [each]
-                 for each in stated(here, "type"))
-        implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
-        kinds = sum(types, []) or filter("any".__ne__, implied)
-        for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
-            yield False, CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
+        yield from ([each] for each in stated(here, "default") + examples + listed)
+        kinds = sum(map(as_list, stated(here, "type")), [])
+        for kind in [] if listed else kinds or ["object"]:
+            yield CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
                 here, name, inside)
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
-        low = max(stated(here, "minProperties"), default=0)
+        least = max(stated(here, "minProperties"), default=0)
         required = [*dict.fromkeys(map(str, sum(stated(here, "required"), [])))]
         names = [*dict.fromkeys(itertools.chain(required, *stated(here, "properties")))]
         key = [{"type": "string"}, *stated(here, "propertyNames")]
-        while len(names) < low:
+        while len(names) < least:
             names.append(self.make(key, "key", inside, names))
-        for count in (max(low, len(required)), len(names)):
+        for count in (max(least, len(required)), len(names)):
             yield {each: self.make([property_schema(schema, each) for schema in here],
-                                   each, inside) for each in names[:count]}
+                                   each or "text", inside) for each in names[:count]}
 
     def make_array(self, here, name, inside):
-        low, made = max(stated(here, "minItems"), default=0), []
-        self.spend(low, "minItems")
+        least, made = max(stated(here, "minItems"), default=0), []
         others = made if any(stated(here, "uniqueItems")) else ()
-        for index in range(low):
-            schemas = [item_schema(schema, index) for schema in here]
+        for _, *schemas in zip(range(least), *map(item_schemas, here)):
             made.append(self.make(schemas, name, inside, others))
         yield made
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        name, high = name or "text", min(stated(here, "maxLength"), default=SAMPLE_WORK)
         low = min(max(stated(here, "minLength"), default=0), SAMPLE_WORK)
+        high = min(stated(here, "maxLength"), default=SAMPLE_WORK)
         yield from filter(None, map(FORMATS.get, stated(here, "format")))
         for mark in ("", *map(str, range(2, 100))):
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
 
     def make_number(self, here, name, inside):
         """The number nearest to 0, one between the bounds, and multiples near them."""
-        low = max(stated(here, "minimum", "exclusiveMinimum"), default=-math.inf)
-        high = min(stated(here, "maximum", "exclusiveMaximum"), default=math.inf)
-        step, start = max(stated(here, "multipleOf"), default=1), min(max(0, low), high)
+        low = max(stated(here, "minimum", "exclusiveMinimum"), default=-1)
+        high = min(stated(here, "maximum", "exclusiveMaximum"), default=abs(low) + 1)
+        start, step = min(max(0, low), high), max(stated(here, "multipleOf"), default=1)
         multiples = ((start // step + n) * step for n in NEAR)
-        for value in (start, (low + high) / 2, start + 0.5, *multiples):
-            if math.isfinite(value):
-                yield int(value) if value % 1 == 0 else value
+        for value in (start, (low + high) / 2, *multiples):
+            yield int(value) if value % 1 == 0 else value
 
     make_integer = make_number
 
@@ -2177,13 +2165,13 @@ def sample(schema):
         {'city': 'city', 'days': 3}
     """
     try:
-        schema = json.loads(to_json(schema))        # a copy that has no other types
+        schema = plain_json(schema)
         if isinstance(schema, dict):
             schema.pop("$id", None)                 # it says nothing at the root
         return Sampler(schema).make([{"allOf": [schema]}], "text")
-    except RecursionError:
-        raise unsatisfiable("$ref", "it is nested too deeply") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
+    except (LookupError, RecursionError) as why:
+        raise unsatisfiable("$ref", f"it leads nowhere, or too deep ({why})") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as why:
         raise unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
 
 
