@@ -1790,8 +1790,7 @@ def duplicate_tool_id(chunks):
             for call in calls_in(choice):
                 first = opened.setdefault((choice["index"], call["index"]), call)
                 kind = first["type"]
-                call.update(id=first["id"], type=kind)
-                call[kind]["name"] = first[kind]["name"]
+                call.update({**first, kind: {**first[kind], **call[kind]}})
         yield chunk
 
 
