@@ -1948,40 +1948,33 @@ def is_one(value, values):
     return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
-def has_at_least(value, least):
-    return len(value) >= least
-
-
-def has_at_most(value, most):
-    return len(value) <= most
-
-
 def is_multiple(value, step):               # of floats as other validators do it
     return (value % step if isinstance(step, int) else value / step % 1) == 0
 
 
-RULES = {keyword: (kind, rule) for kind, keywords, rule in (
-    # A type of values, keywords that are about it, and whether a value obeys one: a
+RULES = {keyword: (kind, rule) for places, rule in (
+    # A type of values and a keyword that is about it, and whether a value obeys: a
     # function of the value and the keyword's argument.  None: that is not known here.
-    ("any", "type", lambda value, kinds: (
+    ("any type", lambda value, kinds: (
         not set(JSON_TYPES[type(value)]).isdisjoint(as_list(kinds)))),
-    ("any", "enum", is_one), ("any", "const", lambda value, it: is_one(value, [it])),
-    ("any", "not if $id $dynamicRef", lambda *_: None),
-    ("number", "minimum", operator.ge), ("number", "exclusiveMinimum", operator.gt),
-    ("number", "maximum", operator.le), ("number", "exclusiveMaximum", operator.lt),
-    ("number", "multipleOf", is_multiple),
-    ("string", "minLength", has_at_least), ("string", "maxLength", has_at_most),
-    ("string", "format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    ("string", "pattern", lambda *_: None),
-    ("array", "minItems", has_at_least), ("array", "maxItems", has_at_most),
-    ("array", "uniqueItems", lambda value, on: (
+    ("any enum", is_one), ("any const", lambda value, it: is_one(value, [it])),
+    ("number minimum", operator.ge), ("number exclusiveMinimum", operator.gt),
+    ("number maximum", operator.le), ("number exclusiveMaximum", operator.lt),
+    ("number multipleOf", is_multiple),
+    ("string minLength, array minItems, object minProperties",
+     lambda value, least: len(value) >= least),
+    ("string maxLength, array maxItems, object maxProperties",
+     lambda value, most: len(value) <= most),
+    ("string format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
+    ("array uniqueItems", lambda value, on: (
         not on or len(set(map(canonical, value))) == len(value))),
-    ("array", "contains additionalItems unevaluatedItems", lambda *_: None),
-    ("object", "minProperties", has_at_least), ("object", "maxProperties", has_at_most),
-    ("object", "required", lambda value, names: value.keys() >= set(names)),
-    ("object", "patternProperties dependencies dependentRequired dependentSchemas "
-               "unevaluatedProperties", lambda value, _: not value or None),
-) for keyword in keywords.split()}
+    ("object required", lambda value, names: value.keys() >= set(names)),
+    ("any not, any if, any $id, any $dynamicRef, string pattern, array contains, "
+     "array additionalItems, array unevaluatedItems", lambda value, _: None),
+    ("object patternProperties, object dependencies, object dependentRequired, "
+     "object dependentSchemas, object unevaluatedProperties",
+     lambda value, _: not value or None),
+) for kind, keyword in map(str.split, places.split(", "))}
 
 
 def stated(here, *keywords):
