@@ -1748,11 +1748,16 @@ def each_write(change):
     return quirk
 
 
+def no_done(writes, k):
+    """All but [DONE]."""
+    return filter(DONE.__ne__, writes)
+
+
 def over_chunks(change):
     """A quirk that changes dicts: change(chunks) wraps the chunks."""
     def quirk(writes, k):
-        chunks = (json.loads(write[len("data: "):]) for write in writes if write != DONE)
-        return events(change(chunks))
+        written = (write[len("data: "):] for write in no_done(writes, k))
+        return events(change(map(json.loads, written)))
     return quirk
 
 
@@ -1794,13 +1799,8 @@ def duplicate_tool_id(chunks):
         yield chunk
 
 
-def no_done(writes, k):
-    """All but [DONE]."""
-    return filter(DONE.__ne__, writes)
-
-
 def cut_after(how):
-    """A quirk that lets k events pass, or all for None, and then ends the connection."""
+    """A quirk that lets k events pass (None: all) and then ends the connection."""
     def quirk(writes, k):
         yield from itertools.islice(writes, k)
         raise Cut(how)
@@ -2039,7 +2039,7 @@ class Sampler:
         return next(filter(None, itertools.starmap(self.broken, parts)), None)
 
     def parts(self, value, schema, trusting):
-        """What `broken` must look at: (a value, its schema or a verdict, keyword, ...)."""
+        """What `broken` looks at: (a value, its schema or a verdict, keyword, ...)."""
         for keyword in filter(RULES.__contains__, schema):
             kind, rule = RULES[keyword]
             if kind in ("any", *JSON_TYPES[type(value)]):
