@@ -1612,9 +1612,8 @@ def wait_for(source):
 
 # ----------------------------------------------------------------------------------
 # Quirks.  Deliberate faults, for tests of a client.  A quirk is a generator over the
-# writes of a response, where one yield is one send; one of CHUNK_QUIRKS is a generator
-# over its chunks.  k: how many events come first.  `stall@3` lets three pass and is
-# then silent; a quirk that is everywhere ignores k.
+# writes of a response, where one yield is one send.  k: how many events come first.
+# `stall@3` lets three pass and is then silent; a quirk that is everywhere ignores k.
 
 class Cut(EndReply):
     """Ends the connection: Cut("fin"), Cut("reset"), or Cut("stall") for silence."""
@@ -1622,16 +1621,6 @@ class Cut(EndReply):
 
 class Instead(EndReply):
     """Ends a reply in favour of another response: Instead(response)."""
-
-
-def each_choice(change):
-    """A quirk that changes each choice object of each chunk in place."""
-    def quirk(chunks, k):
-        for chunk in chunks:
-            for choice in chunk["choices"]:
-                change(choice)
-            yield chunk
-    return quirk
 
 
 def each_write(change):
@@ -1642,19 +1631,35 @@ def each_write(change):
     return quirk
 
 
-def cut_after(how):
-    """A quirk that lets k events pass and then ends the connection."""
+def no_done(writes, k):
+    """All but [DONE]."""
+    return filter(DONE.__ne__, writes)
+
+
+def over_chunks(change):
+    """A quirk that changes dicts: change(chunks) wraps the chunks."""
     def quirk(writes, k):
-        yield from itertools.islice(writes, k)
-        raise Cut(how)
+        written = (write[len("data: "):] for write in no_done(writes, k))
+        return events(change(map(json.loads, written)))
     return quirk
+
+
+def each_choice(change):
+    """A quirk that changes each choice object of each chunk in place."""
+    def changed(chunks):
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                change(choice)
+            yield chunk
+    return over_chunks(changed)
 
 
 def calls_in(choice):
     return choice.get("delta", {}).get("tool_calls", ())
 
 
-def usage_always(chunks, k):
+@over_chunks
+def usage_always(chunks):
     """A usage in every chunk and in a chunk of its own, though nobody asked for it."""
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     for chunk in chunks:
@@ -1664,67 +1669,25 @@ def usage_always(chunks, k):
         yield {**chunk, "choices": [], "usage": usage}
 
 
-def duplicate_tool_id(chunks, k):
+@over_chunks
+def duplicate_tool_id(chunks):
     """Each fragment of a tool call repeats the call's id and name."""
     opened = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
             for call in calls_in(choice):
-                kind = "custom" if "custom" in call else "function"
                 first = opened.setdefault((choice["index"], call["index"]), call)
-                call.update(id=first["id"], type=kind)
-                call[kind]["name"] = first[kind]["name"]
+                kind = first["type"]
+                call.update({**first, kind: {**first[kind], **call[kind]}})
         yield chunk
 
 
-CHUNK_QUIRKS = {
-    # The first delta does not say who speaks.
-    "no_role": each_choice(lambda choice: choice.get("delta", {}).pop("role", None)),
-    # Every delta says who speaks.
-    "role_every": each_choice(lambda choice: "delta" in choice and choice.update(
-        delta={"role": "assistant", **choice["delta"]})),
-    "usage_always": usage_always,
-    # Neither a finish_reason nor [DONE]: the stream just ends.
-    "no_finish": each_choice(lambda choice: choice.update(finish_reason=None)),
-    # Fragments of tool calls do not say which call they belong to.
-    "missing_tool_index": each_choice(
-        lambda choice: [call.pop("index") for call in calls_in(choice)]),
-    "duplicate_tool_id": duplicate_tool_id,
-}
-
-
-def split_bytes(writes, k):
-    """One byte a send."""
-    for write in writes:
-        for i in range(len(write)):
-            yield write[i:i + 1]
-
-
-def one_write(writes, k):
-    """All in one send."""
-    yield b"".join(writes)
-
-
-def no_done(writes, k):
-    """All but [DONE]."""
-    yield from (write for write in writes if write != DONE)
-
-
-def no_terminator(writes, k):
-    """Closed without the last transfer chunk."""
-    yield from writes
-    raise Cut("fin")
-
-
-def error_event(writes, k):
-    """An error event in place of the rest."""
-    yield from itertools.islice(writes, k)
-    yield event(server_error().body())
-
-
-def truncate(writes, k):
-    """Closed cleanly after k events, as if complete."""
-    yield from itertools.islice(writes, k)
+def cut_after(how):
+    """A quirk that lets k events pass (None: all) and then ends the connection."""
+    def quirk(writes, k):
+        yield from itertools.islice(writes, k)
+        raise Cut(how)
+    return quirk
 
 
 def html_502(writes, k):
@@ -1733,7 +1696,7 @@ def html_502(writes, k):
                            b"<html><body><h1>502 Bad Gateway</h1></body></html>\n"))
 
 
-WRITE_QUIRKS = {
+QUIRKS = {
     # A comment block before each event.
     "comment": each_write(lambda i, write, k: b": comment\n\n" + write),
     # Lines that end with CR LF.
@@ -1748,23 +1711,41 @@ WRITE_QUIRKS = {
     "retry_block": each_write(lambda i, write, k: b"retry: 1000\n\n" + write),
     # Events whose data is empty.
     "empty_data": each_write(lambda i, write, k: b"data:\n\n" + write),
-    "split_bytes": split_bytes,
-    "one_write": one_write,
+    # One byte a send.
+    "split_bytes": lambda writes, k: (
+        bytes([byte]) for write in writes for byte in write),
+    # All in one send.
+    "one_write": lambda writes, k: iter([b"".join(writes)]),
     "no_done": no_done,
-    "no_finish": no_done,               # the other half of it is a chunk quirk
-    "no_terminator": no_terminator,
+    # Neither a finish_reason nor [DONE]: the stream just ends.
+    "no_finish": lambda writes, k: no_done(each_choice(
+        lambda choice: choice.update(finish_reason=None))(writes, k), k),
+    # Closed without the last transfer chunk.
+    "no_terminator": lambda writes, k: cut_after("fin")(writes, None),
     # One event that is cut short inside its JSON.
     "bad_json": each_write(lambda i, write, k: (
         write[:len(write) // 2] + b"\n\n" if i == k else write)),
-    "error_event": error_event,
-    "truncate": truncate,
+    # An error event in place of the rest.
+    "error_event": lambda writes, k: itertools.chain(
+        itertools.islice(writes, k), [event(server_error().body())]),
+    # Closed cleanly after k events, as if complete.
+    "truncate": itertools.islice,
     # Silence until the client leaves.
     "stall": cut_after("stall"),
     # A TCP reset.
     "reset": cut_after("reset"),
     "html_502": html_502,
+    # The first delta does not say who speaks.
+    "no_role": each_choice(lambda choice: choice.get("delta", {}).pop("role", None)),
+    # Every delta says who speaks.
+    "role_every": each_choice(lambda choice: "delta" in choice and choice.update(
+        delta={"role": "assistant", **choice["delta"]})),
+    "usage_always": usage_always,
+    # Fragments of tool calls do not say which call they belong to.
+    "missing_tool_index": each_choice(
+        lambda choice: [call.pop("index") for call in calls_in(choice)]),
+    "duplicate_tool_id": duplicate_tool_id,
 }
-QUIRKS = {**WRITE_QUIRKS, **CHUNK_QUIRKS}
 # These also happen to a reply that is not streamed, with k = 0.
 WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
 
@@ -1800,7 +1781,7 @@ def parse_quirk(text):
 # A full validator knows every keyword and runs patterns; this one refuses what it
 # cannot judge.
 
-SAMPLE_WORK = 300_000       # characters and steps that one sample may cost
+SAMPLE_WORK = 200_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
 JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
               type(None): ["null"], int: ["integer", "number"], float: ["number"]}
@@ -1815,6 +1796,18 @@ FORMATS = {  # None: any string
 }
 
 
+def plain_json(value):
+    """A copy with none but JSON's own types, where 2.0 is the integer that it means.
+
+    Example:
+        >>> plain_json({"a": (2.0, 2.5)})
+        {'a': [2, 2.5]}
+    """
+    def number(text):
+        return int(float(text)) if float(text).is_integer() else float(text)
+    return json.loads(to_json(value), parse_float=number)
+
+
 def canonical(value):
     """Text that equal JSON values share: 0 and 0.0 do, 1 and true do not.
 
@@ -1822,9 +1815,7 @@ def canonical(value):
         >>> canonical({"b": 0.0, "a": True})
         '{"a": true, "b": 0}'
     """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    return json.dumps(json.loads(to_json(value), parse_float=number), sort_keys=True)
+    return json.dumps(plain_json(value), sort_keys=True)
 
 
 def unsatisfiable(keyword, why="it cannot be satisfied"):
@@ -1832,58 +1823,41 @@ def unsatisfiable(keyword, why="it cannot be satisfied"):
                          f"'{keyword}': {why}.", code="invalid_json_schema")
 
 
-def json_types(value):
-    """The JSON types of a value.  A number without a fraction is an integer.
-
-    Example:
-        >>> json_types(1.0), json_types(True)
-        (['number', 'integer'], ['boolean'])
-    """
-    is_whole = type(value) is float and value % 1 == 0
-    return JSON_TYPES[type(value)] + ["integer"] * is_whole
+def as_list(value):
+    return value if isinstance(value, list) else [value]
 
 
 def is_one(value, values):
     return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
-def has_at_least(value, least):
-    return len(value) >= least
-
-
-def has_at_most(value, most):
-    return len(value) <= most
-
-
 def is_multiple(value, step):               # of floats as other validators do it
     return (value % step if isinstance(step, int) else value / step % 1) == 0
 
 
-RULES = {keyword: (kind, rule) for kind, keywords, rule in (
-    # A type of values, the keywords that are about it, and whether a value obeys one: a
-    # function of the value and the keyword's argument, or None: that is not known here,
-    # or True: see Sampler.parts.
-    ("any", "not if $id $dynamicRef", None),
-    ("any", "type", lambda value, kinds: not set(json_types(value)).isdisjoint(
-        [kinds] if isinstance(kinds, str) else kinds)),
-    ("any", "enum", is_one), ("any", "const", lambda value, it: is_one(value, [it])),
-    ("number", "minimum", operator.ge), ("number", "exclusiveMinimum", operator.gt),
-    ("number", "maximum", operator.le), ("number", "exclusiveMaximum", operator.lt),
-    ("number", "multipleOf", is_multiple),
-    ("string", "minLength", has_at_least), ("string", "maxLength", has_at_most),
-    ("string", "format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
-    ("string", "pattern", None),
-    ("array", "minItems", has_at_least), ("array", "maxItems", has_at_most),
-    ("array", "uniqueItems", lambda value, on: (
+RULES = {keyword: (kind, rule) for places, rule in (
+    # A type of values and a keyword that is about it, and whether a value obeys: a
+    # function of the value and the keyword's argument.  None: that is not known here.
+    ("any type", lambda value, kinds: (
+        not set(JSON_TYPES[type(value)]).isdisjoint(as_list(kinds)))),
+    ("any enum", is_one), ("any const", lambda value, it: is_one(value, [it])),
+    ("number minimum", operator.ge), ("number exclusiveMinimum", operator.gt),
+    ("number maximum", operator.le), ("number exclusiveMaximum", operator.lt),
+    ("number multipleOf", is_multiple),
+    ("string minLength, array minItems, object minProperties",
+     lambda value, least: len(value) >= least),
+    ("string maxLength, array maxItems, object maxProperties",
+     lambda value, most: len(value) <= most),
+    ("string format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
+    ("array uniqueItems", lambda value, on: (
         not on or len(set(map(canonical, value))) == len(value))),
-    ("array", "items prefixItems", True),
-    ("array", "contains additionalItems unevaluatedItems", None),
-    ("object", "minProperties", has_at_least), ("object", "maxProperties", has_at_most),
-    ("object", "required", lambda value, names: value.keys() >= set(names)),
-    ("object", "properties additionalProperties propertyNames", True),
-    ("object", "patternProperties dependencies dependentRequired dependentSchemas "
-               "unevaluatedProperties", lambda value, _: not value or None),
-) for keyword in keywords.split()}
+    ("object required", lambda value, names: value.keys() >= set(names)),
+    ("any not, any if, any $id, any $dynamicRef, string pattern, array contains, "
+     "array additionalItems, array unevaluatedItems", lambda value, _: None),
+    ("object patternProperties, object dependencies, object dependentRequired, "
+     "object dependentSchemas, object unevaluatedProperties",
+     lambda value, _: not value or None),
+) for kind, keyword in map(str.split, places.split(", "))}
 
 
 def stated(here, *keywords):
@@ -1896,13 +1870,12 @@ def property_schema(schema, name):
     return schema.get("properties", {}).get(name, rest)
 
 
-def item_schema(schema, index):
-    """The schema of an item.  `items` as a list is how prefixItems was once written."""
-    rest = schema.get("items", True)
-    first = rest if isinstance(rest, list) else schema.get("prefixItems", ())
-    if index < len(first):
-        return first[index]
-    return True if isinstance(rest, list) else rest
+def item_schemas(schema):
+    """The schemas of the items in turn.  A list of items is an older prefixItems."""
+    first, rest = schema.get("prefixItems", []), schema.get("items", True)
+    if isinstance(rest, list):
+        first, rest = rest, True
+    return itertools.chain(first, itertools.repeat(rest))
 
 
 class Sampler:
@@ -1910,68 +1883,65 @@ class Sampler:
 
     def __init__(self, root):
         self.root, self.left = root, SAMPLE_WORK
-        # Is the value an example of the schema's author?  Its strings are trusted to
-        # match a pattern, since patterns are not run.
-        self.trusting, self.trusted = False, set()
 
-    def spend(self, work, keyword="type"):
+    def spend(self, work):
         self.left -= work
         if self.left < 0:
-            raise unsatisfiable(keyword, "the instance or the work would be too large")
+            raise unsatisfiable("type", "the instance or the work would be too large")
+
+    def target(self, ref):
+        """What a $ref points to: "#", or a pointer (RFC 6901) such as "#/$defs/a"."""
+        place = {"#": self.root}
+        for step in unquote(ref).split("/"):
+            if isinstance(place, list):
+                place = dict(zip(map(str, itertools.count()), place))
+            place = place[step.replace("~1", "/").replace("~0", "~")]
+        return place
 
     def also(self, schema):
-        """What holds wherever a schema does: its allOf, and the target of its $ref.
-
-        A $ref is "#", or a pointer (RFC 6901) such as "#/$defs/a".
-        """
+        """What holds wherever a schema does: its allOf, and the target of its $ref."""
         yield from schema.get("allOf", ())
-        for ref in stated([schema], "$ref"):
-            place = {"#": self.root}
-            for step in unquote(ref).split("/"):
-                step = step.replace("~1", "/").replace("~0", "~")
-                if isinstance(place, list) and step.isdigit():
-                    place = dict(enumerate(place)).get(int(step))
-                else:
-                    place = place.get(step) if isinstance(place, dict) else None
-            if place is None:
-                raise unsatisfiable("$ref", f"there is no {ref}")
-            yield place
+        yield from map(self.target, stated([schema], "$ref"))
 
     # ------ the check
 
-    def broken(self, value, schema, keyword="allOf"):
-        """The first keyword that a value does not obey, or None."""
+    def broken(self, value, schema, keyword="allOf", trusting=False):
+        """The first keyword that a value does not obey, or None.
+
+        trusting: the value is a default or an example, or is in one, so its strings are
+        trusted to match their patterns.
+        """
+        if schema is None:
+            raise unsatisfiable(keyword, "it is not known here")
         if isinstance(schema, bool):
             return None if schema else keyword
         lists = stated([schema], "enum", "anyOf", "oneOf", "$ref")
         self.spend(len(schema) + sum(map(len, lists)))
-        for keyword in filter(RULES.__contains__, schema):
-            (kind, rule), argument = RULES[keyword], schema[keyword]
-            if kind not in ("any", *json_types(value)):
-                continue
-            verdict = rule(value, argument) if callable(rule) else rule
-            if verdict is False:
-                return keyword
-            claim = value, keyword, argument    # only those of strings go into the set
-            if verdict is None and kind == "string" and self.trusting:
-                self.trusted.add(claim)
-            elif verdict is None and (kind != "string" or claim not in self.trusted):
-                raise unsatisfiable(keyword, "it is not known here")
-        return next(filter(None, itertools.starmap(
-            self.broken, self.parts(value, schema))), None)
+        known = stated([schema], "default") + schema.get("examples", [])
+        parts = self.parts(value, schema, trusting or value in known)
+        return next(filter(None, itertools.starmap(self.broken, parts)), None)
 
-    def parts(self, value, schema):
-        """(a value, its schema, keyword) for the value itself and for what is in it."""
-        yield from ((value, each, "allOf") for each in self.also(schema))
+    def parts(self, value, schema, trusting):
+        """What `broken` looks at: (a value, its schema or a verdict, keyword, ...)."""
+        for keyword in filter(RULES.__contains__, schema):
+            kind, rule = RULES[keyword]
+            if kind in ("any", *JSON_TYPES[type(value)]):
+                is_trusted = trusting and keyword == "pattern"
+                yield value, is_trusted or rule(value, schema[keyword]), keyword
+        for each in self.also(schema):
+            yield value, each, "allOf", trusting
         for keyword in {"anyOf", "oneOf"} & schema.keys():
-            fits = (not self.broken(value, each) for each in schema[keyword])
+            fits = (not self.broken(value, each, keyword, trusting)
+                    for each in schema[keyword])
             # The second any() goes on behind the first branch that fits.
             yield value, any(fits) and not (keyword == "oneOf" and any(fits)), keyword
         for name in value if isinstance(value, dict) else ():
-            yield value[name], property_schema(schema, name), "additionalProperties"
-            yield name, schema.get("propertyNames", True), "propertyNames"
-        for index, each in enumerate(value if isinstance(value, list) else ()):
-            yield each, item_schema(schema, index), "items"
+            inner = property_schema(schema, name)
+            yield value[name], inner, "additionalProperties", trusting
+            yield name, schema.get("propertyNames", True), "propertyNames", trusting
+        items = value if isinstance(value, list) else ()
+        for each, inner in zip(items, item_schemas(schema)):
+            yield each, inner, "items", trusting
 
     # ------ the making
 
@@ -1979,10 +1949,9 @@ class Sampler:
         """A value that obeys all the schemas and is none of the others."""
         schemas = [each for each in schemas if each is not False]  # see `broken`
         fault = unsatisfiable("$ref", "it contains itself without an end")
-        for trusting, values in self.candidates(schemas, name, above):
+        for values in self.candidates(schemas, name, above):
             try:
                 for value in values:
-                    self.trusting = trusting
                     self.spend(len(to_json(value)))
                     keyword = self.broken(value, {"allOf": schemas})
                     if not keyword and not is_one(value, others):
@@ -1993,7 +1962,7 @@ class Sampler:
         raise fault
 
     def candidates(self, todo, name, above, here=()):
-        """(is it an author's example?, values), reading the schemas `todo` in turn.
+        """Iterables of values to try, reading the schemas `todo` in turn.
 
         `above` has the ids of the schemas that this place is inside of: a schema inside
         itself has no candidate, so a linked list ends with its other branch, null.
@@ -2013,55 +1982,48 @@ class Sampler:
     def values(self, here, name, inside):
         """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in stated(here, "examples") if each]
-        yield from ((True, [value]) for value in stated(here, "default") + examples)
         listed = stated(here, "const") + sum(stated(here, "enum"), [])
-        yield from ((False, [value]) for value in listed)
-        types = (each if type(each) is list else [each]
-                 for each in stated(here, "type"))
-        implied = [RULES[key][0] for schema in here for key in schema if key in RULES]
-        kinds = sum(types, []) or filter("any".__ne__, implied)
-        for kind in [] if listed else dict.fromkeys(kinds) or ["object"]:
-            yield False, CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
+        yield from ([each] for each in stated(here, "default") + examples + listed)
+        kinds = sum(map(as_list, stated(here, "type")), [])
+        for kind in [] if listed else kinds or ["object"]:
+            yield CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
                 here, name, inside)
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
-        low = max(stated(here, "minProperties"), default=0)
+        least = max(stated(here, "minProperties"), default=0)
         required = [*dict.fromkeys(map(str, sum(stated(here, "required"), [])))]
         names = [*dict.fromkeys(itertools.chain(required, *stated(here, "properties")))]
         key = [{"type": "string"}, *stated(here, "propertyNames")]
-        while len(names) < low:
+        while len(names) < least:
             names.append(self.make(key, "key", inside, names))
-        for count in (max(low, len(required)), len(names)):
+        for count in (max(least, len(required)), len(names)):
             yield {each: self.make([property_schema(schema, each) for schema in here],
-                                   each, inside) for each in names[:count]}
+                                   each or "text", inside) for each in names[:count]}
 
     def make_array(self, here, name, inside):
-        low, made = max(stated(here, "minItems"), default=0), []
-        self.spend(low, "minItems")
+        least, made = max(stated(here, "minItems"), default=0), []
         others = made if any(stated(here, "uniqueItems")) else ()
-        for index in range(low):
-            schemas = [item_schema(schema, index) for schema in here]
+        for _, *schemas in zip(range(least), *map(item_schemas, here)):
             made.append(self.make(schemas, name, inside, others))
         yield made
 
     def make_string(self, here, name, inside):
         """The format's, else the name at its least length; then name2, name3, ..."""
-        name, high = name or "text", min(stated(here, "maxLength"), default=SAMPLE_WORK)
         low = min(max(stated(here, "minLength"), default=0), SAMPLE_WORK)
+        high = min(stated(here, "maxLength"), default=SAMPLE_WORK)
         yield from filter(None, map(FORMATS.get, stated(here, "format")))
         for mark in ("", *map(str, range(2, 100))):
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
 
     def make_number(self, here, name, inside):
         """The number nearest to 0, one between the bounds, and multiples near them."""
-        low = max(stated(here, "minimum", "exclusiveMinimum"), default=-math.inf)
-        high = min(stated(here, "maximum", "exclusiveMaximum"), default=math.inf)
-        step, start = max(stated(here, "multipleOf"), default=1), min(max(0, low), high)
+        low = max(stated(here, "minimum", "exclusiveMinimum"), default=-1)
+        high = min(stated(here, "maximum", "exclusiveMaximum"), default=abs(low) + 1)
+        start, step = min(max(0, low), high), max(stated(here, "multipleOf"), default=1)
         multiples = ((start // step + n) * step for n in NEAR)
-        for value in (start, (low + high) / 2, start + 0.5, *multiples):
-            if math.isfinite(value):
-                yield int(value) if value % 1 == 0 else value
+        for value in (start, (low + high) / 2, *multiples):
+            yield int(value) if value % 1 == 0 else value
 
     make_integer = make_number
 
@@ -2078,13 +2040,13 @@ def sample(schema):
         {'city': 'city', 'days': 3}
     """
     try:
-        schema = json.loads(to_json(schema))        # a copy that has no other types
+        schema = plain_json(schema)
         if isinstance(schema, dict):
             schema.pop("$id", None)                 # it says nothing at the root
         return Sampler(schema).make([{"allOf": [schema]}], "text")
-    except RecursionError:
-        raise unsatisfiable("$ref", "it is nested too deeply") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as why:
+    except (LookupError, RecursionError) as why:
+        raise unsatisfiable("$ref", f"it leads nowhere, or too deep ({why})") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as why:
         raise unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
 
 
@@ -3212,26 +3174,15 @@ class Incoming:
                 return
             yield each
 
-    def bent(self, chunks, quirk, k):
-        """The writes of a stream with a quirk, which is reset if it changed nothing."""
-        self.quirk, plain, sent = quirk, [], []
-        chunks = CHUNK_QUIRKS.get(quirk, unbent)(noting(chunks, plain, event), k)
-        writes = WRITE_QUIRKS.get(quirk, unbent)(self.noted(events(chunks)), k)
-        yield from noting(writes, sent, bytes)
-        if sent == [*plain, DONE]:
+    def bent(self, writes, quirk, k):
+        """The writes with a quirk, which is reset if it changed nothing to the end."""
+        self.quirk, sent = quirk, []
+        writes, plain = itertools.tee(writes)
+        for write in QUIRKS[quirk](writes, k):
+            sent.append(write)
+            yield write
+        if DONE in sent and sent == [*plain]:
             self.quirk = None
-
-
-def unbent(values, k):
-    """The quirk that changes nothing."""
-    return values
-
-
-def noting(values, seen, as_bytes):
-    """The same values; each is added to `seen` as bytes."""
-    for value in values:
-        seen.append(as_bytes(value))
-        yield value
 
 
 def http_date(second):
@@ -4103,11 +4054,12 @@ class Server(ThreadingHTTPServer):
             response = json_response(fold(chunks), headers)
             if quirk in WHOLE_QUIRKS:   # the others are about events
                 incoming.quirk = quirk
-                response.body = WRITE_QUIRKS[quirk](iter([response.body]), 0)
+                response.body = QUIRKS[quirk]([response.body], 0)
             return response
         ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
-        writes = (incoming.bent(chunks, quirk, k) if quirk
-                  else incoming.noted(events(chunks)))
+        writes = incoming.noted(events(chunks))
+        if quirk:
+            writes = incoming.bent(writes, quirk, k)
         return Response(200, {**EVENT_STREAM, **headers}, writes, ready)
 
     # ------ the endpoints: what has come -> a response
