@@ -3691,22 +3691,17 @@ body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto 
 header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
 header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
 input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
-textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 }
+textarea { flex: 100% } label:has(option:only-child), #talk:has(p) + #hints { display: none }
 main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
-main > div, aside > div { margin-bottom: auto }    /* the pane, reversed, stays at its end */
+#talk, #wire { margin-bottom: auto }                /* a pane, reversed, stays at its end */
 #talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 #talk p::before { content: attr(class); display: block; font: .8rem system-ui, sans-serif; opacity: .75 }
-#talk:not(:empty) + #hints { display: none } [aria-busy=true] .turn:last-child::after { content: "…" }
-[aria-busy=true] + footer :not(textarea, #stop), [aria-busy=false] + footer #stop { display: none }
-aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call, .tool { font: .8rem/1.5 monospace }
+aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call { font: .8rem/1.5 monospace }
 section { padding: .5rem 0 } section + section { border-top: 1px solid #8886 }
 summary { cursor: pointer; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-.bad summary { white-space: normal; overflow-wrap: anywhere } .bad b { font-weight: normal }
-.time, .envelope { opacity: .7 } pre { font: inherit; padding-left: 2ch } .note { font-weight: bold }
-aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: light-dark(#b3261e, #ffa198) }
-@media (max-width: 700px) { body { height: auto; grid: auto minmax(14rem, auto) auto auto / 100% }
-  main, aside { max-height: 75vh } aside { grid-area: 4 / 1 } textarea { flex-basis: 100% }
-  summary { white-space: normal; overflow-wrap: anywhere } .envelope { display: none } }
+.time, .envelope { opacity: .7 } [open] .envelope { display: none } pre { font: inherit; padding-left: 2ch }
+aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dark(#b3261e, #ffa198) }
+@media (max-width: 700px) { body { display: block } main, aside { max-height: 75vh } }
 </style>
 <header><h1>openai_compat</h1> <label>Model <input id="model"></label>
 <label>Key <input id="key" type="password" autocomplete="off"></label>
@@ -3715,139 +3710,112 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: lig
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<div id="hints"><p>Nothing has been said yet. Write a message: the wire shows the request, the response,
-and each event with its seconds since the request. Open a line to see all of it. It keeps 500 events.</p>
-<p>Without <b>Stream</b> the same reply comes whole. With <b>Tool</b> it has to call get_weather.
-With --quirk-header the server lets you choose a <b>Quirk</b>, a deliberate fault.</p></div></main>
-<footer><textarea id="text" rows="3" autofocus aria-label="Message"
-placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
-<button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
+<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request,
+the response, and each event with its seconds since the request. Open a line to see all of it.
+Try <b>Stream</b>, which cuts a reply into events, and <b>Tool</b>, which makes it call get_weather.
+With --quirk-header the server lets you choose a <b>Quirk</b>, a deliberate fault.</p></main>
+<footer><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
+<button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
 <script>
 const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
-let messages = [], running = null;        // the conversation; what stops the request that runs
-const add = (parent, name, className, text = "") =>       // as text: HTML in a reply is seen, not obeyed
+let running = null;                       // what stops the request that runs
+const add = (parent, name, className = "", text = "") =>        // as text: HTML is seen, not obeyed
   parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
-const grow = (turn, who, text, n = 0) =>  // add to the n-th line of this kind in a turn, or start it
-  text && (turn.getElementsByClassName(who)[n] || add(turn, "p", who)).append(text);
-const tell = (turn, {name, message}) =>   // fetch() throws a TypeError if a connection fails
-  grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
-// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
-function show(exchange, className, news, envelope, whole) {     // news: {name: text}
-  const line = add(exchange, "details", className), summary = add(line, "summary");
-  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
-  for (const name in news) add(summary, "b", "", ` ${name} `).after(news[name]);
-  add(summary, "span", "envelope", envelope);
-  add(line, "pre", "", whole);
-  return line;
-}
-function showEvent(exchange, event, said) {             // what is new in it is plain, the rest is dim
-  const {choices, error, usage, data, ...envelope} = said || {}, news = said ? {} : {[event]: ""};
-  const {delta, message, finish_reason} = choices?.[0] || {};
-  for (const [name, value] of Object.entries({error, delta, message, finish_reason, usage, data}))
-    if (value) news[name] = JSON.stringify(value);
-  show(exchange, error ? "event bad" : "event", news, said && ` ${JSON.stringify(envelope)}`, event);
-  const events = $("wire").getElementsByClassName("event");
-  if (events.length > 500) events[0].remove();
-}
 const lines = headers =>
   [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
-// ------ the protocol
+// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
+function show(exchange, open, news, whole) {                    // news, and beside it, dim, the whole
+  const line = add(exchange, "details"), summary = add(line, "summary");
+  line.open = open;
+  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
+  for (const [name, value] of Object.entries(news).filter(([, value]) => value))
+    add(summary, "b", "", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
+  add(summary, "span", "envelope", ` ${whole}`);
+  add(line, "pre", "", whole);
+  if (exchange.children.length > 500) exchange.children[2].remove();    // its first event
+}
 async function* events(response) {        // bytes -> events; a body that is no stream is like one event
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", read;
-  while (!(read = await reader.read()).done) {
-    const blocks = (rest + read.value).split(/\r?\n\r?\n/);     // a blank line ends an event
+  let rest = "", read = {};
+  while (!read.done) {
+    read = await reader.read();
+    const blocks = (rest + (read.value ?? "\n\n")).split(/\r?\n\r?\n/);         // at each blank line
     rest = blocks.pop();
-    yield* blocks;
+    yield* blocks.filter(Boolean);
   }
-  if (rest) yield rest;
 }
-const dataOf = event => event[0] === "{" ? event :       // other lines are comments, ids and the like
-  event.split(/\r?\n/).filter(line => /^data:/.test(line)).map(line => line.slice(5)).join("\n").trim();
-const parse = data => { try { return Object(JSON.parse(data)); } catch { return null; } };
-async function* call(path, body) {        // show an exchange; yield its deltas, its message or its list
-  document.querySelectorAll(".failed").forEach(turn => turn.remove());
-  const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
-  const method = body ? "POST" : "GET", headers = new Headers();
-  if (body) headers.set("content-type", "application/json");
+function parse(event) {                   // an event -> its object; one without data has nothing in it
+  const data = (event.match(/^data:.*|^{[^]*/gm) || []).join("\n").replace(/^data: ?/gm, "");
+  if (!data || data === "[DONE]") return {done: data};
+  try { return Object(JSON.parse(data)); }
+  catch { return {error: {message: `An event is not JSON: ${data}`}}; }
+}
+async function call(path, body) {         // one exchange
+  const exchange = add($("wire"), "section"), method = body ? "POST" : "GET";
+  const headers = new Headers(body && {"content-type": "application/json"});
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
+  document.querySelectorAll(".note").forEach(note => note.remove());
   exchange.started = performance.now();
-  show(exchange, "", {[method]: url.pathname}, "", `${lines(headers)}\n\n${body || ""}`).open = body;
-  const response = await fetch(url, {method, headers, body, signal: running?.signal});
-  const {ok, status} = response;
-  show(exchange, ok ? "" : "bad", {[status]: response.statusText}, "", lines(response.headers)).open = body;
-  let ended = ok && !body;                // a list of models has no end of its own
-  for await (const event of events(response)) {
-    const data = dataOf(event), said = parse(data), choice = said?.choices?.[0];
-    showEvent(exchange, event, said);
-    if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
-    if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
-    ended ||= data === "[DONE]" || choice?.finish_reason;
-    yield choice?.delta || choice?.message || said || {};       // no choice: [DONE], a comment, the usage
-  }
-  if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
-}
-function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta or a message, and show it
-  if (content) reply.content += content;
-  if (refusal) reply.refusal = (reply.refusal || "") + refusal;
-  grow(turn, "assistant", content);
-  grow(turn, "refusal", refusal);
-  for (const {index, id, function: {name, arguments: part = ""} = {}} of tool_calls || []) {
-    const calls = reply.tool_calls ||= [], n = index ?? (id ? calls.length : calls.length - 1);
-    if (!calls[n]) grow(turn, "tool-call", `${name} `, n);
-    calls[n] ||= {id, type: "function", function: {name, arguments: ""}};
-    calls[n].function.arguments += part;
-    grow(turn, "tool-call", part, n);
+  show(exchange, body, {request: `${method} ${path}`}, `${lines(headers)}\n\n${body || ""}`);
+  try {
+    const response = await fetch(path, {method, headers, body, signal: running?.signal});
+    const {ok, status, statusText} = response;
+    show(exchange, body, {response: `${status} ${statusText}`}, lines(response.headers));
+    let ended = ok && !body;              // a list of models has no end of its own
+    for await (const event of events(response)) {
+      const {choices, error, usage, data, done} = parse(event);
+      const {delta, message, finish_reason} = choices?.[0] || {};
+      show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
+      if (error || !ok) throw Error((ok ? "" : `${status}: `) + (error?.message || event));
+      ended ||= done || finish_reason;
+      fold(delta || message || {});
+      $("model").value ||= data?.[0]?.id || "";
+    }
+    if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
+  } catch (error) {
+    exchange.className = "bad";
+    add($("talk"), "p", "note", error.message);
   }
 }
-// ------ the conversation
+// ------ the conversation: its lines are what goes out with the next message
+function grow(who, text = null) {         // add to the last line, or start one
+  const last = $("talk").lastChild;
+  if (text !== null) (last?.className === who ? last : add($("talk"), "p", who)).append(text);
+}
+function fold({content, refusal, tool_calls}) {         // show what a delta or a message adds
+  grow("assistant", content);
+  grow("assistant refusal", refusal);
+  for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
+    grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
+}
 async function ask() {
-  const text = $("text").value, asked = [...messages, {role: "user", content: text}];
-  if (running || !text.trim()) return;
-  const turn = add($("talk"), "div", "turn"), reply = {role: "assistant", content: ""};
-  const request = {model: $("model").value, messages: asked};
-  if ($("stream").checked) Object.assign(request, {stream: true, stream_options: {include_usage: true}});
-  if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
-  grow(turn, "user", text);
+  if (running || !$("text").value.trim()) return;
+  add($("talk"), "p", "user", $("text").value);
+  const said = $("talk").querySelectorAll("p:not(.tool-call, .note)");
+  const messages = [...said].map(line => ({role: line.classList[0], content: line.textContent}));
+  const body = {model: $("model").value, messages};
+  if ($("stream").checked) Object.assign(body, {stream: true, stream_options: {include_usage: true}});
+  if ($("tool").checked) Object.assign(body, {tools: [WEATHER], tool_choice: "required"});
   $("text").value = "";
   busy(new AbortController());
-  try {
-    for await (const delta of call("chat/completions", JSON.stringify(request))) fold(reply, delta, turn);
-  } catch (error) {
-    tell(turn, error);
-    delete reply.tool_calls;              // their arguments may be cut
-    if (!reply.content && !reply.refusal) turn.className = "failed";    // the next try removes it
-  }
-  if (turn.className === "failed") $("text").value ||= text;
-  else messages = [...asked, reply];
-  for (const {id} of reply.tool_calls || []) {                  // the API wants an answer to each call
-    messages.push({role: "tool", tool_call_id: id, content: "21 degrees, sunny"});
-    add(turn, "p", "tool", messages.at(-1).content);
-  }
-  stop();                                 // a broken stream is not read to its end
+  await call("/v1/chat/completions", JSON.stringify(body));
+  running.abort();                        // a broken stream is not read to its end
   busy(null);
 }
-async function list() {
-  try { for await (const {data} of call("models")) $("model").value ||= data?.[0]?.id || ""; }
-  catch (error) { tell(add($("talk"), "div", "failed"), error); }
-}
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
-const stop = () => running?.abort(Error("Stopped."));
 onkeydown = event => {
-  if (event.key === "Escape") stop();
   if (event.target !== $("text") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   ask();
 };
-$("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
-$("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
-[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, list];
-$("quirk").parentNode.hidden = $("quirk").length === 1;    // where no request may choose one
-list();
+$("stop").onclick = () => running?.abort(Error("Stopped."));
+$("new").onclick = () => { $("talk").textContent = $("wire").textContent = ""; };
+$("send").onclick = ask;
+($("key").onchange = () => call("/v1/models"))();
 </script>
 """
 
@@ -3858,17 +3826,15 @@ def page_response(quirks):
     quirks: those that a request may choose; they go into the menu, which is HTML.
     """
     import hashlib              # not needed by those who never open the page
-    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "base-uri": "'none'", "form-action": "'none'",
-              "frame-ancestors": "'none'",
-              "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
+    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:",
+              "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
     for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy[f"{name}-src"] = f"'sha256-{digest}'"
+        policy.append(f"{name}-src 'sha256-{digest}'")
     options = "".join(f"<option>{name}</option>" for name in quirks)
     return Response(200, {
         "content-type": "text/html; charset=utf-8",
-        "content-security-policy": "; ".join(map(" ".join, policy.items())),
+        "content-security-policy": "; ".join(policy),
         "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
     }, PAGE.replace("<!-- quirks -->", options).encode())
 
