@@ -118,6 +118,7 @@ import threading
 import time
 import unicodedata
 from contextlib import suppress
+from datetime import datetime
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -3711,9 +3712,8 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dar
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
 <p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request,
-the response, and each event with its seconds since the request. Open a line to see all of it.
-Try <b>Stream</b>, which cuts a reply into events, and <b>Tool</b>, which makes it call get_weather.
-With --quirk-header the server lets you choose a <b>Quirk</b>, a deliberate fault.</p></main>
+the response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
+<b>Tool</b> asks for a call of get_weather, <b>Quirk</b> (with --quirk-header) for a fault.</p></main>
 <footer><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
 <button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
@@ -3763,14 +3763,15 @@ async function call(path, body) {         // one exchange
   show(exchange, body, {request: `${method} ${path}`}, `${lines(headers)}\n\n${body || ""}`);
   try {
     const response = await fetch(path, {method, headers, body, signal: running?.signal});
-    const {ok, status, statusText} = response;
-    show(exchange, body, {response: `${status} ${statusText}`}, lines(response.headers));
-    let ended = ok && !body;              // a list of models has no end of its own
+    const status = `${response.status} ${response.statusText}`;
+    show(exchange, body, {response: status}, lines(response.headers));
+    let ended = response.ok && !body;     // a list of models has no end of its own
     for await (const event of events(response)) {
       const {choices, error, usage, data, done} = parse(event);
       const {delta, message, finish_reason} = choices?.[0] || {};
       show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
-      if (error || !ok) throw Error((ok ? "" : `${status}: `) + (error?.message || event));
+      if (!response.ok) throw Error(`${status}: ${error?.message || event}`);
+      if (error) throw Error(error.message);
       ended ||= done || finish_reason;
       fold(delta || message || {});
       $("model").value ||= data?.[0]?.id || "";
@@ -3792,7 +3793,8 @@ function fold({content, refusal, tool_calls}) {         // show what a delta or 
   for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
     grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
 }
-async function ask() {
+async function ask(event) {
+  event.preventDefault();                 // no line break
   if (running || !$("text").value.trim()) return;
   add($("talk"), "p", "user", $("text").value);
   const said = $("talk").querySelectorAll("p:not(.tool-call, .note)");
@@ -3807,10 +3809,8 @@ async function ask() {
   busy(null);
 }
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
-onkeydown = event => {
-  if (event.target !== $("text") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  ask();
+$("text").onkeydown = event => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
 };
 $("stop").onclick = () => running?.abort(Error("Stopped."));
 $("new").onclick = () => { $("talk").textContent = $("wire").textContent = ""; };
@@ -4385,57 +4385,47 @@ class Server(ThreadingHTTPServer):
 # until a signal comes, or as long as a command runs.
 
 PLACE = "MODULE:FUNCTION"
-# A default of False makes a switch, a list a flag that may be repeated.  KINDS has the
-# types of what a flag takes; the others are texts.
-FLAGS = (
-    # flag              default      metavar   help
-    ("--say",           None,        "TEXT",   "always say this"),
-    ("--script",        None,        "FILE",   "reply with the steps of a JSON file"),
-    ("--command",       None,        "CMD",    "reply with what this program prints"),
-    ("--backend",       None,        PLACE,    "reply with what this yields"),
-    ("--upstream",      None,        "URL",    "pass requests on to another server"),
-    ("--replay",        None,        "TAPE",   "reply from a tape, or --upstream"),
-    ("--host",          "127.0.0.1", "HOST",   "address to listen on"),
-    ("--port",          None,        "PORT",   "port; 0 is a free one; else 8000"),
-    ("--model",         [],          "NAME",   "accept this name only"),
-    ("--api-key",       [],          "KEY",    "accept this key"),
-    ("--upstream-key",  None,        "KEY",    "the key for --upstream"),
-    ("--record",        None,        "TAPE",   "append what the upstream says"),
-    ("--pass",          [],          "PATH",   "another path to pass to --upstream"),
-    ("--route",         [],          f"PATH={PLACE}", "another endpoint"),
-    ("--at-once",       None,        "N",      "programs that run at a time; else 1"),
-    ("--delay",         0.0,         "S",      "seconds between pieces"),
-    ("--tokenizer",     None,        PLACE,    "text -> list of its tokens"),
-    ("--lenient",       False,       None,     "do not check the conversation"),
-    ("--quirk",         None,        "NAME",   "a deliberate fault in every reply"),
-    ("--quirk-header",  False,       None,     "a fault where X-Quirk asks for it"),
-    ("--journal",       False,       None,     "keep exchanges, for GET /journal"),
-    ("--cors",          [],          "ORIGIN", "let pages of this origin in; * is all"),
-    ("--tls-cert",      None,        "FILE",   "serve https with this certificate"),
-    ("--tls-key",       None,        "FILE",   "the key of the certificate"),
-    ("--max-body",      32 * 2**20,  "N",      "bytes"),
-    ("--max-connections",512,         "N",      "more get a 503"),
-    ("--request-timeout",30.0,        "S",      "seconds for a request to arrive"),
-    ("--trace",         False,       None,     "print what crosses the wire"),
-    ("--quiet",         False,       None,     "print no line per exchange"),
+FLAGS = (   # bool makes a switch, list a flag that may be repeated
+    # flag               type   metavar   help
+    ("--say",             str,   "TEXT",   "always say this"),
+    ("--script",          str,   "FILE",   "reply with the steps of a JSON file"),
+    ("--command",         str,   "CMD",    "reply with what this program prints"),
+    ("--backend",         str,   PLACE,    "reply with what this yields"),
+    ("--upstream",        str,   "URL",    "pass requests on to another server"),
+    ("--replay",          str,   "TAPE",   "reply from a tape, or --upstream"),
+    ("--host",            str,   "HOST",   "address to listen on; else 127.0.0.1"),
+    ("--port",            int,   "PORT",   "port; 0 is a free one; else 8000"),
+    ("--model",           list,  "NAME",   "accept this name only"),
+    ("--api-key",         list,  "KEY",    "accept this key"),
+    ("--upstream-key",    str,   "KEY",    "the key for --upstream"),
+    ("--record",          str,   "TAPE",   "append what the upstream says"),
+    ("--pass",            list,  "PATH",   "another path to pass to --upstream"),
+    ("--route",           list,  f"PATH={PLACE}", "another endpoint"),
+    ("--at-once",         int,   "N",      "programs that run at a time; else 1"),
+    ("--delay",           float, "S",      "seconds between pieces"),
+    ("--tokenizer",       str,   PLACE,    "text -> list of its tokens"),
+    ("--lenient",         bool,  None,     "do not check the conversation"),
+    ("--quirk",           str,   "NAME",   "a deliberate fault in every reply"),
+    ("--quirk-header",    bool,  None,     "a fault where X-Quirk asks for it"),
+    ("--journal",         bool,  None,     "keep exchanges, for GET /journal"),
+    ("--cors",            list,  "ORIGIN", "let pages of this origin in; * is all"),
+    ("--tls-cert",        str,   "FILE",   "serve https with this certificate"),
+    ("--tls-key",         str,   "FILE",   "the key of the certificate"),
+    ("--max-body",        int,   "N",      "bytes; else 33554432"),
+    ("--max-connections", int,   "N",      "more get a 503; else 512"),
+    ("--request-timeout", float, "S",      "seconds for a request to arrive; else 30"),
+    ("--trace",           bool,  None,     "print what crosses the wire"),
+    ("--quiet",           bool,  None,     "print no line per exchange"),
 )
-KINDS = {"PORT": int, "N": int, "S": float}
-BACKENDS = ("--say", "--script", "--command", "--backend", "--upstream", "--replay")
-NOT_FOR_RELAYS = ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer")
 NEEDED = {  # a flag, and another without which it has no effect
     "--at-once": "--command", "--upstream-key": "--upstream", "--record": "--upstream",
     "--pass": "--upstream", "--tls-key": "--tls-cert", "--tls-cert": "--tls-key",
 }
+OURS = ("--say", "--script", "--command", "--backend")
+CHANGES = ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer")
 USELESS = {  # a flag, and those that have no effect beside it
-    "--upstream": NOT_FOR_RELAYS, "--replay": (*NOT_FOR_RELAYS, "--record")}
-
-
-def add_flag(parser, flag, default, metavar, about):
-    kind = {"action": "store_true"}
-    if default is not False:
-        kind = {"metavar": metavar, "type": KINDS.get(metavar, str), "default": default,
-                "action": "append" if type(default) is list else "store"}
-    parser.add_argument(flag, help=about, **kind)
+    **dict.fromkeys(OURS, (*OURS, "--upstream", "--replay")),
+    "--upstream": CHANGES, "--replay": (*CHANGES, "--record")}
 
 
 def fault_of(given):
@@ -4449,33 +4439,30 @@ def fault_of(given):
         if NEEDED.get(flag, flag) not in given:
             return f"{flag} has no effect without {NEEDED[flag]}"
         for other in USELESS.get(flag, ()):
-            if other in given:
+            if other in given and other != flag:
                 return f"{other} has no effect beside {flag}"
-    chosen = [flag for flag in BACKENDS if flag in given]
-    if len(chosen) > 1 and chosen != ["--upstream", "--replay"]:
-        return f"{chosen[1]} is not allowed beside {chosen[0]}"
 
 
 def parse_arguments(argv):
-    """The options, and the command after the first "--", or None."""
+    """({name: value} of the flags that are given, the command after the first "--")."""
     import argparse             # a fixture does not need it
     parser = argparse.ArgumentParser(
-        prog="openai_compat.py", description=(__doc__ or "").partition("\n")[0],
+        argument_default=argparse.SUPPRESS,
         epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  "
                "After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
                "server on a free port, and its exit status is the exit status.")
-    for row in FLAGS:
-        add_flag(parser, *row)
+    for flag, kind, metavar, about in FLAGS:
+        how = {bool: {"action": "store_true"},
+               list: {"action": "append", "metavar": metavar}}
+        parser.add_argument(flag, help=about, **how.get(
+            kind, {"type": kind, "metavar": metavar}))
     parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:end])
-    given = {name for name, value in vars(args).items()
-             if value != parser.get_default(name)}
-    fault = fault_of([flag for flag, *_ in FLAGS
-                      if flag[2:].replace("-", "_") in given])
-    if fault:
-        parser.error(fault)
-    return args, argv[end + 1:] if end < len(argv) else None
+    given = vars(parser.parse_args(argv[:end]))
+    fault = fault_of(["--" + name.replace("_", "-") for name in given])
+    if fault or argv[end:] == ["--"]:
+        parser.error(fault or "there is no command after --")
+    return given, argv[end + 1:]
 
 
 def named(text):
@@ -4487,45 +4474,45 @@ def named(text):
         raise ValueError(f"cannot load {text}: {error!r}") from error
 
 
-def backend_of(args):
-    if args.say is not None:
-        return say(*tokenize(args.say))
-    if args.script is not None:
-        return Script.from_file(args.script)
-    if args.command is not None:
-        return command(args.command, 1 if args.at_once is None else args.at_once)
-    if args.backend is not None:
-        return named(args.backend)
+def backend_of(given):
+    if "say" in given:
+        return say(*tokenize(given["say"]))
+    if "script" in given:
+        return Script.from_file(given["script"])
+    if "command" in given:
+        return command(given["command"], given.get("at_once", 1))
+    if "backend" in given:
+        return named(given["backend"])
     relay = None
-    if args.upstream is not None:
-        paths = getattr(args, "pass")
-        relay = Relay(args.upstream, args.upstream_key, args.record, paths)
-    return relay or echo if args.replay is None else Replay(args.replay, relay=relay)
+    if "upstream" in given:
+        relay = Relay(given["upstream"], given.get("upstream_key"),
+                      given.get("record"), given.get("pass", ()))
+    return Replay(given["replay"], relay=relay) if "replay" in given else relay or echo
 
 
-def server_of(args, port):
-    """The server that the options ask for."""
-    check_number("--delay", args.delay, 0)
+def server_of(given, port):
+    """The server that the flags ask for."""
+    check_number("--delay", given.setdefault("delay", 0), 0)
     # Not `get`: programs that the server runs must not inherit its keys.
     keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")
-    routes = [route.rpartition("=") for route in args.route]
+    routes = [route.rpartition("=") for route in given.get("route", ())]
     same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
             "request_timeout")          # these have the names of the server's arguments
     server = Server(
-        backend_of(args), port=port, models=args.model or None,
-        api_keys=[*args.api_key, *filter(None, map(str.strip, keys))],
-        tokenize=named(args.tokenizer) if args.tokenizer else tokenize,
-        strict=not args.lenient, journal=1000 if args.journal else 0,
-        tls=(args.tls_cert, args.tls_key) if args.tls_cert else None,
+        backend_of(given), port=port, models=given.get("model"),
+        api_keys=[*given.get("api_key", ()), *filter(None, map(str.strip, keys))],
+        tokenize=named(given["tokenizer"]) if "tokenizer" in given else tokenize,
+        strict="lenient" not in given, journal=1000 if "journal" in given else 0,
+        tls=(given["tls_cert"], given["tls_key"]) if "tls_cert" in given else None,
         routes={path: named(place) for path, _, place in routes},
-        **{name: getattr(args, name) for name in same})
-    server.delay = args.delay
+        **{name: given[name] for name in same if name in given})
+    server.delay = given["delay"]
     return server
 
 
-def complain(message, status=1):
+def complain(message):
     print(f"openai_compat: {message}", file=sys.stderr)
-    return status
+    return 1                    # the exit status
 
 
 ACCEPTORS = 1                   # how many threads accept connections
@@ -4538,48 +4525,35 @@ class Printer:
     in vain, lines are lost until somebody reads again, and requests go on.
     """
 
-    def __init__(self):
-        self.seconds, self.lock = 1, threading.Lock()
+    patience, lock = 1, threading.Lock()
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
         size = getattr(select, "PIPE_BUF", 4096)    # what a ready pipe takes at once
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
-                if os.name != "nt":                     # Windows selects only sockets
-                    is_read = bool(select.select([], [2], [], self.seconds)[1])
-                    self.seconds = 1 if is_read else 0
-                    if not is_read:
-                        return
-                os.write(2, lines[start:start + size])
+                if os.name != "nt":                 # Windows selects only sockets
+                    _, ready, _ = select.select([], [2], [], self.patience)
+                    self.patience = len(ready)      # a second, or none
+                if self.patience:
+                    os.write(2, lines[start:start + size])
 
-    def flush(self):
-        """There is nothing to do: nothing is kept back."""
-
-
-def print_trace(file, number, direction, block):
-    """Print what crosses the wire, a line at a time, with the time of day."""
-    now = time.time()
-    clock = time.strftime("%H:%M:%S", time.localtime(now))
-    clock += f".{int(now % 1 * 1000):03d}"
-    file.write("".join(f"{clock} #{number} {direction} {line}\n"
-                       for line in trace_lines(block)))
+    def trace(self, number, direction, block):
+        """Print what crosses the wire, a line at a time, with the time of day."""
+        clock = datetime.now().time().isoformat("milliseconds")
+        self.write("".join(f"{clock} #{number} {direction} {line}\n"
+                           for line in trace_lines(block)))
 
 
-def wait_until(is_over, seconds):
-    """Wait in short steps, so that a signal is heard: on Windows nothing interrupts a
-    wait, and a join that a signal interrupts takes its thread for ended."""
-    while not is_over():
-        time.sleep(seconds)
-
-
-def on_signal(handler):
-    """Call the handler for what asks us to end, unless that was ignored at start, as
-    nohup does it."""
+def hear_signals():
+    """A list that gets the numbers of the signals that ask us to end.  One that was
+    ignored at the start, as by nohup, still is."""
+    heard = []
     for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):
         number = getattr(signal, name)
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, lambda number, _: heard.append(number))
+    return heard
 
 
 def close_server(server, grace=0):
@@ -4591,68 +4565,44 @@ def close_server(server, grace=0):
     return 0
 
 
-def serve(server, file):
+def serve(server, heard):
     """Serve until a signal; running replies get 10 s then, or until a second one."""
-    signals = []
-    on_signal(lambda number, frame: signals.append(number))
-    file.write(f"Serving {server.base_url} with {model_name(server.backend)}; "
-               "Ctrl-C ends it.\n")
-    wait_until(lambda: signals, 0.1)
+    # Wait in short steps, so that a signal is heard: on Windows nothing interrupts a
+    # wait, and a join that a signal interrupts takes its thread for ended.
+    while not heard:
+        time.sleep(0.1)
     closing = threading.Thread(target=close_server, args=(server, 10), daemon=True)
     closing.start()
-    wait_until(lambda: len(signals) > 1 or not closing.is_alive(), 0.05)
+    while closing.is_alive() and len(heard) < 2:
+        time.sleep(0.05)
     server.cut_connections()
     closing.join(1)
     return 0                    # it ended as it was told to; what failed was printed
 
 
-def reaches_command(number):
-    """Does the terminal send a Ctrl-C to the command as well, so that it must not be
-    passed on?"""
-    try:
-        with open("/dev/tty", "rb") as terminal:
-            in_front = os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except (OSError, AttributeError):
-        return os.name == "nt"
-    return number == signal.SIGINT and in_front
-
-
-def pass_signal(running, number, _):
-    """Hand a signal to the command; without one, end."""
-    if not running:
-        sys.exit(128 + number)
-    if not reaches_command(number) and running[0].poll() is None:
-        running[0].send_signal(number)
-
-
-def environment_for(server):
-    """Our environment, and in it where the server is, by all names clients know."""
-    keys = server.api_keys
-    key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
+def start_beside(server, program):
+    """Start a command that finds the server in its environment, by all names that
+    clients know."""
+    import subprocess
+    keys = [*server.api_keys, os.environ.get("OPENAI_API_KEY") or "none"]
     hosts = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"),
              "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]
     bypass = ",".join(filter(None, hosts))
-    return {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": key,
-            "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
+    path = shutil.which(program[0]) or program[0]
+    return subprocess.Popen([path, *program[1:]], env={
+        **os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
+        "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass})
 
 
-def run_beside(server, program):
-    """Run a command with the server in its environment -> its exit status."""
-    import subprocess
-    running = []                # empty until there is somebody to pass a signal to
-    on_signal(functools.partial(pass_signal, running))
-    path = shutil.which(program[0]) if program else None
-    try:
-        if path is None:
-            raise FileNotFoundError(errno.ENOENT, "no such command")
-        running.append(subprocess.Popen([path, *program[1:]],
-                                        env=environment_for(server)))
-    except OSError as error:
-        close_server(server)
-        return complain(f"cannot run {' '.join(program[:1]) or 'nothing'}: "
-                        f"{error.strerror}", 127 if path is None else 126)
-    wait_until(lambda: running[0].poll() is not None, 0.02)
-    failed, status = close_server(server), running[0].returncode
+def serve_beside(server, running, heard):
+    """Serve as long as a command runs -> its exit status."""
+    while running.poll() is None:
+        time.sleep(0.02)
+        while heard:
+            number = heard.pop(0)
+            if number != signal.SIGINT:     # a terminal sends it Ctrl-C as well
+                running.send_signal(number)
+    failed, status = close_server(server), running.returncode
     return (status if status >= 0 else 128 - status) or failed
 
 
@@ -4664,27 +4614,32 @@ def main(argv=None):
     sys.path.insert(0, os.getcwd())
     if hasattr(signal, "SIGCHLD"):      # where it is ignored, programs have no status
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    args, program = parse_arguments(sys.argv[1:] if argv is None else argv)
-    is_beside = program is not None
-    port = args.port if args.port is not None else 0 if is_beside else 8000
-    level = logging.WARNING if args.quiet or is_beside else logging.INFO
-    file = Printer()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
-                        level=level, stream=file)
+    given, program = parse_arguments(sys.argv[1:] if argv is None else argv)
+    port = given.get("port", 0 if program else 8000)
+    printer = Printer()
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=printer,
+        level=logging.WARNING if program or "quiet" in given else logging.INFO)
     try:
-        server = server_of(args, port)
-        server.trace = functools.partial(print_trace, file) if args.trace else None
+        server = server_of(given, port)
+        heard = hear_signals()
+        running = start_beside(server, program) if program else None
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
+    server.trace = printer.trace if "trace" in given else None
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
-                    "this server", args.host, server.server_port)
+                    "this server", *server.server_address[:2])
     # The code of others may compute, so it runs on any core.  Servers on neighbouring
     # ports get different ones.
-    if not (args.command or args.backend or args.route):
+    if not given.keys() & {"command", "backend", "route"}:
         server.core = port or os.getpid()
     server.start(ACCEPTORS)
-    return run_beside(server, program) if is_beside else serve(server, file)
+    if running:
+        return serve_beside(server, running, heard)
+    printer.write(f"Serving {server.base_url} with {model_name(server.backend)}; "
+                  "Ctrl-C ends it.\n")
+    return serve(server, heard)
 
 
 # ----------------------------------------------------------------------------------
