@@ -4417,30 +4417,6 @@ FLAGS = (   # bool makes a switch, list a flag that may be repeated
     ("--trace",           bool,  None,     "print what crosses the wire"),
     ("--quiet",           bool,  None,     "print no line per exchange"),
 )
-NEEDED = {  # a flag, and another without which it has no effect
-    "--at-once": "--command", "--upstream-key": "--upstream", "--record": "--upstream",
-    "--pass": "--upstream", "--tls-key": "--tls-cert", "--tls-cert": "--tls-key",
-}
-OURS = ("--say", "--script", "--command", "--backend")
-CHANGES = ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer")
-USELESS = {  # a flag, and those that have no effect beside it
-    **dict.fromkeys(OURS, (*OURS, "--upstream", "--replay")),
-    "--upstream": CHANGES, "--replay": (*CHANGES, "--record")}
-
-
-def fault_of(given):
-    """What is wrong with the flags that are given, or None.
-
-    Example:
-        >>> fault_of(["--at-once"]), fault_of(["--say", "--journal"])
-        ('--at-once has no effect without --command', None)
-    """
-    for flag in given:
-        if NEEDED.get(flag, flag) not in given:
-            return f"{flag} has no effect without {NEEDED[flag]}"
-        for other in USELESS.get(flag, ()):
-            if other in given and other != flag:
-                return f"{other} has no effect beside {flag}"
 
 
 def parse_arguments(argv):
@@ -4459,9 +4435,8 @@ def parse_arguments(argv):
     parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)
     given = vars(parser.parse_args(argv[:end]))
-    fault = fault_of(["--" + name.replace("_", "-") for name in given])
-    if fault or argv[end:] == ["--"]:
-        parser.error(fault or "there is no command after --")
+    if argv[end:] == ["--"]:
+        parser.error("there is no command after --")
     return given, argv[end + 1:]
 
 
@@ -4475,38 +4450,59 @@ def named(text):
 
 
 def backend_of(given):
+    """What replies; the flags that say so are taken out of those that are given."""
+    take = given.pop
     if "say" in given:
-        return say(*tokenize(given["say"]))
+        return say(*tokenize(take("say")))
     if "script" in given:
-        return Script.from_file(given["script"])
+        return Script.from_file(take("script"))
     if "command" in given:
-        return command(given["command"], given.get("at_once", 1))
+        return command(take("command"), take("at_once", 1))
     if "backend" in given:
-        return named(given["backend"])
-    relay = None
+        return named(take("backend"))
+    relay, tape = None, take("replay", None)
     if "upstream" in given:
-        relay = Relay(given["upstream"], given.get("upstream_key"),
-                      given.get("record"), given.get("pass", ()))
-    return Replay(given["replay"], relay=relay) if "replay" in given else relay or echo
+        # Beside --replay it records on that tape, and --record has no effect.
+        record = take("record", None) if tape is None else None
+        relay = Relay(take("upstream"), take("upstream_key", None), record,
+                      take("pass", ()))
+    return relay or echo if tape is None else Replay(tape, relay=relay)
 
 
 def server_of(given, port):
-    """The server that the flags ask for."""
-    check_number("--delay", given.setdefault("delay", 0), 0)
+    """The server that the flags ask for.
+
+    Each flag is taken out of those that are given when it has its effect.  One that is
+    left at the end has none beside the others, and is refused.
+    """
+    runs_code_of_others = given.keys() & {"command", "backend", "route"}
+    backend = backend_of(given)
+    # What a relay passes on is never changed: these flags have no effect on it.
+    changes = {} if isinstance(backend, PassingOn) else given
+    delay = changes.pop("delay", 0)
+    check_number("--delay", delay, 0)
+    tokenizer = changes.pop("tokenizer", None)
+    take = given.pop
     # Not `get`: programs that the server runs must not inherit its keys.
     keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")
-    routes = [route.rpartition("=") for route in given.get("route", ())]
+    routes = [route.rpartition("=") for route in take("route", ())]
     same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
             "request_timeout")          # these have the names of the server's arguments
-    server = Server(
-        backend_of(given), port=port, models=given.get("model"),
-        api_keys=[*given.get("api_key", ()), *filter(None, map(str.strip, keys))],
-        tokenize=named(given["tokenizer"]) if "tokenizer" in given else tokenize,
-        strict="lenient" not in given, journal=1000 if "journal" in given else 0,
-        tls=(given["tls_cert"], given["tls_key"]) if "tls_cert" in given else None,
-        routes={path: named(place) for path, _, place in routes},
-        **{name: given[name] for name in same if name in given})
-    server.delay = given["delay"]
+    settings = {name: take(name) for name in same if name in given}
+    settings.update(
+        api_keys=[*take("api_key", ()), *filter(None, map(str.strip, keys))],
+        models=take("model", None), tokenize=named(tokenizer) if tokenizer else tokenize,
+        strict=not changes.pop("lenient", False),
+        journal=1000 if take("journal", False) else 0,
+        tls=(take("tls_cert"), take("tls_key", None)) if "tls_cert" in given else None,
+        routes={path: named(place) for path, _, place in routes})
+    if given:
+        flag = min(given).replace("_", "-")
+        raise ValueError(f"--{flag} has no effect beside the other flags")
+    server = Server(backend, port=port, **settings)
+    server.delay = delay
+    if not runs_code_of_others:     # which may compute, and so needs every core
+        server.core = server.server_port        # neighbouring ports get different ones
     return server
 
 
@@ -4525,7 +4521,8 @@ class Printer:
     in vain, lines are lost until somebody reads again, and requests go on.
     """
 
-    patience, lock = 1, threading.Lock()
+    lock = threading.Lock()
+    patience = 1                # for so many seconds, which are 0 where nobody reads
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
@@ -4534,7 +4531,7 @@ class Printer:
             for start in range(0, len(lines), size):
                 if os.name != "nt":                 # Windows selects only sockets
                     _, ready, _ = select.select([], [2], [], self.patience)
-                    self.patience = len(ready)      # a second, or none
+                    self.patience = len(ready)
                 if self.patience:
                     os.write(2, lines[start:start + size])
 
@@ -4615,25 +4612,21 @@ def main(argv=None):
     if hasattr(signal, "SIGCHLD"):      # where it is ignored, programs have no status
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     given, program = parse_arguments(sys.argv[1:] if argv is None else argv)
-    port = given.get("port", 0 if program else 8000)
     printer = Printer()
+    trace = printer.trace if given.pop("trace", False) else None
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=printer,
-        level=logging.WARNING if program or "quiet" in given else logging.INFO)
+        level=logging.WARNING if given.pop("quiet", program) else logging.INFO)
     try:
-        server = server_of(given, port)
+        server = server_of(given, given.pop("port", 0 if program else 8000))
         heard = hear_signals()
         running = start_beside(server, program) if program else None
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
-    server.trace = printer.trace if "trace" in given else None
+    server.trace = trace
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", *server.server_address[:2])
-    # The code of others may compute, so it runs on any core.  Servers on neighbouring
-    # ports get different ones.
-    if not given.keys() & {"command", "backend", "route"}:
-        server.core = port or os.getpid()
     server.start(ACCEPTORS)
     if running:
         return serve_beside(server, running, heard)

@@ -6088,6 +6088,7 @@ def test_keys_come_from_flags_and_the_environment(keys, flags, tried, warns):
     assert ("WARNING" in warned) == (place in warned) == warns
 
 
+NO_EFFECT = "has no effect beside the other flags"
 NOT_STARTED = {  # flags, and what the message says
     "--script no.json": "no.json", "--script broken.json": "broken.json",
     "--replay no.tape": "no.tape", "--replay broken.json": "line 1 of broken.json",
@@ -6101,16 +6102,15 @@ NOT_STARTED = {  # flags, and what the message says
     "--route /x": "cannot load", "--quirk quark": "quark", "--port 70000": "70000|port",
     "--host no.such.host.invalid": "no.such.host.invalid", "--delay -1": "--delay",
     "--request-timeout 0": "request_timeout", "--tls-cert no.pem --tls-key no.key": "no.pem",
-    **{f"{first} x {second} y": f"{second} has no effect beside {first}"
-       for first, second in itertools.combinations(
-           ["--say", "--script", "--command", "--backend", "--replay"], 2)}, "--sya x": "--sya",
-    "--": "no command",
-    **{flag: f"{flag.split()[0]} has no effect without {needed}" for flag, needed in {
-        "--at-once 2": "--command", "--pass /x": "--upstream", "--record tape": "--upstream",
-        "--upstream-key k": "--upstream", "--tls-key no.key": "--tls-cert"}.items()},
-    **{f"{first} {flag}": f"{flag.split()[0]} has no effect beside {first.split()[0]}"
-       for first in ("--upstream http://h/v1", "--replay no.tape")
+    **dict.fromkeys(map(" ".join, itertools.combinations(
+        ["--say x", "--script steps.json", "--command PYTHON", "--backend mine:backwards",
+         "--replay tape"], 2)), NO_EFFECT), "--sya x": "--sya", "--": "no command",
+    **{flag: f"{flag.split()[0]} {NO_EFFECT}" for flag in (
+        "--at-once 2", "--pass /x", "--record tape", "--upstream-key k", "--tls-key no.key")},
+    **{f"{first} {flag}": f"{flag.split()[0]} {NO_EFFECT}|a quirk cannot"
+       for first in ("--upstream http://h/v1", "--replay tape")
        for flag in ("--delay 1", "--quirk bom", "--quirk-header", "--lenient", "--tokenizer a:b")},
+    "--upstream http://h/v1 --replay tape --record tape": f"--record {NO_EFFECT}",
 }
 
 
