@@ -117,6 +117,7 @@ import threading
 import time
 import unicodedata
 from contextlib import suppress
+from datetime import datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote, unquote, urlsplit
@@ -3431,22 +3432,17 @@ body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto 
 header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
 header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
 input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
-textarea { flex: 1 6rem } ::placeholder { color: inherit; opacity: .75 }
+textarea { flex: 100% } label:has(option:only-child), #talk:has(p) + #hints { display: none }
 main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
-main > div, aside > div { margin-bottom: auto }    /* the pane, reversed, stays at its end */
+#talk, #wire { margin-bottom: auto }                /* a pane, reversed, stays at its end */
 #talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 #talk p::before { content: attr(class); display: block; font: .8rem system-ui, sans-serif; opacity: .75 }
-#talk:not(:empty) + #hints { display: none } [aria-busy=true] .turn:last-child::after { content: "…" }
-[aria-busy=true] + footer :not(textarea, #stop), [aria-busy=false] + footer #stop { display: none }
-aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call, .tool { font: .8rem/1.5 monospace }
+aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call { font: .8rem/1.5 monospace }
 section { padding: .5rem 0 } section + section { border-top: 1px solid #8886 }
 summary { cursor: pointer; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-.bad summary { white-space: normal; overflow-wrap: anywhere } .bad b { font-weight: normal }
-.time, .envelope { opacity: .7 } pre { font: inherit; padding-left: 2ch } .note { font-weight: bold }
-aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: light-dark(#b3261e, #ffa198) }
-@media (max-width: 700px) { body { height: auto; grid: auto minmax(14rem, auto) auto auto / 100% }
-  main, aside { max-height: 75vh } aside { grid-area: 4 / 1 } textarea { flex-basis: 100% }
-  summary { white-space: normal; overflow-wrap: anywhere } .envelope { display: none } }
+.time, .envelope { opacity: .7 } [open] .envelope { display: none } pre { font: inherit; padding-left: 2ch }
+aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dark(#b3261e, #ffa198) }
+@media (max-width: 700px) { body { display: block } main, aside { max-height: 75vh } }
 </style>
 <header><h1>openai_compat</h1> <label>Model <input id="model"></label>
 <label>Key <input id="key" type="password" autocomplete="off"></label>
@@ -3455,139 +3451,111 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, aside .bad b { color: lig
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<div id="hints"><p>Nothing has been said yet. Write a message: the wire shows the request, the response,
-and each event with its seconds since the request. Open a line to see all of it. It keeps 500 events.</p>
-<p>Without <b>Stream</b> the same reply comes whole. With <b>Tool</b> it has to call get_weather.
-With --quirk-header the server lets you choose a <b>Quirk</b>, a deliberate fault.</p></div></main>
-<footer><textarea id="text" rows="3" autofocus aria-label="Message"
-placeholder="Enter sends, Shift+Enter starts a line, Escape stops."></textarea>
-<button id="send">Send</button><button id="new">New</button><button id="stop">Stop</button></footer>
+<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request,
+the response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
+<b>Tool</b> asks for a call of get_weather, <b>Quirk</b> (with --quirk-header) for a fault.</p></main>
+<footer><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
+<button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
 <script>
 const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
-let messages = [], running = null;        // the conversation; what stops the request that runs
-const add = (parent, name, className, text = "") =>       // as text: HTML in a reply is seen, not obeyed
+let running = null;                       // what stops the request that runs
+const add = (parent, name, className = "", text = "") =>        // as text: HTML is seen, not obeyed
   parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
-const grow = (turn, who, text, n = 0) =>  // add to the n-th line of this kind in a turn, or start it
-  text && (turn.getElementsByClassName(who)[n] || add(turn, "p", who)).append(text);
-const tell = (turn, {name, message}) =>   // fetch() throws a TypeError if a connection fails
-  grow(turn, "note", name === "TypeError" ? `The connection failed: ${message}` : message);
-// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
-function show(exchange, className, news, envelope, whole) {     // news: {name: text}
-  const line = add(exchange, "details", className), summary = add(line, "summary");
-  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
-  for (const name in news) add(summary, "b", "", ` ${name} `).after(news[name]);
-  add(summary, "span", "envelope", envelope);
-  add(line, "pre", "", whole);
-  return line;
-}
-function showEvent(exchange, event, said) {             // what is new in it is plain, the rest is dim
-  const {choices, error, usage, data, ...envelope} = said || {}, news = said ? {} : {[event]: ""};
-  const {delta, message, finish_reason} = choices?.[0] || {};
-  for (const [name, value] of Object.entries({error, delta, message, finish_reason, usage, data}))
-    if (value) news[name] = JSON.stringify(value);
-  show(exchange, error ? "event bad" : "event", news, said && ` ${JSON.stringify(envelope)}`, event);
-  const events = $("wire").getElementsByClassName("event");
-  if (events.length > 500) events[0].remove();
-}
 const lines = headers =>
   [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
-// ------ the protocol
+// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
+function show(exchange, open, news, whole) {                    // news, and beside it, dim, the whole
+  const line = add(exchange, "details"), summary = add(line, "summary");
+  line.open = open;
+  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
+  for (const [name, value] of Object.entries(news).filter(([, value]) => value))
+    add(summary, "b", "", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
+  add(summary, "span", "envelope", ` ${whole}`);
+  add(line, "pre", "", whole);
+  if (exchange.children.length > 500) exchange.children[2].remove();    // its first event
+}
 async function* events(response) {        // bytes -> events; a body that is no stream is like one event
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", read;
-  while (!(read = await reader.read()).done) {
-    const blocks = (rest + read.value).split(/\r?\n\r?\n/);     // a blank line ends an event
+  let rest = "", read = {};
+  while (!read.done) {
+    read = await reader.read();
+    const blocks = (rest + (read.value ?? "\n\n")).split(/\r?\n\r?\n/);         // at each blank line
     rest = blocks.pop();
-    yield* blocks;
+    yield* blocks.filter(Boolean);
   }
-  if (rest) yield rest;
 }
-const dataOf = event => event[0] === "{" ? event :       // other lines are comments, ids and the like
-  event.split(/\r?\n/).filter(line => /^data:/.test(line)).map(line => line.slice(5)).join("\n").trim();
-const parse = data => { try { return Object(JSON.parse(data)); } catch { return null; } };
-async function* call(path, body) {        // show an exchange; yield its deltas, its message or its list
-  document.querySelectorAll(".failed").forEach(turn => turn.remove());
-  const exchange = add($("wire"), "section"), url = new URL("v1/" + path, location);
-  const method = body ? "POST" : "GET", headers = new Headers();
-  if (body) headers.set("content-type", "application/json");
+function parse(event) {                   // an event -> its object; one without data has nothing in it
+  const data = (event.match(/^data:.*|^{[^]*/gm) || []).join("\n").replace(/^data: ?/gm, "");
+  if (!data || data === "[DONE]") return {done: data};
+  try { return Object(JSON.parse(data)); }
+  catch { return {error: {message: `An event is not JSON: ${data}`}}; }
+}
+async function call(path, body) {         // one exchange
+  const exchange = add($("wire"), "section"), method = body ? "POST" : "GET";
+  const headers = new Headers(body && {"content-type": "application/json"});
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
+  document.querySelectorAll(".note").forEach(note => note.remove());
   exchange.started = performance.now();
-  show(exchange, "", {[method]: url.pathname}, "", `${lines(headers)}\n\n${body || ""}`).open = body;
-  const response = await fetch(url, {method, headers, body, signal: running?.signal});
-  const {ok, status} = response;
-  show(exchange, ok ? "" : "bad", {[status]: response.statusText}, "", lines(response.headers)).open = body;
-  let ended = ok && !body;                // a list of models has no end of its own
-  for await (const event of events(response)) {
-    const data = dataOf(event), said = parse(data), choice = said?.choices?.[0];
-    showEvent(exchange, event, said);
-    if (!ok || said?.error) throw Error((ok ? "" : `${status}: `) + (said?.error?.message || event));
-    if (!said && data && data !== "[DONE]") throw Error(`An event is not JSON: ${data}`);
-    ended ||= data === "[DONE]" || choice?.finish_reason;
-    yield choice?.delta || choice?.message || said || {};       // no choice: [DONE], a comment, the usage
-  }
-  if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
-}
-function fold(reply, {content, refusal, tool_calls}, turn) {    // add a delta or a message, and show it
-  if (content) reply.content += content;
-  if (refusal) reply.refusal = (reply.refusal || "") + refusal;
-  grow(turn, "assistant", content);
-  grow(turn, "refusal", refusal);
-  for (const {index, id, function: {name, arguments: part = ""} = {}} of tool_calls || []) {
-    const calls = reply.tool_calls ||= [], n = index ?? (id ? calls.length : calls.length - 1);
-    if (!calls[n]) grow(turn, "tool-call", `${name} `, n);
-    calls[n] ||= {id, type: "function", function: {name, arguments: ""}};
-    calls[n].function.arguments += part;
-    grow(turn, "tool-call", part, n);
+  show(exchange, body, {request: `${method} ${path}`}, `${lines(headers)}\n\n${body || ""}`);
+  try {
+    const response = await fetch(path, {method, headers, body, signal: running?.signal});
+    const status = `${response.status} ${response.statusText}`;
+    show(exchange, body, {response: status}, lines(response.headers));
+    let ended = response.ok && !body;     // a list of models has no end of its own
+    for await (const event of events(response)) {
+      const {choices, error, usage, data, done} = parse(event);
+      const {delta, message, finish_reason} = choices?.[0] || {};
+      show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
+      if (!response.ok) throw Error(`${status}: ${error?.message || event}`);
+      if (error) throw Error(error.message);
+      ended ||= done || finish_reason;
+      fold(delta || message || {});
+      $("model").value ||= data?.[0]?.id || "";
+    }
+    if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
+  } catch (error) {
+    exchange.className = "bad";
+    add($("talk"), "p", "note", error.message);
   }
 }
-// ------ the conversation
-async function ask() {
-  const text = $("text").value, asked = [...messages, {role: "user", content: text}];
-  if (running || !text.trim()) return;
-  const turn = add($("talk"), "div", "turn"), reply = {role: "assistant", content: ""};
-  const request = {model: $("model").value, messages: asked};
-  if ($("stream").checked) Object.assign(request, {stream: true, stream_options: {include_usage: true}});
-  if ($("tool").checked) Object.assign(request, {tools: [WEATHER], tool_choice: "required"});
-  grow(turn, "user", text);
+// ------ the conversation: its lines are what goes out with the next message
+function grow(who, text = null) {         // add to the last line, or start one
+  const last = $("talk").lastChild;
+  if (text !== null) (last?.className === who ? last : add($("talk"), "p", who)).append(text);
+}
+function fold({content, refusal, tool_calls}) {         // show what a delta or a message adds
+  grow("assistant", content);
+  grow("assistant refusal", refusal);
+  for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
+    grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
+}
+async function ask(event) {
+  event.preventDefault();                 // no line break
+  if (running || !$("text").value.trim()) return;
+  add($("talk"), "p", "user", $("text").value);
+  const said = $("talk").querySelectorAll("p:not(.tool-call, .note)");
+  const messages = [...said].map(line => ({role: line.classList[0], content: line.textContent}));
+  const body = {model: $("model").value, messages};
+  if ($("stream").checked) Object.assign(body, {stream: true, stream_options: {include_usage: true}});
+  if ($("tool").checked) Object.assign(body, {tools: [WEATHER], tool_choice: "required"});
   $("text").value = "";
   busy(new AbortController());
-  try {
-    for await (const delta of call("chat/completions", JSON.stringify(request))) fold(reply, delta, turn);
-  } catch (error) {
-    tell(turn, error);
-    delete reply.tool_calls;              // their arguments may be cut
-    if (!reply.content && !reply.refusal) turn.className = "failed";    // the next try removes it
-  }
-  if (turn.className === "failed") $("text").value ||= text;
-  else messages = [...asked, reply];
-  for (const {id} of reply.tool_calls || []) {                  // the API wants an answer to each call
-    messages.push({role: "tool", tool_call_id: id, content: "21 degrees, sunny"});
-    add(turn, "p", "tool", messages.at(-1).content);
-  }
-  stop();                                 // a broken stream is not read to its end
+  await call("/v1/chat/completions", JSON.stringify(body));
+  running.abort();                        // a broken stream is not read to its end
   busy(null);
 }
-async function list() {
-  try { for await (const {data} of call("models")) $("model").value ||= data?.[0]?.id || ""; }
-  catch (error) { tell(add($("talk"), "div", "failed"), error); }
-}
 const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
-const stop = () => running?.abort(Error("Stopped."));
-onkeydown = event => {
-  if (event.key === "Escape") stop();
-  if (event.target !== $("text") || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  ask();
+$("text").onkeydown = event => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
 };
-$("text").parentNode.onclick = () => $("text").focus();    // whatever button was used
-$("new").onclick = () => { messages = []; $("talk").textContent = $("wire").textContent = ""; };
-[$("send").onclick, $("stop").onclick, $("key").onchange] = [ask, stop, list];
-$("quirk").parentNode.hidden = $("quirk").length === 1;    // where no request may choose one
-list();
+$("stop").onclick = () => running?.abort(Error("Stopped."));
+$("new").onclick = () => { $("talk").textContent = $("wire").textContent = ""; };
+$("send").onclick = ask;
+($("key").onchange = () => call("/v1/models"))();
 </script>
 """
 
@@ -3598,17 +3566,15 @@ def page_response(quirks):
     quirks: those that a request may choose; they go into the menu, which is HTML.
     """
     import hashlib              # not needed by those who never open the page
-    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:",
-              "base-uri": "'none'", "form-action": "'none'",
-              "frame-ancestors": "'none'",
-              "require-trusted-types-for": "'script'"}  # not even by mistake: innerHTML
+    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:",
+              "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
     for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy[f"{name}-src"] = f"'sha256-{digest}'"
+        policy.append(f"{name}-src 'sha256-{digest}'")
     options = "".join(f"<option>{name}</option>" for name in quirks)
     return Response(200, {
         "content-type": "text/html; charset=utf-8",
-        "content-security-policy": "; ".join(map(" ".join, policy.items())),
+        "content-security-policy": "; ".join(policy),
         "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
     }, PAGE.replace("<!-- quirks -->", options).encode())
 
@@ -4169,97 +4135,59 @@ class Server(ThreadingHTTPServer):
 # until a signal comes, or as long as a command runs.
 
 PLACE = "MODULE:FUNCTION"
-# A default of False makes a switch, a list a flag that may be repeated.  KINDS has the
-# types of what a flag takes; the others are texts.
-FLAGS = (
-    # flag              default      metavar   help
-    ("--say",           None,        "TEXT",   "always say this"),
-    ("--script",        None,        "FILE",   "reply with the steps of a JSON file"),
-    ("--command",       None,        "CMD",    "reply with what this program prints"),
-    ("--backend",       None,        PLACE,    "reply with what this yields"),
-    ("--upstream",      None,        "URL",    "pass requests on to another server"),
-    ("--replay",        None,        "TAPE",   "reply from a tape, or --upstream"),
-    ("--host",          "127.0.0.1", "HOST",   "address to listen on"),
-    ("--port",          None,        "PORT",   "port; 0 is a free one; else 8000"),
-    ("--model",         [],          "NAME",   "accept this name only"),
-    ("--api-key",       [],          "KEY",    "accept this key"),
-    ("--upstream-key",  None,        "KEY",    "the key for --upstream"),
-    ("--record",        None,        "TAPE",   "append what the upstream says"),
-    ("--pass",          [],          "PATH",   "another path to pass to --upstream"),
-    ("--route",         [],          f"PATH={PLACE}", "another endpoint"),
-    ("--at-once",       None,        "N",      "programs that run at a time; else 1"),
-    ("--delay",         0.0,         "S",      "seconds between pieces"),
-    ("--tokenizer",     None,        PLACE,    "text -> list of its tokens"),
-    ("--lenient",       False,       None,     "do not check the conversation"),
-    ("--quirk",         None,        "NAME",   "a deliberate fault in every reply"),
-    ("--quirk-header",  False,       None,     "a fault where X-Quirk asks for it"),
-    ("--journal",       False,       None,     "keep exchanges, for GET /journal"),
-    ("--cors",          [],          "ORIGIN", "let pages of this origin in; * is all"),
-    ("--tls-cert",      None,        "FILE",   "serve https with this certificate"),
-    ("--tls-key",       None,        "FILE",   "the key of the certificate"),
-    ("--max-body",      32 * 2**20,  "N",      "bytes"),
-    ("--max-connections",512,         "N",      "more get a 503"),
-    ("--request-timeout",30.0,        "S",      "seconds for a request to arrive"),
-    ("--trace",         False,       None,     "print what crosses the wire"),
-    ("--quiet",         False,       None,     "print no line per exchange"),
+FLAGS = (   # bool makes a switch, list a flag that may be repeated
+    # flag               type   metavar   help
+    ("--say",             str,   "TEXT",   "always say this"),
+    ("--script",          str,   "FILE",   "reply with the steps of a JSON file"),
+    ("--command",         str,   "CMD",    "reply with what this program prints"),
+    ("--backend",         str,   PLACE,    "reply with what this yields"),
+    ("--upstream",        str,   "URL",    "pass requests on to another server"),
+    ("--replay",          str,   "TAPE",   "reply from a tape, or --upstream"),
+    ("--host",            str,   "HOST",   "address to listen on; else 127.0.0.1"),
+    ("--port",            int,   "PORT",   "port; 0 is a free one; else 8000"),
+    ("--model",           list,  "NAME",   "accept this name only"),
+    ("--api-key",         list,  "KEY",    "accept this key"),
+    ("--upstream-key",    str,   "KEY",    "the key for --upstream"),
+    ("--record",          str,   "TAPE",   "append what the upstream says"),
+    ("--pass",            list,  "PATH",   "another path to pass to --upstream"),
+    ("--route",           list,  f"PATH={PLACE}", "another endpoint"),
+    ("--at-once",         int,   "N",      "programs that run at a time; else 1"),
+    ("--delay",           float, "S",      "seconds between pieces"),
+    ("--tokenizer",       str,   PLACE,    "text -> list of its tokens"),
+    ("--lenient",         bool,  None,     "do not check the conversation"),
+    ("--quirk",           str,   "NAME",   "a deliberate fault in every reply"),
+    ("--quirk-header",    bool,  None,     "a fault where X-Quirk asks for it"),
+    ("--journal",         bool,  None,     "keep exchanges, for GET /journal"),
+    ("--cors",            list,  "ORIGIN", "let pages of this origin in; * is all"),
+    ("--tls-cert",        str,   "FILE",   "serve https with this certificate"),
+    ("--tls-key",         str,   "FILE",   "the key of the certificate"),
+    ("--max-body",        int,   "N",      "bytes; else 33554432"),
+    ("--max-connections", int,   "N",      "more get a 503; else 512"),
+    ("--request-timeout", float, "S",      "seconds for a request to arrive; else 30"),
+    ("--trace",           bool,  None,     "print what crosses the wire"),
+    ("--quiet",           bool,  None,     "print no line per exchange"),
 )
-KINDS = {"PORT": int, "N": int, "S": float}
-BACKENDS = ("--say", "--script", "--command", "--backend", "--upstream", "--replay")
-NOT_FOR_RELAYS = ("--delay", "--quirk", "--quirk-header", "--lenient", "--tokenizer")
-NEEDED = {  # a flag, and another without which it has no effect
-    "--at-once": "--command", "--upstream-key": "--upstream", "--record": "--upstream",
-    "--pass": "--upstream", "--tls-key": "--tls-cert", "--tls-cert": "--tls-key",
-}
-USELESS = {  # a flag, and those that have no effect beside it
-    "--upstream": NOT_FOR_RELAYS, "--replay": (*NOT_FOR_RELAYS, "--record")}
-
-
-def add_flag(parser, flag, default, metavar, about):
-    kind = {"action": "store_true"}
-    if default is not False:
-        kind = {"metavar": metavar, "type": KINDS.get(metavar, str), "default": default,
-                "action": "append" if type(default) is list else "store"}
-    parser.add_argument(flag, help=about, **kind)
-
-
-def fault_of(given):
-    """What is wrong with the flags that are given, or None.
-
-    Example:
-        >>> fault_of(["--at-once"]), fault_of(["--say", "--journal"])
-        ('--at-once has no effect without --command', None)
-    """
-    for flag in given:
-        if NEEDED.get(flag, flag) not in given:
-            return f"{flag} has no effect without {NEEDED[flag]}"
-        for other in USELESS.get(flag, ()):
-            if other in given:
-                return f"{other} has no effect beside {flag}"
-    chosen = [flag for flag in BACKENDS if flag in given]
-    if len(chosen) > 1 and chosen != ["--upstream", "--replay"]:
-        return f"{chosen[1]} is not allowed beside {chosen[0]}"
 
 
 def parse_arguments(argv):
-    """The options, and the command after the first "--", or None."""
+    """({name: value} of the flags that are given, the command after the first "--")."""
     import argparse             # a fixture does not need it
     parser = argparse.ArgumentParser(
-        prog="openai_compat.py", description=(__doc__ or "").partition("\n")[0],
+        argument_default=argparse.SUPPRESS,
         epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  "
                "After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
                "server on a free port, and its exit status is the exit status.")
-    for row in FLAGS:
-        add_flag(parser, *row)
+    for flag, kind, metavar, about in FLAGS:
+        how = {bool: {"action": "store_true"},
+               list: {"action": "append", "metavar": metavar}}
+        parser.add_argument(flag, help=about, **how.get(
+            kind, {"type": kind, "metavar": metavar}))
     parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:end])
-    given = {name for name, value in vars(args).items()
-             if value != parser.get_default(name)}
-    fault = fault_of([flag for flag, *_ in FLAGS
-                      if flag[2:].replace("-", "_") in given])
-    if fault:
-        parser.error(fault)
-    return args, argv[end + 1:] if end < len(argv) else None
+    given = vars(parser.parse_args(argv[:end]))
+    if argv[end:] == ["--"]:
+        parser.error("there is no command after --")
+    return given, argv[end + 1:]
 
 
 def named(text):
@@ -4271,45 +4199,65 @@ def named(text):
         raise ValueError(f"cannot load {text}: {error!r}") from error
 
 
-def backend_of(args):
-    if args.say is not None:
-        return say(*tokenize(args.say))
-    if args.script is not None:
-        return Script.from_file(args.script)
-    if args.command is not None:
-        return command(args.command, 1 if args.at_once is None else args.at_once)
-    if args.backend is not None:
-        return named(args.backend)
-    relay = None
-    if args.upstream is not None:
-        paths = getattr(args, "pass")
-        relay = Relay(args.upstream, args.upstream_key, args.record, paths)
-    return relay or echo if args.replay is None else Replay(args.replay, relay=relay)
+def backend_of(given):
+    """What replies; the flags that say so are taken out of those that are given."""
+    take = given.pop
+    if "say" in given:
+        return say(*tokenize(take("say")))
+    if "script" in given:
+        return Script.from_file(take("script"))
+    if "command" in given:
+        return command(take("command"), take("at_once", 1))
+    if "backend" in given:
+        return named(take("backend"))
+    relay, tape = None, take("replay", None)
+    if "upstream" in given:
+        # Beside --replay it records on that tape, and --record has no effect.
+        record = take("record", None) if tape is None else None
+        relay = Relay(take("upstream"), take("upstream_key", None), record,
+                      take("pass", ()))
+    return relay or echo if tape is None else Replay(tape, relay=relay)
 
 
-def server_of(args, port):
-    """The server that the options ask for."""
-    number("--delay", args.delay, 0)
+def server_of(given, port):
+    """The server that the flags ask for.
+
+    Each flag is taken out of those that are given when it has its effect.  One that is
+    left at the end has none beside the others, and is refused.
+    """
+    runs_code_of_others = given.keys() & {"command", "backend", "route"}
+    backend = backend_of(given)
+    # What a relay passes on is never changed: these flags have no effect on it.
+    changes = {} if isinstance(backend, PassingOn) else given
+    delay = number("--delay", changes.pop("delay", 0), 0)
+    tokenizer = changes.pop("tokenizer", None)
+    take = given.pop
     # Not `get`: programs that the server runs must not inherit its keys.
     keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")
-    routes = [route.rpartition("=") for route in args.route]
+    routes = [route.rpartition("=") for route in take("route", ())]
     same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
             "request_timeout")          # these have the names of the server's arguments
-    server = Server(
-        backend_of(args), port=port, models=args.model or None,
-        api_keys=[*args.api_key, *filter(None, map(str.strip, keys))],
-        tokenize=named(args.tokenizer) if args.tokenizer else tokenize,
-        strict=not args.lenient, journal=1000 if args.journal else 0,
-        tls=(args.tls_cert, args.tls_key) if args.tls_cert else None,
-        routes={path: named(place) for path, _, place in routes},
-        **{name: getattr(args, name) for name in same})
-    server.delay = args.delay
+    settings = {name: take(name) for name in same if name in given}
+    settings.update(
+        api_keys=[*take("api_key", ()), *filter(None, map(str.strip, keys))],
+        models=take("model", None), tokenize=named(tokenizer) if tokenizer else tokenize,
+        strict=not changes.pop("lenient", False),
+        journal=1000 if take("journal", False) else 0,
+        tls=(take("tls_cert"), take("tls_key", None)) if "tls_cert" in given else None,
+        routes={path: named(place) for path, _, place in routes})
+    if given:
+        flag = min(given).replace("_", "-")
+        raise ValueError(f"--{flag} has no effect beside the other flags")
+    server = Server(backend, port=port, **settings)
+    server.delay = delay
+    if not runs_code_of_others:     # which may compute, and so needs every core
+        server.core = server.server_port        # neighbouring ports get different ones
     return server
 
 
-def complain(message, status=1):
+def complain(message):
     print(f"openai_compat: {message}", file=sys.stderr)
-    return status
+    return 1                    # the exit status
 
 
 ACCEPTORS = 1                   # how many threads accept connections
@@ -4322,48 +4270,36 @@ class Printer:
     in vain, lines are lost until somebody reads again, and requests go on.
     """
 
-    def __init__(self):
-        self.seconds, self.lock = 1, threading.Lock()
+    lock = threading.Lock()
+    patience = 1                # for so many seconds, which are 0 where nobody reads
 
     def write(self, lines):
         lines = lines.encode("utf-8", "backslashreplace")
         size = getattr(select, "PIPE_BUF", 4096)    # what a ready pipe takes at once
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
-                if os.name != "nt":                     # Windows selects only sockets
-                    is_read = bool(select.select([], [2], [], self.seconds)[1])
-                    self.seconds = 1 if is_read else 0
-                    if not is_read:
-                        return
-                os.write(2, lines[start:start + size])
+                if os.name != "nt":                 # Windows selects only sockets
+                    _, ready, _ = select.select([], [2], [], self.patience)
+                    self.patience = len(ready)
+                if self.patience:
+                    os.write(2, lines[start:start + size])
 
-    def flush(self):
-        """There is nothing to do: nothing is kept back."""
-
-
-def print_trace(file, number, direction, block):
-    """Print what crosses the wire, a line at a time, with the time of day."""
-    now = time.time()
-    clock = time.strftime("%H:%M:%S", time.localtime(now))
-    clock += f".{int(now % 1 * 1000):03d}"
-    file.write("".join(f"{clock} #{number} {direction} {line}\n"
-                       for line in trace_lines(block)))
+    def trace(self, number, direction, block):
+        """Print what crosses the wire, a line at a time, with the time of day."""
+        clock = datetime.now().time().isoformat("milliseconds")
+        self.write("".join(f"{clock} #{number} {direction} {line}\n"
+                           for line in trace_lines(block)))
 
 
-def wait_until(is_over, seconds):
-    """Wait in short steps, so that a signal is heard: on Windows nothing interrupts a
-    wait, and a join that a signal interrupts takes its thread for ended."""
-    while not is_over():
-        time.sleep(seconds)
-
-
-def on_signal(handler):
-    """Call the handler for what asks us to end, unless that was ignored at start, as
-    nohup does it."""
+def hear_signals():
+    """A list that gets the numbers of the signals that ask us to end.  One that was
+    ignored at the start, as by nohup, still is."""
+    heard = []
     for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):
         number = getattr(signal, name)
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, lambda number, _: heard.append(number))
+    return heard
 
 
 def close_server(server, grace=0):
@@ -4375,68 +4311,44 @@ def close_server(server, grace=0):
     return 0
 
 
-def serve(server, file):
+def serve(server, heard):
     """Serve until a signal; running replies get 10 s then, or until a second one."""
-    signals = []
-    on_signal(lambda number, frame: signals.append(number))
-    file.write(f"Serving {server.base_url} with {model_name(server.backend)}; "
-               "Ctrl-C ends it.\n")
-    wait_until(lambda: signals, 0.1)
+    # Wait in short steps, so that a signal is heard: on Windows nothing interrupts a
+    # wait, and a join that a signal interrupts takes its thread for ended.
+    while not heard:
+        time.sleep(0.1)
     closing = threading.Thread(target=close_server, args=(server, 10), daemon=True)
     closing.start()
-    wait_until(lambda: len(signals) > 1 or not closing.is_alive(), 0.05)
+    while closing.is_alive() and len(heard) < 2:
+        time.sleep(0.05)
     server.cut_connections()
     closing.join(1)
     return 0                    # it ended as it was told to; what failed was printed
 
 
-def reaches_command(number):
-    """Does the terminal send a Ctrl-C to the command as well, so that it must not be
-    passed on?"""
-    try:
-        with open("/dev/tty", "rb") as terminal:
-            in_front = os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except (OSError, AttributeError):
-        return os.name == "nt"
-    return number == signal.SIGINT and in_front
-
-
-def pass_signal(running, number, _):
-    """Hand a signal to the command; without one, end."""
-    if not running:
-        sys.exit(128 + number)
-    if not reaches_command(number) and running[0].poll() is None:
-        running[0].send_signal(number)
-
-
-def environment_for(server):
-    """Our environment, and in it where the server is, by all names clients know."""
-    keys = server.api_keys
-    key = keys[0] if keys else os.environ.get("OPENAI_API_KEY") or "none"
+def start_beside(server, program):
+    """Start a command that finds the server in its environment, by all names that
+    clients know."""
+    import subprocess
+    keys = [*server.api_keys, os.environ.get("OPENAI_API_KEY") or "none"]
     hosts = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"),
              "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]
     bypass = ",".join(filter(None, hosts))
-    return {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": key,
-            "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
+    path = shutil.which(program[0]) or program[0]
+    return subprocess.Popen([path, *program[1:]], env={
+        **os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
+        "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass})
 
 
-def run_beside(server, program):
-    """Run a command with the server in its environment -> its exit status."""
-    import subprocess
-    running = []                # empty until there is somebody to pass a signal to
-    on_signal(functools.partial(pass_signal, running))
-    path = shutil.which(program[0]) if program else None
-    try:
-        if path is None:
-            raise FileNotFoundError(errno.ENOENT, "no such command")
-        running.append(subprocess.Popen([path, *program[1:]],
-                                        env=environment_for(server)))
-    except OSError as error:
-        close_server(server)
-        return complain(f"cannot run {' '.join(program[:1]) or 'nothing'}: "
-                        f"{error.strerror}", 127 if path is None else 126)
-    wait_until(lambda: running[0].poll() is not None, 0.02)
-    failed, status = close_server(server), running[0].returncode
+def serve_beside(server, running, heard):
+    """Serve as long as a command runs -> its exit status."""
+    while running.poll() is None:
+        time.sleep(0.02)
+        while heard:
+            number = heard.pop(0)
+            if number != signal.SIGINT:     # a terminal sends it Ctrl-C as well
+                running.send_signal(number)
+    failed, status = close_server(server), running.returncode
     return (status if status >= 0 else 128 - status) or failed
 
 
@@ -4448,27 +4360,28 @@ def main(argv=None):
     sys.path.insert(0, os.getcwd())
     if hasattr(signal, "SIGCHLD"):      # where it is ignored, programs have no status
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    args, program = parse_arguments(sys.argv[1:] if argv is None else argv)
-    is_beside = program is not None
-    port = args.port if args.port is not None else 0 if is_beside else 8000
-    level = logging.WARNING if args.quiet or is_beside else logging.INFO
-    file = Printer()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S",
-                        level=level, stream=file)
+    given, program = parse_arguments(sys.argv[1:] if argv is None else argv)
+    printer = Printer()
+    trace = printer.trace if given.pop("trace", False) else None
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=printer,
+        level=logging.WARNING if given.pop("quiet", program) else logging.INFO)
     try:
-        server = server_of(args, port)
-        server.trace = functools.partial(print_trace, file) if args.trace else None
+        server = server_of(given, given.pop("port", 0 if program else 8000))
+        heard = hear_signals()
+        running = start_beside(server, program) if program else None
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
+    server.trace = trace
     if not (server.api_keys or server.on_loopback()):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
-                    "this server", args.host, server.server_port)
-    # The code of others may compute, so it runs on any core.  Servers on neighbouring
-    # ports get different ones.
-    if not (args.command or args.backend or args.route):
-        server.core = port or os.getpid()
+                    "this server", *server.server_address[:2])
     server.start(ACCEPTORS)
-    return run_beside(server, program) if is_beside else serve(server, file)
+    if running:
+        return serve_beside(server, running, heard)
+    printer.write(f"Serving {server.base_url} with {model_name(server.backend)}; "
+                  "Ctrl-C ends it.\n")
+    return serve(server, heard)
 
 
 # ----------------------------------------------------------------------------------
