@@ -1507,8 +1507,11 @@ class Connection:
     wakes them when their deadline is over.
 
     seconds: how long a request may take to arrive, and a client to read what was sent.
-    deadline: of the read or write that goes on, on the clock time.monotonic.
+    deadline: of the read or write that goes on, on the clock time.monotonic.  trace:
+    None, or a function of "<" or ">" and the bytes that went or came.
     """
+
+    trace = None
 
     def __init__(self, sock, seconds):
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
@@ -1576,6 +1579,8 @@ class Connection:
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
+        if self.trace:
+            self.trace("<", block)
         view = memoryview(block)
         try:
             for start in range(0, len(block), 65536):
@@ -2892,8 +2897,8 @@ def origin_form(method, target, version, headers):
     has_host = "host" in headers or version < (1, 1)
     if not (has_host and HOST.fullmatch(headers.get("host", ""))):
         raise APIError(400, "An HTTP/1.1 request must have one valid Host header.")
-    absolute = ABSOLUTE.fullmatch(target)       # the form that is meant for proxies
-    if absolute and HOST.fullmatch(absolute[1]):
+    absolute = not target.startswith("/") and ABSOLUTE.fullmatch(target)
+    if absolute and HOST.fullmatch(absolute[1]):        # a form meant for proxies
         headers["host"], target = absolute[1], "/" + absolute[2]
     if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
         raise APIError(400, "The target of the request is malformed.")
@@ -2947,10 +2952,10 @@ class RequestReader(Connection):
     """Reads the requests that come through a connection.
 
     unread: a request has begun and its body was not read to the end.  idle: no request
-    has begun.  trace: None, or a function of "<" or ">" and the bytes.
+    has begun.
     """
 
-    unread, idle, trace = False, True, None
+    unread, idle = False, True
 
     def wait_for_request(self):
         """Wait until a request begins; a connection is not idle for ever.
@@ -2976,11 +2981,6 @@ class RequestReader(Connection):
         if self.trace:
             self.trace(">", taken)
         return taken
-
-    def send(self, block):
-        if self.trace:
-            self.trace("<", block)
-        super().send(block)
 
     def take_until(self, mark):
         """What stands before the mark, without the mark."""
@@ -3101,10 +3101,12 @@ class Exchange:
     FIELDS = "method path headers body status events outcome started seconds".split()
 
     def __init__(self, head):
-        self.method = head.method
-        self.path = SECRET_QUERY.sub(r"\1***", head.target)
-        secrets = SECRET_FIELDS.intersection(head.headers)
-        self.headers = {**head.headers, **dict.fromkeys(secrets, "***")}
+        self.method, self.path, _, self.headers = head
+        if "?" in self.path:
+            self.path = SECRET_QUERY.sub(r"\1***", self.path)
+        secrets = SECRET_FIELDS.intersection(self.headers)
+        if secrets:
+            self.headers = {**self.headers, **dict.fromkeys(secrets, "***")}
         self.content = b""              # the body as it came: the one copy that is kept
         self.status = self.outcome = self.seconds = None
         self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
@@ -3980,7 +3982,7 @@ class Server(ThreadingHTTPServer):
         backend, is_chat = self.backend, request["endpoint"] == "chat"
         # The fields that a backend could change in place; other defaults are immutable.
         names = [name for name in (*request["body"], "body", "stop", "prompts")
-                 if name in request]
+                 if isinstance(request.get(name), (dict, list))]
         texts = ([request["text"]] * request["n"] if is_chat else
                  [prompt.text for prompt in prompts for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
