@@ -3329,11 +3329,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.pending.append(encode(write))
                 if len(self.pending) >= most and not write.endswith(DONE):
                     self.flush(incoming)
-        except EndReply:
-            raise
         except BaseException as error:
-            incoming.failed = True
             refusal = self.server.refusal(error, incoming)
+            incoming.failed = True
             if not is_event_stream(response.headers):
                 raise Cut("fin") from None
             self.pending.append(encode(event(refusal.body())))
@@ -3383,8 +3381,6 @@ class Handler(BaseHTTPRequestHandler):
             return response
         except Instead as instead:
             return instead.args[0]
-        except EndReply:
-            raise
         except BaseException as error:
             return error_response(self.server.refusal(error, incoming))
 
@@ -3410,12 +3406,11 @@ class Handler(BaseHTTPRequestHandler):
         """Close what a response was made from, and log the exchange."""
         exchange = incoming.exchange
         for close in reversed(incoming.closers):
-            try:
-                close()
-            except EndReply:
-                pass
-            except BaseException as error:
-                self.server.refusal(error, incoming)
+            with suppress(EndReply):
+                try:
+                    close()
+                except BaseException as error:
+                    self.server.refusal(error, incoming)
         if exchange.status and log.isEnabledFor(logging.INFO):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
                      exchange.method, printable(exchange.path), exchange.status,
@@ -3795,7 +3790,7 @@ class Server(ThreadingHTTPServer):
         """Beyond max_connections a request gets a 503; far beyond, the connection is
         closed without a word."""
         most = 2 * self.max_connections + 16
-        return not self.closed.is_set() and len(self.connections) <= most
+        return len(self.connections) <= most
 
     def handle_error(self, sock, address):
         is_usual = isinstance(sys.exc_info()[1], OSError)   # a failed TLS handshake
@@ -3841,8 +3836,7 @@ class Server(ThreadingHTTPServer):
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)
         self.cut_connections()
         if set(self.connections) - {threading.current_thread()}:
-            log.warning("%d threads are still busy in the backend and are left behind",
-                        len(self.connections))
+            log.warning("%d threads in the backend are left behind", len(self.connections))
         self.check(error)
 
     shutdown = close            # what socketserver calls it
@@ -3876,16 +3870,17 @@ class Server(ThreadingHTTPServer):
     # ------ failures
 
     def refusal(self, error, incoming):
-        """The APIError that a client gets for an exception.
+        """The APIError that a client gets for an exception; EndReply is raised again.
 
         An exception that nobody meant for a client is logged, and the first one is
         kept for `check`.  The traceback is dropped, since it would keep the request
         alive for as long as somebody keeps the exception.
         """
+        if isinstance(error, EndReply):
+            raise error
         traceback, is_meant = error.__traceback__, isinstance(error, APIError)
         if not is_meant:
-            log.error("The backend failed in %r; raise APIError where it is meant",
-                      incoming.exchange, exc_info=error)
+            log.error("The backend failed in %r", incoming.exchange, exc_info=error)
         is_fault = not is_meant or type(error) is BackendFault
         if self.failure is None and is_fault:
             self.failure = error, traceback
@@ -3931,13 +3926,12 @@ class Server(ThreadingHTTPServer):
         """
         host = fields.get("host", "")
         if not (is_local(host) or host_of(host) in map(host_of, self.cors)):
-            raise APIError(403, f"The Host {printable(host[:100])!r} is not this "
-                           "machine; to allow a page of that host, name its origin "
-                           "with --cors.", code="foreign_host")
+            raise APIError(403, f"The Host {host[:99]!r} is not this machine; name its "
+                           "origin with --cors.", code="foreign_host")
         origin = fields.get("origin")
         if origin is not None and not self.allows(origin, fields):
-            raise APIError(403, f"The Origin {printable(origin[:100])!r} is not "
-                           "allowed; name it with --cors.", code="foreign_origin")
+            raise APIError(403, f"The Origin {origin[:99]!r} is not allowed; name it "
+                           "with --cors.", code="foreign_origin")
 
     def admit(self, incoming):
         """Refuse those who may not use the server, before their body is read."""
@@ -4097,22 +4091,10 @@ class Server(ThreadingHTTPServer):
 
     def methods_of(self, path):
         """{method: endpoint} of a path; {} if there is no such path."""
-        methods = self.routes.get(path, {})
-        if not methods and isinstance(self.backend, PassingOn):
-            for each in getattr(self.backend, "paths", ()):
-                if normal_path(each)[0] == path:
-                    return dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
-        return methods
-
-    def preflight(self, incoming, allowed):
-        """What a browser asks before it lets a page send a request (Fetch, 4.8)."""
-        headers = {"allow": allowed}
-        if "access-control-allow-origin" in self.cors_headers(incoming):
-            wanted = incoming.headers.get("access-control-request-headers", "*")
-            headers.update({"access-control-allow-methods": allowed,
-                            "access-control-allow-headers": wanted,
-                            "access-control-max-age": "86400"})
-        return Response(204, headers)
+        if path not in self.routes and isinstance(self.backend, PassingOn):
+            if path in [normal_path(each)[0] for each in self.backend.paths]:
+                return dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
+        return self.routes.get(path, {})
 
     def respond(self, incoming):
         """The response to one request; HEAD is answered as GET is."""
@@ -4121,8 +4103,11 @@ class Server(ThreadingHTTPServer):
         if method in methods:
             return methods[method](self, incoming)
         allowed = ", ".join([*methods, *["HEAD"] * ("GET" in methods), "OPTIONS"])
-        if method == "OPTIONS":
-            return self.preflight(incoming, allowed)
+        if method == "OPTIONS":         # a browser's preflight (Fetch, 4.8) among them
+            wanted = incoming.headers.get("access-control-request-headers", "*")
+            return Response(204, {"allow": allowed, "access-control-max-age": "86400",
+                                  "access-control-allow-methods": allowed,
+                                  "access-control-allow-headers": wanted})
         if not methods:
             raise APIError(404, f"Unknown request URL: {incoming.method} "
                            f"{printable(incoming.exchange.path[:200])}.",

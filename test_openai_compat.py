@@ -2961,12 +2961,11 @@ def test_a_preflight_is_answered_without_a_key_and_allows_no_stranger(path, keys
     got = answer("OPTIONS", path, None, {
         "Origin": origin, "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,x-stainless-os"}, api_keys=keys)
-    allowed = {name for name in got.headers if name.startswith("access-control")}
+    allowed = got.headers.get("access-control-allow-origin")
     assert (got.status, got.body) == (204, b"") and "OPTIONS" in got.headers["allow"]
     assert not {"content-length", "transfer-encoding"} & got.headers.keys()
-    assert bool(allowed) == (origin == FRIEND)
+    assert allowed == (FRIEND if origin == FRIEND else None)
     if allowed:
-        assert got.headers["access-control-allow-origin"] == FRIEND
         assert got.headers["access-control-allow-headers"] == "authorization,x-stainless-os"
         assert "POST" in got.headers["access-control-allow-methods"] or "/chat" not in path
         assert int(got.headers["access-control-max-age"]) > 0
