@@ -1668,8 +1668,7 @@ def usage_always(chunks):
     for chunk in chunks:
         usage = chunk.get("usage") or usage
         yield {**chunk, "usage": usage}
-    if chunk["choices"]:
-        yield {**chunk, "choices": [], "usage": usage}
+    yield {**chunk, "choices": [], "usage": usage}
 
 
 @over_chunks
@@ -1799,6 +1798,10 @@ FORMATS = {  # None: any string
 }
 
 
+def whole(number):                          # 2.0 is the integer 2
+    return int(number) if number % 1 == 0 else number
+
+
 def plain_json(value):
     """A copy with none but JSON's own types, where 2.0 is the integer that it means.
 
@@ -1806,9 +1809,7 @@ def plain_json(value):
         >>> plain_json({"a": (2.0, 2.5)})
         {'a': [2, 2.5]}
     """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    return json.loads(to_json(value), parse_float=number)
+    return json.loads(to_json(value), parse_float=lambda text: whole(float(text)))
 
 
 def canonical(value):
@@ -1834,10 +1835,6 @@ def is_one(value, values):
     return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
-def is_multiple(value, step):               # of floats as other validators do it
-    return (value % step if isinstance(step, int) else value / step % 1) == 0
-
-
 RULES = {keyword: (kind, rule) for places, rule in (
     # A type of values and a keyword that is about it, and whether a value obeys: a
     # function of the value and the keyword's argument.  None: that is not known here.
@@ -1846,7 +1843,8 @@ RULES = {keyword: (kind, rule) for places, rule in (
     ("any enum", is_one), ("any const", lambda value, it: is_one(value, [it])),
     ("number minimum", operator.ge), ("number exclusiveMinimum", operator.gt),
     ("number maximum", operator.le), ("number exclusiveMaximum", operator.lt),
-    ("number multipleOf", is_multiple),
+    ("number multipleOf", lambda value, step: (     # of floats as other validators do
+        value % step if isinstance(step, int) else value / step % 1) == 0),
     ("string minLength, array minItems, object minProperties",
      lambda value, least: len(value) >= least),
     ("string maxLength, array maxItems, object maxProperties",
@@ -2024,8 +2022,7 @@ class Sampler:
         high = min(stated(here, "maximum", "exclusiveMaximum"), default=abs(low) + 1)
         start, step = min(max(0, low), high), max(stated(here, "multipleOf"), default=1)
         multiples = ((start // step + n) * step for n in NEAR)
-        for value in (start, (low + high) / 2, *multiples):
-            yield int(value) if value % 1 == 0 else value
+        return map(whole, (start, (low + high) / 2, *multiples))
 
     make_integer = make_number
 
@@ -2345,7 +2342,8 @@ class Script:
         self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
         if any_order:                   # a step without `expect` only after the others
             self.steps.sort(key=lambda step: not step.expect)
-        self.count, self.choice = len(steps), len(steps) if any_order else 1
+        # How many there were, and how many of those that remain a request looks at.
+        self.count, self.eligible = len(steps), len(steps) if any_order else 1
         self.otherwise = None if otherwise is None else as_backend(otherwise)
         self.lock, self.current = threading.Lock(), threading.local()
         self.faults = []                # why there was no step for a request
@@ -2372,7 +2370,7 @@ class Script:
         """The backend of the step that a request uses up."""
         faults = []
         with self.lock:
-            for step in self.steps[:self.choice]:
+            for step in self.steps[:self.eligible]:
                 fault = difference(step.expect, body)
                 if fault is None:
                     self.steps.remove(step)
@@ -2443,9 +2441,8 @@ def end_program(process):
         subprocess.run(f"taskkill /F /T /PID {process.pid}", capture_output=True)
     elif process.returncode is None:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            # macOS says EPERM where only a zombie is left of the group.
-            with suppress(ProcessLookupError, PermissionError,
-                          subprocess.TimeoutExpired):
+            # The group may be gone.  macOS says EPERM where only a zombie is left of it.
+            with suppress(OSError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(timeout=1)
 
@@ -2776,7 +2773,7 @@ class Replay(PassingOn):
     def add(self, recording):
         """Get a recording ready to be sent; an error if it is not a whole one."""
         request, writes = recording["request"], recording["writes"]
-        self.recordings[canonical(request)].append(Response(
+        self.recordings[canonical(request)].append((
             int(recording["status"]), header_fields(recording["headers"]),
             [(float(wait), as_bytes(text)) for wait, text in writes]))
         self.requests.append(request)
@@ -2803,17 +2800,17 @@ class Replay(PassingOn):
 
     def respond(self, incoming):
         asked = incoming.asked()
-        with self.lock:
-            queue = self.recordings.get(canonical(asked), [None])
-            response = queue.pop(0) if len(queue) > 1 else queue[0]
-        if response is None:
-            if self.relay is None:
-                raise self.unknown(asked)
+        queue = self.recordings.get(canonical(asked))
+        if not queue and self.relay is None:
+            raise self.unknown(asked)
+        if not queue:
             return self.relay.respond(incoming)
-        writes = self.writes(response.body)
-        if is_event_stream(response.headers):
+        with self.lock:
+            status, headers, recorded = queue.pop(0) if len(queue) > 1 else queue[0]
+        writes = self.writes(recorded)
+        if is_event_stream(headers):
             writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
-        return Response(response.status, response.headers, writes)
+        return Response(status, headers, writes)
 
     def check(self, error=None):
         """Raise AssertionError if a request was not on the tape."""
