@@ -2441,7 +2441,7 @@ def end_program(process):
         subprocess.run(f"taskkill /F /T /PID {process.pid}", capture_output=True)
     elif process.returncode is None:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            # The group may be gone.  macOS says EPERM where only a zombie is left of it.
+            # The group may be gone; macOS says EPERM where only a zombie is left.
             with suppress(OSError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(timeout=1)
