@@ -112,7 +112,9 @@ import socket
 import socketserver
 import ssl
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -869,7 +871,7 @@ def slices(text):
     long text are counted slice by slice.  (A word, white space or a flag at the edge of
     a slice may be cut.)
     """
-    return SLICE.findall(text)
+    return [text] if len(text) <= 65536 else SLICE.findall(text)
 
 
 def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False):
@@ -1671,8 +1673,7 @@ def usage_always(chunks):
     for chunk in chunks:
         usage = chunk.get("usage") or usage
         yield {**chunk, "usage": usage}
-    if chunk["choices"]:
-        yield {**chunk, "choices": [], "usage": usage}
+    yield {**chunk, "choices": [], "usage": usage}
 
 
 @over_chunks
@@ -1802,6 +1803,10 @@ FORMATS = {  # None: any string
 }
 
 
+def whole(number):                          # 2.0 is the integer 2
+    return int(number) if number % 1 == 0 else number
+
+
 def plain_json(value):
     """A copy with none but JSON's own types, where 2.0 is the integer that it means.
 
@@ -1809,9 +1814,7 @@ def plain_json(value):
         >>> plain_json({"a": (2.0, 2.5)})
         {'a': [2, 2.5]}
     """
-    def number(text):
-        return int(float(text)) if float(text).is_integer() else float(text)
-    return json.loads(to_json(value), parse_float=number)
+    return json.loads(to_json(value), parse_float=lambda text: whole(float(text)))
 
 
 def canonical(value):
@@ -1837,10 +1840,6 @@ def is_one(value, values):
     return any(value == each and canonical(value) == canonical(each) for each in values)
 
 
-def is_multiple(value, step):               # of floats as other validators do it
-    return (value % step if isinstance(step, int) else value / step % 1) == 0
-
-
 RULES = {keyword: (kind, rule) for places, rule in (
     # A type of values and a keyword that is about it, and whether a value obeys: a
     # function of the value and the keyword's argument.  None: that is not known here.
@@ -1849,7 +1848,8 @@ RULES = {keyword: (kind, rule) for places, rule in (
     ("any enum", is_one), ("any const", lambda value, it: is_one(value, [it])),
     ("number minimum", operator.ge), ("number exclusiveMinimum", operator.gt),
     ("number maximum", operator.le), ("number exclusiveMaximum", operator.lt),
-    ("number multipleOf", is_multiple),
+    ("number multipleOf", lambda value, step: (     # of floats as other validators do
+        value % step if isinstance(step, int) else value / step % 1) == 0),
     ("string minLength, array minItems, object minProperties",
      lambda value, least: len(value) >= least),
     ("string maxLength, array maxItems, object maxProperties",
@@ -1878,10 +1878,10 @@ def property_schema(schema, name):
 
 def item_schemas(schema):
     """The schemas of the items in turn.  A list of items is an older prefixItems."""
-    first, rest = schema.get("prefixItems", []), schema.get("items", True)
-    if isinstance(rest, list):
-        first, rest = rest, True
-    return itertools.chain(first, itertools.repeat(rest))
+    items = schema.get("items", True)
+    if isinstance(items, list):
+        return itertools.chain(items, itertools.repeat(True))
+    return itertools.chain(schema.get("prefixItems", ()), itertools.repeat(items))
 
 
 class Sampler:
@@ -1899,9 +1899,8 @@ class Sampler:
         """What a $ref points to: "#", or a pointer (RFC 6901) such as "#/$defs/a"."""
         place = {"#": self.root}
         for step in unquote(ref).split("/"):
-            if isinstance(place, list):
-                place = dict(zip(map(str, itertools.count()), place))
-            place = place[step.replace("~1", "/").replace("~0", "~")]
+            name = step.replace("~1", "/").replace("~0", "~")
+            place = place[int(name) if isinstance(place, list) else name]
         return place
 
     def also(self, schema):
@@ -2028,8 +2027,7 @@ class Sampler:
         high = min(stated(here, "maximum", "exclusiveMaximum"), default=abs(low) + 1)
         start, step = min(max(0, low), high), max(stated(here, "multipleOf"), default=1)
         multiples = ((start // step + n) * step for n in NEAR)
-        for value in (start, (low + high) / 2, *multiples):
-            yield int(value) if value % 1 == 0 else value
+        return map(whole, (start, (low + high) / 2, *multiples))
 
     make_integer = make_number
 
@@ -2082,6 +2080,7 @@ REPLY_TYPES = {
     "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
     "error": APIError, "expect": (dict, collections.abc.Callable),
 }
+ITEM_TYPES = {"text": (str, ToolCall), "tool_calls": ToolCall}      # of those lists
 
 
 class Reply:
@@ -2096,24 +2095,24 @@ class Reply:
     Raises TypeError or ValueError for a value that cannot be used.
     """
 
+    text = tool_calls = refusal = finish_reason = usage = quirk = error = None
+    delay, headers = 0, {}              # what `as_reply` does not set
+
     def __init__(self, text=None, tool_calls=(), refusal=None, finish_reason=None,
                  usage=None, delay=0, quirk=None, headers=None, error=None,
                  expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
-        self.text, self.tool_calls, self.refusal = text, tool_calls or (), refusal
+        self.text, self.tool_calls, self.refusal = text or (), tool_calls, refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
         self.expect = expect
         for name, types in REPLY_TYPES.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, types):
+            items = value if isinstance(value, (list, tuple)) else ()
+            if not (isinstance(value, types) or value is None) or not all(
+                    isinstance(item, ITEM_TYPES[name]) for item in items):
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
-        if not all(isinstance(call, ToolCall) for call in self.tool_calls):
-            raise TypeError(f"tool_calls must be ToolCalls, not {tool_calls!r}")
-        pieces = () if isinstance(text, str) else text or ()
-        if not all(isinstance(piece, (str, ToolCall)) for piece in pieces):
-            raise TypeError(f"a text must be a str or pieces, not {text!r}")
         delay_pair(delay)
         parse_quirk(quirk)
         self.headers = header_fields(headers)
@@ -2124,10 +2123,7 @@ class Reply:
 
     def is_ready(self):
         """Is everything at hand, so that several pieces may share a send?"""
-        return not self.delay and isinstance(self.text, (str, list, tuple, type(None)))
-
-
-NOTHING_ELSE = vars(Reply())
+        return not self.delay and isinstance(self.text, (str, list, tuple))
 
 
 def as_reply(result):
@@ -2140,7 +2136,7 @@ def as_reply(result):
         raise BackendFault("a backend must return a str, a Reply or an iterable of "
                            f"pieces, not {type(result).__name__}")
     reply = Reply.__new__(Reply)        # unchecked: `result` may be any iterable
-    vars(reply).update(NOTHING_ELSE, text=result)
+    reply.text = result
     return reply
 
 
@@ -2153,13 +2149,13 @@ def while_connected(pieces):
 
 def pieces_of(reply):
     """All that a reply says: its refusal, its text, its tool calls."""
-    refusal = [Refusal(reply.refusal)] if reply.refusal else []
-    text = reply.text or ()
+    refusal = [Refusal(reply.refusal)] if reply.refusal else ()
+    text = reply.text
     if isinstance(text, str):
         text = slices(text)
     elif not isinstance(text, (list, tuple)):
         text = while_connected(text)
-    return itertools.chain(refusal, text, reply.tool_calls)
+    return itertools.chain(refusal, text, reply.tool_calls or ())
 
 
 def paced(segments, delay, error):
@@ -2211,19 +2207,6 @@ def echo(request):
     return request["text"]
 
 
-def constant(reply):
-    """A backend that always gives the same reply."""
-    def backend(request):
-        return reply
-    backend.model = "say"
-    return backend
-
-
-def say(*pieces):
-    """A backend that always says these pieces."""
-    return constant(Reply(list(pieces)))
-
-
 COROUTINE = 0x80 | 0x200        # inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -2232,7 +2215,9 @@ def as_backend(value):
     if isinstance(value, APIError):
         value = Reply(error=value)
     if isinstance(value, (str, Reply, ToolCall)):
-        return constant(value)
+        def say(request):
+            return value
+        return say
     is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
     if callable(value) and not is_async:
         return value
@@ -2240,6 +2225,11 @@ def as_backend(value):
     raise TypeError("a backend must be a function of the request, a str, a Reply, a "
                     f"ToolCall or an APIError, not {what}; say(...) says pieces, "
                     "Script(...) takes a step per request")
+
+
+def say(*pieces):
+    """A backend that always says these pieces."""
+    return as_backend(Reply(list(pieces)))
 
 
 def model_name(backend):
@@ -2355,7 +2345,10 @@ class Script:
 
     def __init__(self, *steps, any_order=False, otherwise=None):
         self.steps = list(map(as_step, itertools.count(1), steps))     # not yet taken
-        self.count, self.any_order = len(steps), any_order
+        if any_order:                   # a step without `expect` only after the others
+            self.steps.sort(key=lambda step: not step.expect)
+        # How many there were, and how many of those that remain a request looks at.
+        self.count, self.eligible = len(steps), len(steps) if any_order else 1
         self.otherwise = None if otherwise is None else as_backend(otherwise)
         self.lock, self.current = threading.Lock(), threading.local()
         self.faults = []                # why there was no step for a request
@@ -2382,10 +2375,7 @@ class Script:
         """The backend of the step that a request uses up."""
         faults = []
         with self.lock:
-            steps = self.steps[:1]
-            if self.any_order:          # those without an `expect` come last
-                steps = sorted(self.steps, key=lambda step: not step.expect)
-            for step in steps:
+            for step in self.steps[:self.eligible]:
                 fault = difference(step.expect, body)
                 if fault is None:
                     self.steps.remove(step)
@@ -2408,10 +2398,8 @@ class Script:
         faults = list(self.faults) if self.otherwise is None else []
         if self.steps and not faults and error is None:
             number, *_, given = self.steps[0]
-            faults.append(f"{len(self.steps)} of {self.count} steps remain, from step "
-                          f"{number} on: {brief(given)}")
-            faults += [f"of the last request that no step was for, {fault}"
-                       for fault in self.faults[-1:]]
+            faults = [f"{len(self.steps)} of {self.count} steps remain, from step "
+                      f"{number} on: {brief(given)}", *self.faults[-1:]]
         if faults:
             raise AssertionError("Script: " + "; ".join(faults))
 
@@ -2423,12 +2411,10 @@ NEW_GROUP = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session
 
 def start_program(program, request, files):
     """The process; it leads a group of its own, so that its children end with it."""
-    import subprocess           # only for those who run programs, here and below
     texts = {"{prompt}": request["text"], "{transcript}": transcript(request)}
     arguments = [re.sub("{prompt}|{transcript}", lambda match: texts[match[0]], each)
                  for each in program]
     try:
-        "".join(arguments).encode()     # a lone surrogate cannot be an argument
         return subprocess.Popen(arguments, stdin=files[0], stdout=subprocess.PIPE,
                                 stderr=files[1], **NEW_GROUP)
     except (OSError, ValueError) as error:
@@ -2456,14 +2442,12 @@ def transcript(request):
 
 def end_program(process):
     """Stop a program and its children, unless it has ended by itself."""
-    import subprocess
     if process.returncode is None and os.name == "nt":
         subprocess.run(f"taskkill /F /T /PID {process.pid}", capture_output=True)
     elif process.returncode is None:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            # macOS says EPERM where only a zombie is left of the group.
-            with suppress(ProcessLookupError, PermissionError,
-                          subprocess.TimeoutExpired):
+            # The group may be gone; macOS says EPERM where only a zombie is left.
+            with suppress(OSError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(timeout=1)
 
@@ -2487,7 +2471,6 @@ def last_line(file):
 
 def run_program(program, request, places):
     """What a program writes, as it writes it, until the program has ended."""
-    import tempfile
     while not places.acquire(timeout=0.05):
         pause(0)
     with contextlib.ExitStack() as stack:
@@ -2558,12 +2541,12 @@ class PassingOn:
     """
 
 
-KEY_HEADERS = {"authorization", "api-key"}
-REQUEST_HEADERS = re.compile("accept|content-type|user-agent|idempotency-key|openai-.*"
-                             "|x-stainless-.*")
-RESPONSE_HEADERS = re.compile("content-type|content-encoding|x-request-id"
-                              "|retry-after(-ms)?|x-should-retry|x-ratelimit-.*"
-                              "|openai-.*")
+# What the names of the headers begin with that are passed on, up and down.
+KEY_HEADERS = ("authorization", "api-key")
+REQUEST_HEADERS = ("accept", "content-type", "user-agent", "idempotency-key", "openai-",
+                   "x-stainless-")
+RESPONSE_HEADERS = ("content-type", "content-encoding", "x-request-id", "retry-after",
+                    "x-should-retry", "x-ratelimit-", "openai-")
 AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)")   # after a blank line
 DONE_EVENT = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s*\Z")
 MOST_HELD = 2**16               # bytes of an event that has not ended
@@ -2668,9 +2651,8 @@ class Relay(PassingOn):
         ours = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         passed = () if ours or incoming.has_our_key else KEY_HEADERS
         theirs = {name: value for name, value in incoming.headers.items()
-                  if name in passed or REQUEST_HEADERS.fullmatch(name)}
-        # http.client adds "accept-encoding: identity".
-        return {**JSON, **theirs, **ours}
+                  if name.startswith(REQUEST_HEADERS + passed)}
+        return {**JSON, **theirs, "accept-encoding": "identity", **ours}
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
@@ -2711,7 +2693,7 @@ class Relay(PassingOn):
             response = self.ask(incoming)
         headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
-                   if RESPONSE_HEADERS.fullmatch(name.lower())}
+                   if name.lower().startswith(RESPONSE_HEADERS)}
         writes = blocks_of(response)
         if is_event_stream(headers):
             headers = {**EVENT_STREAM, **headers}
@@ -2779,7 +2761,7 @@ class Replay(PassingOn):
         if not is_number(speed) or not isinstance(relay, (Relay, type(None))):
             raise TypeError("the speed of a Replay must be a number, its relay a Relay")
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
-        self.lines = itertools.count(1)         # a recording is a line of the tape
+        self.requests = []                      # of each line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         self.paths = set(relay.paths if relay else ())  # and what is on the tape
         if relay is not None:
@@ -2796,45 +2778,44 @@ class Replay(PassingOn):
     def add(self, recording):
         """Get a recording ready to be sent; an error if it is not a whole one."""
         request, writes = recording["request"], recording["writes"]
-        self.recordings[canonical(request)].append({
-            "request": request, "line": next(self.lines),
-            "status": int(recording["status"]),
-            "headers": header_fields(recording["headers"]),
-            "writes": [(float(wait), as_bytes(text)) for wait, text in writes]})
+        self.recordings[canonical(request)].append((
+            int(recording["status"]), header_fields(recording["headers"]),
+            [(float(wait), as_bytes(text)) for wait, text in writes]))
+        self.requests.append(request)
         self.paths.add(request["path"])
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
-        message, recorded = "The tape is empty.", sum(self.recordings.values(), [])
-        if recorded:
-            nearest = max(recorded, key=lambda each: likeness(each["request"], asked))
-            request = nearest["request"]
+        message = "The tape is empty."
+        if self.requests:
+            nearest = max(self.requests, key=lambda each: likeness(each, asked))
             # To `difference` null is like absent, and true like 1.
-            fault = difference(request, asked) or "on the tape " + (
-                difference(asked, request) or "a null or a boolean differs")
+            fault = difference(nearest, asked) or "on the tape " + (
+                difference(asked, nearest) or "a null or a boolean differs")
+            line = self.requests.index(nearest) + 1
             message = ("There is no recording of this request.  The nearest is line "
-                       f"{nearest['line']} of {self.tape}: {fault}.")
+                       f"{line} of {self.tape}: {fault}.")
         self.faults.append(f"{asked['method']} {asked['path']}: {message}")
         return APIError(404, message, code="not_recorded")
 
-    def writes(self, recording):
-        for seconds, write in recording["writes"]:
+    def writes(self, recorded):
+        for seconds, write in recorded:
             pause(seconds / self.speed if self.speed else 0)
             yield write
 
     def respond(self, incoming):
         asked = incoming.asked()
-        with self.lock:
-            queue = self.recordings.get(canonical(asked), [None])
-            recording = queue.pop(0) if len(queue) > 1 else queue[0]
-        if recording is None:
-            if self.relay is None:
-                raise self.unknown(asked)
+        queue = self.recordings.get(canonical(asked))
+        if not queue and self.relay is None:
+            raise self.unknown(asked)
+        if not queue:
             return self.relay.respond(incoming)
-        writes = self.writes(recording)
-        if is_event_stream(recording["headers"]):
+        with self.lock:
+            status, headers, recorded = queue.pop(0) if len(queue) > 1 else queue[0]
+        writes = self.writes(recorded)
+        if is_event_stream(headers):
             writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
-        return Response(recording["status"], recording["headers"], writes)
+        return Response(status, headers, writes)
 
     def check(self, error=None):
         """Raise AssertionError if a request was not on the tape."""
@@ -4316,7 +4297,6 @@ def serve(server, heard):
 def start_beside(server, program):
     """Start a command that finds the server in its environment, by all names that
     clients know."""
-    import subprocess
     keys = [*server.api_keys, os.environ.get("OPENAI_API_KEY") or "none"]
     hosts = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"),
              "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]

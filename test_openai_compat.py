@@ -5350,8 +5350,8 @@ def test_the_pipe_of_a_program_is_closed_by_the_server_itself(monkeypatch):
             each.stdout.closed and each.returncode is not None for each in kept))
 
 
-@pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "a\udc80b", "long " * 2 ** 20],
-                         ids=["NUL", "surrogate", "low surrogate", "too long"])
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "long " * 2 ** 20],
+                         ids=["NUL", "surrogate", "too long"])
 def test_a_prompt_that_cannot_be_an_argument_is_a_400(text):
     with Server(command(program(PRINT, "{prompt}"))) as server:
         assert chat(server, text).status == 400 and chat(server, "short").text == "short"
