@@ -112,7 +112,6 @@ import socket
 import socketserver
 import ssl
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -2411,6 +2410,7 @@ NEW_GROUP = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session
 
 def start_program(program, request, files):
     """The process; it leads a group of its own, so that its children end with it."""
+    import subprocess           # only for those who run programs, here and below
     texts = {"{prompt}": request["text"], "{transcript}": transcript(request)}
     arguments = [re.sub("{prompt}|{transcript}", lambda match: texts[match[0]], each)
                  for each in program]
@@ -2442,6 +2442,7 @@ def transcript(request):
 
 def end_program(process):
     """Stop a program and its children, unless it has ended by itself."""
+    import subprocess
     if process.returncode is None and os.name == "nt":
         subprocess.run(f"taskkill /F /T /PID {process.pid}", capture_output=True)
     elif process.returncode is None:
@@ -4297,6 +4298,7 @@ def serve(server, heard):
 def start_beside(server, program):
     """Start a command that finds the server in its environment, by all names that
     clients know."""
+    import subprocess
     keys = [*server.api_keys, os.environ.get("OPENAI_API_KEY") or "none"]
     hosts = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"),
              "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]
