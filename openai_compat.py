@@ -3426,22 +3426,18 @@ class Handler(BaseHTTPRequestHandler):
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>
+<style nonce="NONCE">
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 2fr 3fr }
 header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
 header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
-input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
-textarea { flex: 100% } label:has(option:only-child), #talk:has(p) + #hints { display: none }
-main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
-#talk, #wire { margin-bottom: auto }                /* a pane, reversed, stays at its end */
-#talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+textarea, output { flex: 100% } label:has(option:only-child), #talk:has(p) + #hints { display: none }
+main, aside { overflow: auto; padding: 1rem; display: flex; flex-direction: column-reverse } /* at its end */
+#talk p, pre, section { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 #talk p::before { content: attr(class); display: block; font: .8rem system-ui, sans-serif; opacity: .75 }
-aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call { font: .8rem/1.5 monospace }
-section { padding: .5rem 0 } section + section { border-top: 1px solid #8886 }
-summary { cursor: pointer; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-.time, .envelope { opacity: .7 } [open] .envelope { display: none } pre { font: inherit; padding-left: 2ch }
-aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dark(#b3261e, #ffa198) }
+aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call, pre { font: .8rem/1.5 monospace }
+summary { overflow: hidden; white-space: nowrap; text-overflow: ellipsis } span { opacity: .7 }
+aside b { color: light-dark(#0550ae, #9ecbff) } output { color: light-dark(#b3261e, #ffa198) }
 @media (max-width: 700px) { body { display: block } main, aside { max-height: 75vh } }
 </style>
 <header><h1>openai_compat</h1> <label>Model <input id="model"></label>
@@ -3451,36 +3447,34 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dar
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request,
-the response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
+<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request, the
+response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
 <b>Tool</b> asks for a call of get_weather, <b>Quirk</b> (with --quirk-header) for a fault.</p></main>
-<footer><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
+<footer><output id="note"></output><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
 <button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
-<script>
+<script nonce="NONCE">
 const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
-let running = null;                       // what stops the request that runs
-const add = (parent, name, className = "", text = "") =>        // as text: HTML is seen, not obeyed
-  parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
+const add = (parent, name, textContent = "", className = "") =>     // as text: HTML is seen, not obeyed
+  parent.appendChild(Object.assign(document.createElement(name), {textContent, className}));
 const lines = headers =>
   [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
-// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
-function show(exchange, open, news, whole) {                    // news, and beside it, dim, the whole
+const tell = error => { $("note").textContent = error.message; };
+function show(exchange, open, news, whole) {        // a line of the wire: news, and beside it, dim, the whole
   const line = add(exchange, "details"), summary = add(line, "summary");
   line.open = open;
-  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
+  add(summary, "span", ((performance.now() - exchange.started) / 1000).toFixed(3));
   for (const [name, value] of Object.entries(news).filter(([, value]) => value))
-    add(summary, "b", "", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
-  add(summary, "span", "envelope", ` ${whole}`);
-  add(line, "pre", "", whole);
+    add(summary, "b", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
+  add(summary, "span", ` ${whole}`);
+  add(line, "pre", whole);
   if (exchange.children.length > 500) exchange.children[2].remove();    // its first event
 }
 async function* events(response) {        // bytes -> events; a body that is no stream is like one event
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", read = {};
-  while (!read.done) {
+  for (let rest = "", read = {}; !read.done;) {
     read = await reader.read();
     const blocks = (rest + (read.value ?? "\n\n")).split(/\r?\n\r?\n/);         // at each blank line
     rest = blocks.pop();
@@ -3493,39 +3487,31 @@ function parse(event) {                   // an event -> its object; one without
   try { return Object(JSON.parse(data)); }
   catch { return {error: {message: `An event is not JSON: ${data}`}}; }
 }
-async function call(path, body) {         // one exchange
+async function call(path, body, signal) {               // one exchange
   const exchange = add($("wire"), "section"), method = body ? "POST" : "GET";
   const headers = new Headers(body && {"content-type": "application/json"});
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
-  document.querySelectorAll(".note").forEach(note => note.remove());
   exchange.started = performance.now();
   show(exchange, body, {request: `${method} ${path}`}, `${lines(headers)}\n\n${body || ""}`);
-  try {
-    const response = await fetch(path, {method, headers, body, signal: running?.signal});
-    const status = `${response.status} ${response.statusText}`;
-    show(exchange, body, {response: status}, lines(response.headers));
-    let ended = response.ok && !body;     // a list of models has no end of its own
-    for await (const event of events(response)) {
-      const {choices, error, usage, data, done} = parse(event);
-      const {delta, message, finish_reason} = choices?.[0] || {};
-      show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
-      if (!response.ok) throw Error(`${status}: ${error?.message || event}`);
-      if (error) throw Error(error.message);
-      ended ||= done || finish_reason;
-      fold(delta || message || {});
-      $("model").value ||= data?.[0]?.id || "";
-    }
-    if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
-  } catch (error) {
-    exchange.className = "bad";
-    add($("talk"), "p", "note", error.message);
+  $("note").textContent = "";
+  const response = await fetch(path, {method, headers, body, signal});
+  show(exchange, body, {response: `${response.status} ${response.statusText}`}, lines(response.headers));
+  let ended = false;
+  for await (const event of events(response)) {
+    const {choices, error, usage, data, done} = parse(event);
+    const {delta, message, finish_reason} = choices?.[0] || {};
+    show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
+    if (error || !response.ok) throw Error(`${response.status}: ${error?.message || event}`);
+    ended ||= done || finish_reason || data;
+    fold(delta || message || {});
+    $("model").value ||= data?.[0]?.id || "";
   }
+  if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
 }
-// ------ the conversation: its lines are what goes out with the next message
 function grow(who, text = null) {         // add to the last line, or start one
   const last = $("talk").lastChild;
-  if (text !== null) (last?.className === who ? last : add($("talk"), "p", who)).append(text);
+  if (text !== null) (last?.className === who ? last : add($("talk"), "p", "", who)).append(text);
 }
 function fold({content, refusal, tool_calls}) {         // show what a delta or a message adds
   grow("assistant", content);
@@ -3533,29 +3519,29 @@ function fold({content, refusal, tool_calls}) {         // show what a delta or 
   for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
     grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
 }
-async function ask(event) {
+async function ask(event) {               // the lines of the conversation go out
   event.preventDefault();                 // no line break
-  if (running || !$("text").value.trim()) return;
-  add($("talk"), "p", "user", $("text").value);
-  const said = $("talk").querySelectorAll("p:not(.tool-call, .note)");
+  const content = $("text").value, control = new AbortController();
+  if ($("main").ariaBusy === "true" || !content.trim()) return;
+  add($("talk"), "p", content, "user");
+  const said = $("talk").querySelectorAll("p:not(.tool-call)");
   const messages = [...said].map(line => ({role: line.classList[0], content: line.textContent}));
   const body = {model: $("model").value, messages};
   if ($("stream").checked) Object.assign(body, {stream: true, stream_options: {include_usage: true}});
   if ($("tool").checked) Object.assign(body, {tools: [WEATHER], tool_choice: "required"});
   $("text").value = "";
-  busy(new AbortController());
-  await call("/v1/chat/completions", JSON.stringify(body));
-  running.abort();                        // a broken stream is not read to its end
-  busy(null);
+  $("main").ariaBusy = true;
+  $("stop").onclick = () => control.abort(Error("Stopped."));
+  await call("/v1/chat/completions", JSON.stringify(body), control.signal).catch(tell);
+  control.abort();                        // a broken stream is not read to its end
+  $("main").ariaBusy = false;
 }
-const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
 $("text").onkeydown = event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
 };
-$("stop").onclick = () => running?.abort(Error("Stopped."));
 $("new").onclick = () => { $("talk").textContent = $("wire").textContent = ""; };
 $("send").onclick = ask;
-($("key").onchange = () => call("/v1/models"))();
+($("key").onchange = () => call("/v1/models").catch(tell))();
 </script>
 """
 
@@ -3565,18 +3551,16 @@ def page_response(quirks):
 
     quirks: those that a request may choose; they go into the menu, which is HTML.
     """
-    import hashlib              # not needed by those who never open the page
-    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:",
-              "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
-    for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy.append(f"{name}-src 'sha256-{digest}'")
+    nonce = os.urandom(16).hex()
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+              f"'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
     options = "".join(f"<option>{name}</option>" for name in quirks)
+    page = PAGE.replace("NONCE", nonce).replace("<!-- quirks -->", options)
     return Response(200, {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": "; ".join(policy),
+        "content-type": "text/html; charset=utf-8", "content-security-policy": policy,
         "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
-    }, PAGE.replace("<!-- quirks -->", options).encode())
+    }, page.encode())
 
 
 # ----------------------------------------------------------------------------------
