@@ -295,9 +295,9 @@ def copied(value):
     return [copied(each) for each in value] if isinstance(value, list) else value
 
 
-def encode_json(value, ascii=False):
+def encode_json(value):
     """A value as compact JSON text; NaN and infinity are a ValueError."""
-    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, check_circular=False,
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, check_circular=False,
                       separators=(",", ":"))
 
 
@@ -317,7 +317,7 @@ def to_json(value):
     try:
         text = encode_json(value)
         if not text.isascii() and MUST_BE_ESCAPED.search(text):
-            text = encode_json(value, ascii=True)
+            text = json.dumps(value, separators=(",", ":"))     # ASCII, with escapes
     except RecursionError:
         raise ValueError("the value is nested too deeply, or holds itself") from None
     return text.encode()
@@ -4174,6 +4174,12 @@ def parse_arguments(argv):
     return given, argv[end + 1:]
 
 
+def complain(message, status=1):
+    """Say on standard error why the program ends; returns its exit status."""
+    print(f"openai_compat: {message}", file=sys.stderr)
+    return status
+
+
 def named(text):
     """What "module:function" names."""
     module, _, name = text.partition(":")
@@ -4197,9 +4203,8 @@ def backend_of(given):
     relay, tape = None, take("replay", None)
     if "upstream" in given:
         # Beside --replay it records on that tape, and --record has no effect.
-        record = take("record", None) if tape is None else None
-        relay = Relay(take("upstream"), take("upstream_key", None), record,
-                      take("pass", ()))
+        relay = Relay(take("upstream"), take("upstream_key", None),
+                      tape or take("record", None), take("pass", ()))
     return relay or echo if tape is None else Replay(tape, relay=relay)
 
 
@@ -4214,34 +4219,29 @@ def server_of(given, port):
     # What a relay passes on is never changed: these flags have no effect on it.
     changes = {} if isinstance(backend, PassingOn) else given
     delay = number("--delay", changes.pop("delay", 0), 0)
-    tokenizer = changes.pop("tokenizer", None)
     take = given.pop
     # Not `get`: programs that the server runs must not inherit its keys.
-    keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")
+    keys = re.findall(r"[^,\s]+", os.environ.pop("OPENAI_COMPAT_API_KEYS", ""))
     routes = [route.rpartition("=") for route in take("route", ())]
-    same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
-            "request_timeout")          # these have the names of the server's arguments
+    # These have the names of the server's arguments.
+    same = ("host", "cors", "max_body", "max_connections", "request_timeout")
     settings = {name: take(name) for name in same if name in given}
     settings.update(
-        api_keys=[*take("api_key", ()), *filter(None, map(str.strip, keys))],
-        models=take("model", None), tokenize=named(tokenizer) if tokenizer else tokenize,
+        models=take("model", None), api_keys=[*take("api_key", ()), *keys],
+        tokenize=named(changes.pop("tokenizer", f"{__name__}:tokenize")),
         strict=not changes.pop("lenient", False),
+        quirk=changes.pop("quirk", None), quirk_header=changes.pop("quirk_header", False),
         journal=1000 if take("journal", False) else 0,
         tls=(take("tls_cert"), take("tls_key", None)) if "tls_cert" in given else None,
         routes={path: named(place) for path, _, place in routes})
     if given:
         flag = min(given).replace("_", "-")
-        raise ValueError(f"--{flag} has no effect beside the other flags")
+        sys.exit(complain(f"--{flag} has no effect beside the other flags", 2))
     server = Server(backend, port=port, **settings)
     server.delay = delay
     if not runs_code_of_others:     # which may compute, and so needs every core
         server.core = server.server_port        # neighbouring ports get different ones
     return server
-
-
-def complain(message):
-    print(f"openai_compat: {message}", file=sys.stderr)
-    return 1                    # the exit status
 
 
 ACCEPTORS = 1                   # how many threads accept connections
@@ -4319,9 +4319,12 @@ def start_beside(server, program):
              "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]
     bypass = ",".join(filter(None, hosts))
     path = shutil.which(program[0]) or program[0]
-    return subprocess.Popen([path, *program[1:]], env={
-        **os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
-        "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass})
+    env = {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
+           "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
+    try:
+        return subprocess.Popen([path, *program[1:]], env=env)
+    except OSError as error:        # the exit statuses of a shell
+        sys.exit(complain(error, 127 if isinstance(error, FileNotFoundError) else 126))
 
 
 def serve_beside(server, running, heard):
@@ -4375,22 +4378,18 @@ def main(argv=None):
 FAST = True
 
 
-def fast_encoder(as_string, **options):
-    """A JSONEncoder's `encode` whose C part is made once, not for every value."""
-    standard = json.JSONEncoder(allow_nan=False, separators=(",", ":"), **options)
+def fast_encode_json():
+    """20 % of the time of an event: json.dumps makes an encoder for each call, and this
+    one's C part is made once."""
+    standard = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
+                                separators=(",", ":"))
     try:
-        encode = json.encoder.c_make_encoder(None, standard.default, as_string, None,
-                                             ":", ",", False, False, False)
+        encode = json.encoder.c_make_encoder(
+            None, standard.default, json.encoder.encode_basestring, None,
+            ":", ",", False, False, False)
     except (AttributeError, TypeError):         # another Python has no such function
         return standard.encode
     return lambda value: "".join(encode(value, 0))
-
-
-def fast_encode_json():
-    """20 % of the time of an event: json.dumps makes an encoder for each call."""
-    plain = fast_encoder(json.encoder.encode_basestring, ensure_ascii=False)
-    escaped = fast_encoder(json.encoder.encode_basestring_ascii)
-    return lambda value, ascii=False: escaped(value) if ascii else plain(value)
 
 
 def fast_stay_on_core(number):

@@ -1978,8 +1978,7 @@ def test_an_event_is_one_line_of_utf8(text, line):
 def test_the_wire_is_the_same_where_the_c_part_of_json_is_missing(monkeypatch):
     value, encode = {"é": ['world"', "\u2028", 1.5, None, True]}, openai_compat.encode_json
     monkeypatch.setattr(json.encoder, "c_make_encoder", None)
-    without = openai_compat.fast_encode_json()
-    assert [without(value), without(value, True)] == [encode(value), encode(value, True)]
+    assert openai_compat.fast_encode_json()(value) == encode(value)
 
 
 # ----------------------------------------------------------------------------------
@@ -6117,7 +6116,7 @@ NOT_STARTED = {  # flags, and what the message says
          "--replay tape"], 2)), NO_EFFECT), "--sya x": "--sya", "--": "no command",
     **{flag: f"{flag.split()[0]} {NO_EFFECT}" for flag in (
         "--at-once 2", "--pass /x", "--record tape", "--upstream-key k", "--tls-key no.key")},
-    **{f"{first} {flag}": f"{flag.split()[0]} {NO_EFFECT}|a quirk cannot"
+    **{f"{first} {flag}": f"{flag.split()[0]} {NO_EFFECT}"
        for first in ("--upstream http://h/v1", "--replay tape")
        for flag in ("--delay 1", "--quirk bom", "--quirk-header", "--lenient", "--tokenizer a:b")},
     "--upstream http://h/v1 --replay tape --record tape": f"--record {NO_EFFECT}",
@@ -6135,7 +6134,8 @@ def test_what_cannot_start_or_has_no_effect_is_one_line(workplace, monkeypatch, 
     except SystemExit as error:
         status = error.code
     *usage, line = capsys.readouterr().err.splitlines()
-    assert re.search(NOT_STARTED[flags], line) and status == (2 if usage else 1)
+    assert re.search(NOT_STARTED[flags], line)
+    assert status == (2 if usage or NO_EFFECT in line else 1)
     assert usage == [] or usage[0].startswith("usage: ")
 
 
@@ -6319,9 +6319,9 @@ BESIDE = {  # rule: (flags, command, its status, what it prints, what is said of
     "the status of a command is the status": ([], program("sys.exit(3)"), 3, "", ""),
     "a command has its own dashes": ([], program("print(sys.argv[1:])", "--", "--version"), 0,
                                      "['--', '--version']\n", ""),
-    "a command that is not there is a 1": ([], ["no-such-command"], 1, "",
-                                           ".*no-such-command.*"),
-    "nor at that place": ([], ["./no-such-command"], 1, "", r".*\./no-such-command.*"),
+    "a command that is not there is a 127": ([], ["no-such-command"], 127, "",
+                                             ".*no-such-command.*"),
+    "nor at that place": ([], ["./no-such-command"], 127, "", r".*\./no-such-command.*"),
     "a script that was followed is a 0": (SCRIPTED, ASKING, 0, "from the script\n", ""),
     "one that was not is a 1": (SCRIPTED, program(""), 1, "", ".*1 of 1 steps remain.*"),
     "unless the command has failed": (SCRIPTED, program("sys.exit(3)"), 3, "",
@@ -6335,7 +6335,7 @@ BESIDE = {  # rule: (flags, command, its status, what it prints, what is said of
     **({} if os.name == "nt" else {
         "a trace is printed to its end": (["--trace"], ASKING, 0, "Hello!\n",
                                           r"(?s).*data: \[DONE\]\n.* 0\\r\\n"),
-        "one that cannot be run is a 1": ([], ["./garbage"], 1, "", ".*garbage.*"),
+        "one that cannot be run is a 126": ([], ["./garbage"], 126, "", ".*garbage.*"),
         "a signal is 128 and its number": (
             [], program("os.kill(os.getpid(), signal.SIGTERM)"), 143, "", ""),
         "SIGKILL too": ([], program("os.kill(os.getpid(), signal.SIGKILL)"), 137, "", "")}),
