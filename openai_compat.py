@@ -296,9 +296,9 @@ def copied(value):
     return [copied(each) for each in value] if isinstance(value, list) else value
 
 
-def encode_json(value, ascii=False):
+def encode_json(value):
     """A value as compact JSON text; NaN and infinity are a ValueError."""
-    return json.dumps(value, ensure_ascii=ascii, allow_nan=False, check_circular=False,
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, check_circular=False,
                       separators=(",", ":"))
 
 
@@ -318,7 +318,7 @@ def to_json(value):
     try:
         text = encode_json(value)
         if not text.isascii() and MUST_BE_ESCAPED.search(text):
-            text = encode_json(value, ascii=True)
+            text = json.dumps(value, separators=(",", ":"))     # ASCII, with escapes
     except RecursionError:
         raise ValueError("the value is nested too deeply, or holds itself") from None
     return text.encode()
@@ -3405,22 +3405,18 @@ class Handler(BaseHTTPRequestHandler):
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>openai_compat</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>
+<style nonce="NONCE">
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { margin: 0; height: max(100vh, 28rem); display: grid; grid: auto 1fr auto / 2fr 3fr }
 header, footer { padding: .6rem 1rem; display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
 header { grid-column: 1 / -1; border-bottom: 1px solid #8886 } h1 { flex: 1; margin: 0; font-size: 1.1rem }
-input, textarea, button, select { font: inherit; padding: .2rem .5rem } #model, #key { width: 8rem }
-textarea { flex: 100% } label:has(option:only-child), #talk:has(p) + #hints { display: none }
-main, aside { overflow: auto; padding: 0 1rem; display: flex; flex-direction: column-reverse }
-#talk, #wire { margin-bottom: auto }                /* a pane, reversed, stays at its end */
-#talk p, pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
+textarea, output { flex: 100% } label:has(option:only-child), #talk:has(p) + #hints { display: none }
+main, aside { overflow: auto; padding: 1rem; display: flex; flex-direction: column-reverse } /* at its end */
+#talk p, pre, section { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
 #talk p::before { content: attr(class); display: block; font: .8rem system-ui, sans-serif; opacity: .75 }
-aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call { font: .8rem/1.5 monospace }
-section { padding: .5rem 0 } section + section { border-top: 1px solid #8886 }
-summary { cursor: pointer; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-.time, .envelope { opacity: .7 } [open] .envelope { display: none } pre { font: inherit; padding-left: 2ch }
-aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dark(#b3261e, #ffa198) }
+aside { grid-area: 2 / 2 / 4; background: #8881 } aside, .tool-call, pre { font: .8rem/1.5 monospace }
+summary { overflow: hidden; white-space: nowrap; text-overflow: ellipsis } span { opacity: .7 }
+aside b { color: light-dark(#0550ae, #9ecbff) } output { color: light-dark(#b3261e, #ffa198) }
 @media (max-width: 700px) { body { display: block } main, aside { max-height: 75vh } }
 </style>
 <header><h1>openai_compat</h1> <label>Model <input id="model"></label>
@@ -3430,36 +3426,34 @@ aside b { color: light-dark(#0550ae, #9ecbff) } .note, .bad b { color: light-dar
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request,
-the response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
+<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request, the
+response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
 <b>Tool</b> asks for a call of get_weather, <b>Quirk</b> (with --quirk-header) for a fault.</p></main>
-<footer><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
+<footer><output id="note"></output><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
 <button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
-<script>
+<script nonce="NONCE">
 const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
-let running = null;                       // what stops the request that runs
-const add = (parent, name, className = "", text = "") =>        // as text: HTML is seen, not obeyed
-  parent.appendChild(Object.assign(document.createElement(name), {className, textContent: text}));
+const add = (parent, name, textContent = "", className = "") =>     // as text: HTML is seen, not obeyed
+  parent.appendChild(Object.assign(document.createElement(name), {textContent, className}));
 const lines = headers =>
   [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
-// ------ the wire: a section for each exchange, and in it a line that opens for all that crossed
-function show(exchange, open, news, whole) {                    // news, and beside it, dim, the whole
+const tell = error => { $("note").textContent = error.message; };
+function show(exchange, open, news, whole) {        // a line of the wire: news, and beside it, dim, the whole
   const line = add(exchange, "details"), summary = add(line, "summary");
   line.open = open;
-  add(summary, "span", "time", ((performance.now() - exchange.started) / 1000).toFixed(3));
+  add(summary, "span", ((performance.now() - exchange.started) / 1000).toFixed(3));
   for (const [name, value] of Object.entries(news).filter(([, value]) => value))
-    add(summary, "b", "", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
-  add(summary, "span", "envelope", ` ${whole}`);
-  add(line, "pre", "", whole);
+    add(summary, "b", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
+  add(summary, "span", ` ${whole}`);
+  add(line, "pre", whole);
   if (exchange.children.length > 500) exchange.children[2].remove();    // its first event
 }
 async function* events(response) {        // bytes -> events; a body that is no stream is like one event
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", read = {};
-  while (!read.done) {
+  for (let rest = "", read = {}; !read.done;) {
     read = await reader.read();
     const blocks = (rest + (read.value ?? "\n\n")).split(/\r?\n\r?\n/);         // at each blank line
     rest = blocks.pop();
@@ -3472,39 +3466,31 @@ function parse(event) {                   // an event -> its object; one without
   try { return Object(JSON.parse(data)); }
   catch { return {error: {message: `An event is not JSON: ${data}`}}; }
 }
-async function call(path, body) {         // one exchange
+async function call(path, body, signal) {               // one exchange
   const exchange = add($("wire"), "section"), method = body ? "POST" : "GET";
   const headers = new Headers(body && {"content-type": "application/json"});
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
-  document.querySelectorAll(".note").forEach(note => note.remove());
   exchange.started = performance.now();
   show(exchange, body, {request: `${method} ${path}`}, `${lines(headers)}\n\n${body || ""}`);
-  try {
-    const response = await fetch(path, {method, headers, body, signal: running?.signal});
-    const status = `${response.status} ${response.statusText}`;
-    show(exchange, body, {response: status}, lines(response.headers));
-    let ended = response.ok && !body;     // a list of models has no end of its own
-    for await (const event of events(response)) {
-      const {choices, error, usage, data, done} = parse(event);
-      const {delta, message, finish_reason} = choices?.[0] || {};
-      show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
-      if (!response.ok) throw Error(`${status}: ${error?.message || event}`);
-      if (error) throw Error(error.message);
-      ended ||= done || finish_reason;
-      fold(delta || message || {});
-      $("model").value ||= data?.[0]?.id || "";
-    }
-    if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
-  } catch (error) {
-    exchange.className = "bad";
-    add($("talk"), "p", "note", error.message);
+  $("note").textContent = "";
+  const response = await fetch(path, {method, headers, body, signal});
+  show(exchange, body, {response: `${response.status} ${response.statusText}`}, lines(response.headers));
+  let ended = false;
+  for await (const event of events(response)) {
+    const {choices, error, usage, data, done} = parse(event);
+    const {delta, message, finish_reason} = choices?.[0] || {};
+    show(exchange, false, {error, delta, message, finish_reason, usage, data, done}, event);
+    if (error || !response.ok) throw Error(`${response.status}: ${error?.message || event}`);
+    ended ||= done || finish_reason || data;
+    fold(delta || message || {});
+    $("model").value ||= data?.[0]?.id || "";
   }
+  if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
 }
-// ------ the conversation: its lines are what goes out with the next message
 function grow(who, text = null) {         // add to the last line, or start one
   const last = $("talk").lastChild;
-  if (text !== null) (last?.className === who ? last : add($("talk"), "p", who)).append(text);
+  if (text !== null) (last?.className === who ? last : add($("talk"), "p", "", who)).append(text);
 }
 function fold({content, refusal, tool_calls}) {         // show what a delta or a message adds
   grow("assistant", content);
@@ -3512,29 +3498,29 @@ function fold({content, refusal, tool_calls}) {         // show what a delta or 
   for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
     grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
 }
-async function ask(event) {
+async function ask(event) {               // the lines of the conversation go out
   event.preventDefault();                 // no line break
-  if (running || !$("text").value.trim()) return;
-  add($("talk"), "p", "user", $("text").value);
-  const said = $("talk").querySelectorAll("p:not(.tool-call, .note)");
+  const content = $("text").value, control = new AbortController();
+  if ($("main").ariaBusy === "true" || !content.trim()) return;
+  add($("talk"), "p", content, "user");
+  const said = $("talk").querySelectorAll("p:not(.tool-call)");
   const messages = [...said].map(line => ({role: line.classList[0], content: line.textContent}));
   const body = {model: $("model").value, messages};
   if ($("stream").checked) Object.assign(body, {stream: true, stream_options: {include_usage: true}});
   if ($("tool").checked) Object.assign(body, {tools: [WEATHER], tool_choice: "required"});
   $("text").value = "";
-  busy(new AbortController());
-  await call("/v1/chat/completions", JSON.stringify(body));
-  running.abort();                        // a broken stream is not read to its end
-  busy(null);
+  $("main").ariaBusy = true;
+  $("stop").onclick = () => control.abort(Error("Stopped."));
+  await call("/v1/chat/completions", JSON.stringify(body), control.signal).catch(tell);
+  control.abort();                        // a broken stream is not read to its end
+  $("main").ariaBusy = false;
 }
-const busy = control => $("main").setAttribute("aria-busy", Boolean(running = control));
 $("text").onkeydown = event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
 };
-$("stop").onclick = () => running?.abort(Error("Stopped."));
 $("new").onclick = () => { $("talk").textContent = $("wire").textContent = ""; };
 $("send").onclick = ask;
-($("key").onchange = () => call("/v1/models"))();
+($("key").onchange = () => call("/v1/models").catch(tell))();
 </script>
 """
 
@@ -3544,18 +3530,16 @@ def page_response(quirks):
 
     quirks: those that a request may choose; they go into the menu, which is HTML.
     """
-    import hashlib              # not needed by those who never open the page
-    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:",
-              "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
-    for name, text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", PAGE):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy.append(f"{name}-src 'sha256-{digest}'")
+    nonce = os.urandom(16).hex()
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
+              f"'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'")
     options = "".join(f"<option>{name}</option>" for name in quirks)
+    page = PAGE.replace("NONCE", nonce).replace("<!-- quirks -->", options)
     return Response(200, {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": "; ".join(policy),
+        "content-type": "text/html; charset=utf-8", "content-security-policy": policy,
         "referrer-policy": "no-referrer", "x-content-type-options": "nosniff",
-    }, PAGE.replace("<!-- quirks -->", options).encode())
+    }, page.encode())
 
 
 # ----------------------------------------------------------------------------------
@@ -4159,6 +4143,12 @@ def parse_arguments(argv):
     return given, argv[end + 1:]
 
 
+def complain(message, status=1):
+    """Say on standard error why the program ends; returns its exit status."""
+    print(f"openai_compat: {message}", file=sys.stderr)
+    return status
+
+
 def named(text):
     """What "module:function" names."""
     module, _, name = text.partition(":")
@@ -4182,9 +4172,8 @@ def backend_of(given):
     relay, tape = None, take("replay", None)
     if "upstream" in given:
         # Beside --replay it records on that tape, and --record has no effect.
-        record = take("record", None) if tape is None else None
-        relay = Relay(take("upstream"), take("upstream_key", None), record,
-                      take("pass", ()))
+        relay = Relay(take("upstream"), take("upstream_key", None),
+                      tape or take("record", None), take("pass", ()))
     return relay or echo if tape is None else Replay(tape, relay=relay)
 
 
@@ -4199,34 +4188,29 @@ def server_of(given, port):
     # What a relay passes on is never changed: these flags have no effect on it.
     changes = {} if isinstance(backend, PassingOn) else given
     delay = number("--delay", changes.pop("delay", 0), 0)
-    tokenizer = changes.pop("tokenizer", None)
     take = given.pop
     # Not `get`: programs that the server runs must not inherit its keys.
-    keys = os.environ.pop("OPENAI_COMPAT_API_KEYS", "").split(",")
+    keys = re.findall(r"[^,\s]+", os.environ.pop("OPENAI_COMPAT_API_KEYS", ""))
     routes = [route.rpartition("=") for route in take("route", ())]
-    same = ("host", "quirk", "quirk_header", "cors", "max_body", "max_connections",
-            "request_timeout")          # these have the names of the server's arguments
+    # These have the names of the server's arguments.
+    same = ("host", "cors", "max_body", "max_connections", "request_timeout")
     settings = {name: take(name) for name in same if name in given}
     settings.update(
-        api_keys=[*take("api_key", ()), *filter(None, map(str.strip, keys))],
-        models=take("model", None), tokenize=named(tokenizer) if tokenizer else tokenize,
+        models=take("model", None), api_keys=[*take("api_key", ()), *keys],
+        tokenize=named(changes.pop("tokenizer", f"{__name__}:tokenize")),
         strict=not changes.pop("lenient", False),
+        quirk=changes.pop("quirk", None), quirk_header=changes.pop("quirk_header", False),
         journal=1000 if take("journal", False) else 0,
         tls=(take("tls_cert"), take("tls_key", None)) if "tls_cert" in given else None,
         routes={path: named(place) for path, _, place in routes})
     if given:
         flag = min(given).replace("_", "-")
-        raise ValueError(f"--{flag} has no effect beside the other flags")
+        sys.exit(complain(f"--{flag} has no effect beside the other flags", 2))
     server = Server(backend, port=port, **settings)
     server.delay = delay
     if not runs_code_of_others:     # which may compute, and so needs every core
         server.core = server.server_port        # neighbouring ports get different ones
     return server
-
-
-def complain(message):
-    print(f"openai_compat: {message}", file=sys.stderr)
-    return 1                    # the exit status
 
 
 ACCEPTORS = 1                   # how many threads accept connections
@@ -4304,9 +4288,12 @@ def start_beside(server, program):
              "127.0.0.1,localhost,::1", urlsplit(server.base_url).hostname]
     bypass = ",".join(filter(None, hosts))
     path = shutil.which(program[0]) or program[0]
-    return subprocess.Popen([path, *program[1:]], env={
-        **os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
-        "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass})
+    env = {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
+           "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
+    try:
+        return subprocess.Popen([path, *program[1:]], env=env)
+    except OSError as error:        # the exit statuses of a shell
+        sys.exit(complain(error, 127 if isinstance(error, FileNotFoundError) else 126))
 
 
 def serve_beside(server, running, heard):
@@ -4360,22 +4347,18 @@ def main(argv=None):
 FAST = True
 
 
-def fast_encoder(as_string, **options):
-    """A JSONEncoder's `encode` whose C part is made once, not for every value."""
-    standard = json.JSONEncoder(allow_nan=False, separators=(",", ":"), **options)
+def fast_encode_json():
+    """20 % of the time of an event: json.dumps makes an encoder for each call, and this
+    one's C part is made once."""
+    standard = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
+                                separators=(",", ":"))
     try:
-        encode = json.encoder.c_make_encoder(None, standard.default, as_string, None,
-                                             ":", ",", False, False, False)
+        encode = json.encoder.c_make_encoder(
+            None, standard.default, json.encoder.encode_basestring, None,
+            ":", ",", False, False, False)
     except (AttributeError, TypeError):         # another Python has no such function
         return standard.encode
     return lambda value: "".join(encode(value, 0))
-
-
-def fast_encode_json():
-    """20 % of the time of an event: json.dumps makes an encoder for each call."""
-    plain = fast_encoder(json.encoder.encode_basestring, ensure_ascii=False)
-    escaped = fast_encoder(json.encoder.encode_basestring_ascii)
-    return lambda value, ascii=False: escaped(value) if ascii else plain(value)
 
 
 def fast_stay_on_core(number):
