@@ -1519,6 +1519,7 @@ class Connection:
         self.buffer = bytearray()       # what has arrived and was not taken yet
         self.ended = False              # the client has closed, or half-closed
         self.stopping = False           # the server is about to close the connection
+        self.idle = True                # no request has begun
 
     def receive(self):
         """Wait for bytes, or for their end, and keep them."""
@@ -1534,7 +1535,7 @@ class Connection:
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
         self.receive()
-        if self.ended and time.monotonic() > self.deadline:
+        if self.ended and not self.idle and time.monotonic() > self.deadline:
             raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
@@ -1603,18 +1604,13 @@ class Connection:
 this_thread = threading.local()
 
 
-def pause(seconds):
-    """Sleep; ClientLeft as soon as the client leaves.  pause(0) only looks."""
+def pause(seconds, *sources):
+    """Sleep, or wait until one of the files `sources` can be read.  Raises ClientLeft
+    as soon as the client leaves.  pause(0) only looks."""
     if hasattr(this_thread, "connection"):
-        this_thread.connection.wait(seconds)
-    else:
+        this_thread.connection.wait(seconds, *sources)
+    elif not sources:
         time.sleep(seconds)
-
-
-def wait_for(source):
-    """Wait until the file `source` can be read; ClientLeft if the client leaves."""
-    if hasattr(this_thread, "connection"):
-        this_thread.connection.wait(math.inf, source)
 
 
 # ----------------------------------------------------------------------------------
@@ -2460,7 +2456,7 @@ def read_block(pipe):
     next text.
     """
     if os.name != "nt":
-        wait_for(pipe)
+        pause(math.inf, pipe)
     return os.read(pipe.fileno(), 65536)
 
 
@@ -2576,7 +2572,7 @@ class Upstream(io.RawIOBase):
                 self.ended = count == 0
                 return count
             except NOT_NOW:
-                wait_for(self.sock)
+                pause(math.inf, self.sock)
 
 
 def blocks_of(response):
@@ -2844,8 +2840,7 @@ SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?
 HOST = re.compile(r"(?:[\w.~%!$&'()*+,;=-]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?", re.ASCII)
 ABSOLUTE = re.compile(r"https?://([^/?#]+)/?(.*)", re.IGNORECASE)
 MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
-MOST_HEAD, MOST_TARGET = 65536, 8192    # bytes: of a whole head, of the target in it
-MOST_HEADERS = 100
+MOST_HEAD, MOST_TARGET, MOST_HEADERS = 65536, 8192, 100     # bytes, bytes, how many
 ONCE = {"host", "content-length", "transfer-encoding", "content-type", "authorization"}
 
 Head = collections.namedtuple("Head", "method target version headers")
@@ -2912,32 +2907,13 @@ def too_large(most):
                     code="request_too_large")
 
 
-def content_length(head, most):
-    """The length of the body in bytes; None for transfer chunks (RFC 9112, 6)."""
-    coding = head.headers.get("transfer-encoding")
-    length = head.headers.get("content-length", "0")
-    if coding is not None:
-        if "content-length" in head.headers or head.version < (1, 1):
-            raise APIError(400, "Transfer-Encoding beside Content-Length, or in "
-                           "HTTP/1.0.")
-        if coding.lower() != "chunked":
-            raise APIError(501, "The only Transfer-Encoding that is read is chunked.")
-        return None
-    if not (length.isascii() and length.isdigit()):
-        raise APIError(400, "Content-Length is not a number.")
-    if len(length) > 18 or int(length) > most:
-        raise too_large(most)
-    return int(length)
-
-
 class RequestReader(Connection):
     """Reads the requests that come through a connection.
 
-    unread: a request has begun and its body was not read to the end.  idle: no request
-    has begun.
+    unread: a request has begun and its body was not read to the end.
     """
 
-    unread, idle = False, True
+    unread = False
 
     def wait_for_request(self):
         """Wait until a request begins; a connection is not idle for ever.
@@ -2945,14 +2921,12 @@ class RequestReader(Connection):
         The first read also performs the TLS handshake.
         """
         self.deadline = time.monotonic() + self.seconds
-        try:
-            while self.buffer[:2] in (b"", b"\r", b"\r\n"):
-                if len(self.buffer) < 2:
-                    self.read_more()
-                else:
-                    del self.buffer[:2]             # RFC 9112, 2.2: skip an empty line
-        except APIError:                            # too late, but nothing was asked
-            raise ClientLeft from None
+        while self.buffer[:2] in (b"", b"\r", b"\r\n"):
+            if len(self.buffer) < 2:
+                self.read_more()
+            else:
+                del self.buffer[:2]                 # RFC 9112, 2.2: skip an empty line
+        self.idle = False
         self.deadline = time.monotonic() + self.seconds
 
     def take(self, length):
@@ -2992,9 +2966,8 @@ class RequestReader(Connection):
             content += self.take(size)
             if size and self.take(2) != b"\r\n":
                 raise APIError(400, "A transfer chunk is longer than its size says.")
-        lines = iter(functools.partial(self.take_until, b"\r\n"), b"")
-        trailers = itertools.islice(lines, MOST_HEADERS + 1)
-        parse_headers("".join(f"\r\n{line.decode('latin-1')}" for line in trailers))
+        for trailer in iter(functools.partial(self.take_until, b"\r\n"), b""):
+            parse_headers("\r\n" + trailer.decode("latin-1"))
         return bytes(content)
 
     def read_head(self):
@@ -3004,18 +2977,31 @@ class RequestReader(Connection):
                        or "transfer-encoding" in head.headers)
         return head
 
-    def read_content(self, head, most):
-        """The body of a request, `most` bytes long at most."""
-        length = content_length(head, most)
-        expect = head.headers.get("expect", "").lower()
+    def read_content(self, incoming, most):
+        """The body of a request, `most` bytes long at most (RFC 9112, 6)."""
+        get = incoming.headers.get
+        coding, length = get("transfer-encoding"), get("content-length", "0")
+        expect = get("expect", "").lower()
+        if coding and ("content-length" in incoming.headers
+                       or incoming.version < (1, 1)):
+            raise APIError(400, "Transfer-Encoding beside Content-Length, or in "
+                           "HTTP/1.0.")
+        if coding is not None and coding.lower() != "chunked":
+            raise APIError(501, "The only Transfer-Encoding that is read is chunked.")
+        if not (length.isascii() and length.isdigit()):
+            raise APIError(400, "Content-Length is not a number.")
+        if len(length) > 18 or int(length) > most:
+            raise too_large(most)
         if expect not in ("", "100-continue"):
             raise APIError(417, "The only expectation that is met is 100-continue.")
-        if head.headers.get("content-encoding", "identity").lower() != "identity":
+        if get("content-encoding", "identity").lower() != "identity":
             raise APIError(400, "The body has a Content-Encoding; send it without.")
-        if expect and head.version >= (1, 1) and not self.buffer:
+        if expect and incoming.version >= (1, 1) and not self.buffer:
+            deadline = self.deadline
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        content = (self.take_transfer_chunks(most) if length is None
-                   else self.take(length))
+            self.deadline = deadline
+        content = (self.take_transfer_chunks(most) if coding
+                   else self.take(int(length)))
         self.unread = False
         return content
 
@@ -3170,10 +3156,6 @@ class Incoming:
             self.quirk = None
 
 
-def http_date(second):
-    return formatdate(second, usegmt=True)
-
-
 def trace_lines(block):
     """The lines of what crosses the wire; both units of a stream are marked.
 
@@ -3203,6 +3185,7 @@ def transfer_chunk(write):
 
 
 WRITES_PER_SEND = 1             # of a reply that is at hand
+http_date = functools.partial(formatdate, usegmt=True)
 request_ids = random.Random()   # Server.random makes the other ids; a test may seed it
 
 
@@ -3231,13 +3214,12 @@ class Handler(BaseHTTPRequestHandler):
         self.is_one_too_many = len(server.connections) > server.max_connections
 
     def handle(self):
-        reader = self.reader
         with suppress(EndReply, OSError):
             while self.open and not self.server.closed.is_set():
-                reader.wait_for_request()
-                reader.idle = False
+                self.reader.wait_for_request()
                 self.serve()
-                reader.idle = True
+                # Before `closed` is read: close() sets that, then looks who is idle.
+                self.reader.idle = True
 
     def finish(self):
         """Close so that the client can read what was sent (RFC 9112, 9.6)."""
@@ -3329,9 +3311,8 @@ class Handler(BaseHTTPRequestHandler):
         incoming.end()
         self.flush(incoming)
         if how == "reset":
-            pair = "hh" if os.name == "nt" else "ii"
-            self.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                        struct.pack(pair, 1, 0))
+            linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+            self.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.reader.sock.close()
 
     # ------ one request, one response
@@ -3350,7 +3331,9 @@ class Handler(BaseHTTPRequestHandler):
             self.reader.deadline = math.inf
         finally:
             incoming.exchange.content = incoming.content
-            self.server.enter(incoming.exchange)
+            journal = self.server.journal
+            journal.append(incoming.exchange)
+            del journal[:max(len(journal) - self.server.journal_size, 0)]
 
     def find_response(self, incoming):
         """The response, its first write taken: what fails before it gets a status."""
@@ -3368,15 +3351,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         """One request and its response; the client may leave at any time."""
-        self.open, self.pending = False, []
+        self.open, refusal = False, None    # False until the head says that it may be
         try:
             incoming = Incoming(self.reader.read_head())
         except APIError as error:
-            incoming = Incoming(NO_HEAD)
-            self.send(incoming, error_response(error))
-            return self.clean_up(incoming)
+            incoming, refusal = Incoming(NO_HEAD), error_response(error)
         try:
-            self.send(incoming, self.find_response(incoming))
+            self.send(incoming, refusal or self.find_response(incoming))
         except Cut as cut:
             self.cut(incoming, *cut.args)
         finally:
@@ -3584,9 +3565,8 @@ def tls_context(tls):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(*tls)
-    except OSError as error:        # it does not name the files
-        raise ValueError(f"the certificate {tls[0]} with the key {tls[1]} cannot be "
-                         f"used: {error}") from None
+    except (OSError, TypeError) as error:       # it does not name the files
+        raise ValueError(f"{tls} is no certificate and its key: {error}") from None
     return context
 
 
@@ -3678,19 +3658,17 @@ class Server(ThreadingHTTPServer):
 
     @backend.setter
     def backend(self, backend):
-        if not isinstance(backend, PassingOn):
-            backend = as_backend(backend)
-        elif self.quirk or self.quirk_header:
+        passes_on = isinstance(backend, PassingOn)
+        if passes_on and (self.quirk or self.quirk_header):
             raise ValueError("a quirk cannot bend what a relay or a replay passes on")
-        self._backend = backend
+        self._backend = backend if passes_on else as_backend(backend)
 
     def add_route(self, route, function):
         """Add a row of `routes`, such as "GET /files" or "/embeddings"."""
         method, _, path = route.rpartition(" ")
         method, (path, model) = method.upper() or "POST", normal_path(path)
-        is_ours = path in self.ROUTES or model is not None
-        if is_ours or "/" not in route or not method.isalpha() or (
-                method in ("HEAD", "OPTIONS")):
+        if (path in self.ROUTES or model is not None or "/" not in route
+                or not method.isalpha() or method in ("HEAD", "OPTIONS")):
             raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint, "
                              "or a method that the server itself answers")
         if not callable(function):
@@ -3705,8 +3683,7 @@ class Server(ThreadingHTTPServer):
         try:
             socketserver.TCPServer.server_bind(self)
         except OSError as error:
-            host, port = self.server_address[:2]
-            error.filename = f"{host}, port {port}"     # for its message
+            error.filename = "%s, port %s" % self.server_address[:2]
             raise
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -3755,24 +3732,12 @@ class Server(ThreadingHTTPServer):
     def verify_request(self, sock, address):
         """Beyond max_connections a request gets a 503; far beyond, the connection is
         closed without a word."""
-        most = 2 * self.max_connections + 16
-        return len(self.connections) <= most
+        return len(self.connections) <= 2 * self.max_connections + 16
 
     def handle_error(self, sock, address):
-        is_usual = isinstance(sys.exc_info()[1], OSError)   # a failed TLS handshake
+        is_usual = isinstance(sys.exc_info()[1], OSError)   # it left before its setup
         log.log(logging.DEBUG if is_usual else logging.ERROR,
                 "A connection from %s failed", address[0], exc_info=True)
-
-    def stop_accepting(self):
-        self.closed.set()
-        with suppress(OSError):         # a forked child may still hold the socket
-            self.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):         # a connection wakes accept() where that did not
-            host = urlsplit(self.base_url).hostname
-            socket.create_connection((host, self.server_port), timeout=1).close()
-        for thread in self.threads:
-            thread.join(1)
-        self.server_close()
 
     def end_connections(self, how, seconds, only_idle=False):
         """Shut this direction of the connections, and wait for their threads."""
@@ -3798,11 +3763,20 @@ class Server(ThreadingHTTPServer):
         """
         if self.closed.is_set():
             return
-        self.stop_accepting()
+        self.closed.set()
+        with suppress(OSError):         # a forked child may still hold the socket
+            self.socket.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):         # a connection wakes accept() where that did not
+            host = urlsplit(self.base_url).hostname
+            socket.create_connection((host, self.server_port), timeout=1).close()
+        for thread in self.threads:
+            thread.join(1)
+        self.server_close()
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)
         self.cut_connections()
-        if set(self.connections) - {threading.current_thread()}:
-            log.warning("%d threads in the backend are left behind", len(self.connections))
+        left = set(self.connections) - {threading.current_thread()}
+        if left:
+            log.warning("%d threads in the backend are left behind", len(left))
         self.check(error)
 
     shutdown = close            # what socketserver calls it
@@ -3827,12 +3801,6 @@ class Server(ThreadingHTTPServer):
     def __exit__(self, kind, error, traceback):
         self.close(error=error)
 
-    def enter(self, exchange):
-        """Enter an exchange into the journal, which forgets the first."""
-        if self.journal_size:
-            self.journal.append(exchange)
-            del self.journal[:-self.journal_size]
-
     # ------ failures
 
     def refusal(self, error, incoming):
@@ -3847,8 +3815,7 @@ class Server(ThreadingHTTPServer):
         traceback, is_meant = error.__traceback__, isinstance(error, APIError)
         if not is_meant:
             log.error("The backend failed in %r", incoming.exchange, exc_info=error)
-        is_fault = not is_meant or type(error) is BackendFault
-        if self.failure is None and is_fault:
+        if self.failure is None and (not is_meant or type(error) is BackendFault):
             self.failure = error, traceback
         elif self.failure is None or self.failure[0] is not error:
             error.__context__ = None
@@ -3862,8 +3829,8 @@ class Server(ThreadingHTTPServer):
 
     def check_key(self, incoming):
         scheme, _, key = incoming.headers.get("authorization", "").partition(" ")
-        key = key if scheme.lower() == "bearer" else incoming.headers.get("api-key", "")
-        key = key.strip()
+        is_bearer = scheme.lower() == "bearer"
+        key = key.strip() if is_bearer else incoming.headers.get("api-key", "")
         if not key:
             raise APIError(401, "You didn't provide an API key. You need to provide "
                            "your API key in an Authorization header using Bearer auth "
@@ -3880,11 +3847,11 @@ class Server(ThreadingHTTPServer):
 
     def allows(self, origin, fields):
         """May a web page of that origin read what we answer?"""
-        if self.cors & {"*", origin.lower()} or self.api_keys:
-            return True
         _, _, authority = origin.partition("://")
-        return (authority == fields.get("host")
-                or bool(LOOPBACK.fullmatch(host_of(authority))))
+        return bool(self.api_keys           # no page has a key, unless it was given one
+                    or self.cors & {"*", origin.lower()}
+                    or authority == fields.get("host")
+                    or LOOPBACK.fullmatch(host_of(authority)))
 
     def check_browser(self, fields):
         """Refuse web pages of strangers that somebody's browser shows: their requests
@@ -3928,15 +3895,6 @@ class Server(ThreadingHTTPServer):
         if self.models is not None and model not in self.models:
             raise model_not_found(model)
 
-    def quirk_asked(self, fields):
-        """What X-Quirk asks for, where it may; a wrong name is the client's fault."""
-        quirk = fields.get("x-quirk") if self.quirk_header else None
-        try:
-            parse_quirk(quirk)
-        except ValueError as error:
-            raise APIError(400, str(error), "X-Quirk") from None
-        return quirk
-
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
@@ -3970,7 +3928,11 @@ class Server(ThreadingHTTPServer):
         prefix, make_chunks = (("chatcmpl-", chat_chunks) if is_chat
                                else ("cmpl-", completion_chunks))
         request["id"] = prefix + self.random_name(29)
-        asked_for = self.quirk_asked(incoming.headers)
+        asked_for = incoming.headers.get("x-quirk") if self.quirk_header else None
+        try:
+            parse_quirk(asked_for)
+        except ValueError as error:             # the client's fault, not the backend's
+            raise APIError(400, str(error), "X-Quirk") from None
         prompts = prompts_of(request, self.tokenize)
         replies = list(self.replies(request, prompts, incoming))
         # k: after how many events.  A reply's own quirk wins, the client's comes last.
@@ -4033,38 +3995,29 @@ class Server(ThreadingHTTPServer):
             incoming.closers.append(result.close)
         return Response(200, EVENT_STREAM, incoming.noted(named_events(result)))
 
-    def health(self, incoming):
-        return json_response({"status": "ok"})
-
     def show_journal(self, incoming):
         if not self.journal_size:
             raise APIError(404, "No journal is kept; start with --journal.",
                            code="unknown_url")
         return json_response([exchange.as_dict() for exchange in list(self.journal)])
 
-    def page(self, incoming):
-        return page_response(QUIRKS if self.quirk_header else ())
-
     ROUTES = {  # {path: {method: function of the server and the incoming request}}
         "/chat/completions": {"POST": completion},
         "/completions":      {"POST": completion},
         "/models":           {"GET": show_models},
         "/models/":          {"GET": show_models},      # and an id after it
-        "/health":           {"GET": health},
+        "/health":           {"GET": lambda *_: json_response({"status": "ok"})},
         "/journal":          {"GET": show_journal},
-        "/":                 {"GET": page},
+        "/":                 {"GET": lambda server, _: page_response(
+            QUIRKS if server.quirk_header else ())},
     }
-
-    def methods_of(self, path):
-        """{method: endpoint} of a path; {} if there is no such path."""
-        if path not in self.routes and isinstance(self.backend, PassingOn):
-            if path in [normal_path(each)[0] for each in self.backend.paths]:
-                return dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
-        return self.routes.get(path, {})
 
     def respond(self, incoming):
         """The response to one request; HEAD is answered as GET is."""
-        methods = self.methods_of(incoming.route)
+        methods = self.routes.get(incoming.route, {})
+        if not methods and isinstance(self.backend, PassingOn):
+            if incoming.route in [normal_path(path)[0] for path in self.backend.paths]:
+                methods = dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method in methods:
             return methods[method](self, incoming)
