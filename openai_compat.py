@@ -381,23 +381,23 @@ def check(where, value, spec):
         ...
         openai_compat.APIError: Invalid 'n': integer below minimum value. ...
     """
-    if type(spec) is type:              # exactly: True is an int in Python, not in JSON
+    kind = type(spec)
+    if kind is type:                    # exactly: True is an int in Python, not in JSON
         if type(value) is not spec and (type(value), spec) != (int, float):
             raise mistyped(where, value, JSON_NAMES[spec])
-    elif type(spec) is list:
-        if type(value) is not list:
-            raise mistyped(where, value, JSON_NAMES[list])
-        for i, item in enumerate(value):
-            check(f"{where}[{i}]", item, spec[0])
-    elif type(spec) is tuple:
-        if value not in spec:
-            check(where, value, str)
-            raise bad_word(where, value, spec)
-    elif type(spec) is dict:
+    elif kind is dict:
         if type(value) not in spec:
             names = " or ".join(map(JSON_NAMES.get, spec))
             raise mistyped(where, value, f"one of {names}")
         check(where, value, spec[type(value)])
+    elif kind is list:
+        check(where, value, list)
+        for i, item in enumerate(value):
+            check(f"{where}[{i}]", item, spec[0])
+    elif kind is tuple:
+        if value not in spec:
+            check(where, value, str)
+            raise bad_word(where, value, spec)
     else:
         spec(where, value)
 
@@ -451,15 +451,16 @@ def typed(**specs):
                            for kind, spec in specs.items()})
 
 
-class Bounded(collections.namedtuple("Bounded", "inner least most")):
+class Bounded(collections.namedtuple("Bounded", "inner least most",
+                                     defaults=[math.inf])):
     """A number within bounds, or something whose length is."""
 
     def __call__(self, where, value):
         check(where, value, self.inner)
         size = value if type(value) in (int, float) else len(value)
-        if self.least is not None and size < self.least:
+        if size < self.least:
             raise out_of_bounds(where, value, self.inner, "minimum", self.least)
-        if self.most is not None and size > self.most:
+        if size > self.most:
             raise out_of_bounds(where, value, self.inner, "maximum", self.most)
 
 
@@ -467,15 +468,15 @@ class Map(collections.namedtuple("Map", "value key pairs")):
     """An object with any keys: at most `pairs`, each at most `key` characters long."""
 
     def __call__(self, where, value):
-        check(where, value, Bounded(dict, None, self.pairs))
+        check(where, value, Bounded(dict, 0, self.pairs))
         for name, item in value.items():
-            check(where, name, Bounded(str, None, self.key))
+            check(where, name, Bounded(str, 0, self.key))
             check(f"{where}.{name[:64]}", item, self.value)
 
 
 def check_name(where, value):
     """The spec of the name of a function, a tool or a schema."""
-    check(where, value, Bounded(str, None, 64))
+    check(where, value, Bounded(str, 0, 64))
     if not re.fullmatch("[a-zA-Z0-9_-]+", value):
         raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
                       "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
@@ -521,9 +522,9 @@ JSON_SCHEMA = Object({"name!": check_name, "description": str, "schema": dict,
 RESPONSE_FORMAT = Tagged("type", {"text": dict, "json_object": dict,
                                   "json_schema": Object({"json_schema!": JSON_SCHEMA})})
 STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
-STOP = Bounded(str, None, 1000)
-BIASES = Map(Bounded(float, -100, 100), None, None)
-METADATA = Map(Bounded(str, None, 512), 64, 16)
+STOP = Bounded(str, 0, 1000)
+BIASES = Map(Bounded(float, -100, 100), math.inf, math.inf)
+METADATA = Map(Bounded(str, 0, 512), 64, 16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -532,62 +533,61 @@ class Fields(Object):
     """The table of one endpoint: the spec of a body, and the default of each field."""
 
     def __init__(self, *rows):
-        super().__init__({name: spec if (least, most) == (None, None)
-                          else Bounded(spec, least, most)
-                          for name, spec, _, least, most in rows})
-        self.defaults = {name.rstrip("!"): default for name, _, default, _, _ in rows}
+        super().__init__({name: spec for name, spec, _ in rows})
+        self.defaults = {name.rstrip("!?"): default for name, _, default in rows}
 
 
-#    name                      spec                           default   least   most
+#    name                      spec                             default
 SHARED_FIELDS = (
-    ("model!",                 str,                           None,     None,   None),
-    ("max_tokens",             int,                           None,     0,      None),
-    ("n",                      int,                           1,        1,      128),
-    ("temperature",            float,                         1,        0,      2),
-    ("top_p",                  float,                         1,        0,      1),
-    ("presence_penalty",       float,                         0,        -2,     2),
-    ("frequency_penalty",      float,                         0,        -2,     2),
-    ("logit_bias",             BIASES,                        None,     None,   None),
-    ("stop",                   {str: STOP, list: [STOP]},     (),       None,   None),
-    ("user",                   str,                           None,     None,   None),
-    ("seed",                   int,                           None,  -2**63, 2**63 - 1),
-    ("stream",                 bool,                          False,    None,   None),
-    ("stream_options",         STREAM_OPTIONS,                None,     None,   None),
+    ("model!",                 str,                             None),
+    ("max_tokens",             Bounded(int, 0),                 None),
+    ("n",                      Bounded(int, 1, 128),            1),
+    ("temperature",            Bounded(float, 0, 2),            1),
+    ("top_p",                  Bounded(float, 0, 1),            1),
+    ("presence_penalty",       Bounded(float, -2, 2),           0),
+    ("frequency_penalty",      Bounded(float, -2, 2),           0),
+    ("logit_bias",             BIASES,                          None),
+    ("stop",                   {str: STOP, list: [STOP]},       ()),
+    ("user",                   str,                             None),
+    ("seed",                   Bounded(int, -2**63, 2**63 - 1), None),
+    ("stream",                 bool,                            False),
+    ("stream_options",         STREAM_OPTIONS,                  None),
 )
 CHAT_FIELDS = Fields(
-    ("messages!",              [MESSAGE],                     None,     1,      None),
-    ("functions",              [FUNCTION],                    (),       1,      128),
-    ("tools",                  [TOOL],                        (),       None,   128),
-    ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          FUNCTION_CALL,                 None,     None,   None),
-    ("parallel_tool_calls",    bool,                          True,     None,   None),
-    ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
-    ("max_completion_tokens",  int,                           None,     1,      None),
+    ("messages!",              Bounded([MESSAGE], 1),           None),
+    ("functions",              Bounded([FUNCTION], 1, 128),     ()),
+    ("tools",                  Bounded([TOOL], 0, 128),         ()),
+    ("tool_choice",            TOOL_CHOICE,                     None),
+    ("function_call",          FUNCTION_CALL,                   None),
+    ("parallel_tool_calls",    bool,                            True),
+    ("response_format",        RESPONSE_FORMAT,                 None),
+    ("max_completion_tokens",  Bounded(int, 1),                 None),
     *SHARED_FIELDS,
-    ("logprobs",               bool,                          False,    None,   None),
-    ("top_logprobs",           int,                           None,     0,      20),
-    ("safety_identifier",      str,                           None,     None,   64),
-    ("prompt_cache_key",       str,                           None,     None,   None),
-    ("prompt_cache_retention", ("in_memory", "24h"),          None,     None,   None),
-    ("prompt_cache_options",   dict,                          None,     None,   None),
-    ("service_tier",           TIERS,                         "auto",   None,   None),
-    ("modalities",             [("text", "audio")],           ("text",), 1,     2),
-    ("audio",                  dict,                          None,     None,   None),
-    ("prediction",             dict,                          None,     None,   None),
-    ("reasoning_effort",       EFFORTS,                       None,     None,   None),
-    ("verbosity",              ("low", "medium", "high"),     None,     None,   None),
-    ("store",                  bool,                          False,    None,   None),
-    ("metadata",               METADATA,                      None,     None,   None),
-    ("web_search_options",     dict,                          None,     None,   None),
-    ("moderation",             dict,                          None,     None,   None),
+    ("logprobs",               bool,                            False),
+    ("top_logprobs",           Bounded(int, 0, 20),             None),
+    ("safety_identifier",      Bounded(str, 0, 64),             None),
+    ("prompt_cache_key",       str,                             None),
+    ("prompt_cache_retention", ("in_memory", "24h"),            None),
+    ("prompt_cache_options",   dict,                            None),
+    ("service_tier",           TIERS,                           "auto"),
+    ("modalities",             Bounded([("text", "audio")], 1, 2), ("text",)),
+    ("audio",                  dict,                            None),
+    ("prediction",             dict,                            None),
+    ("reasoning_effort",       EFFORTS,                         None),
+    ("verbosity",              ("low", "medium", "high"),       None),
+    ("store",                  bool,                            False),
+    ("metadata",               METADATA,                        None),
+    ("web_search_options",     dict,                            None),
+    ("moderation",             dict,                            None),
 )
 COMPLETION_FIELDS = Fields(
-    *SHARED_FIELDS,
-    ("best_of",                int,                           None,     0,      20),
-    ("echo",                   bool,                          False,    None,   None),
-    ("logprobs",               int,                           None,     0,      5),
-    ("suffix",                 str,                           None,     None,   None),
-)                               # "prompt" has four forms: parse_prompts checks it
+    ("prompt?",                None,                            "<|endoftext|>"),
+    *SHARED_FIELDS,             # `parse_prompts` checks the prompt, which has four forms
+    ("best_of",                Bounded(int, 0, 20),             None),
+    ("echo",                   bool,                            False),
+    ("logprobs",               Bounded(int, 0, 5),              None),
+    ("suffix",                 str,                             None),
+)
 ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
 SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
 NEEDS = (  # a field, another that must be there and true, and what the API says if not
@@ -738,13 +738,10 @@ def parse_prompts(prompt):
         >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
         ([[17, 18]], [[17], [18]])
     """
-    if prompt is None:
-        prompt = "<|endoftext|>"        # the API's default: begin a new document
-    if prompt == []:
-        raise out_of_bounds("prompt", prompt, list, "minimum", 1)
-    prompts = [prompt] if type(prompt) is str or is_token_ids(prompt) else prompt
-    if type(prompts) is not list or not (all(type(each) is str for each in prompts)
-                                         or all(map(is_token_ids, prompts))):
+    is_one = type(prompt) is not list or is_token_ids(prompt)
+    prompts = [prompt] if is_one else prompt
+    if not (all(type(each) is str for each in prompts)
+            or all(map(is_token_ids, prompts))):
         raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
                                          "integers, or array of integer arrays")
     return prompts
@@ -763,8 +760,6 @@ def parse_completion(body, strict=True):
         (['Once'], 2, 'completion')
     """
     request = checked(body, COMPLETION_FIELDS)
-    if "prompt" not in body:            # null is a prompt: see parse_prompts
-        raise missing("prompt")
     n = request["n"]
     best_of = n if request["best_of"] is None else request["best_of"]
     if best_of < n:
@@ -774,11 +769,8 @@ def parse_completion(body, strict=True):
                       "you do not specifically want to use them.)", "best_of")
     if request["stream"] and best_of > n:
         raise invalid("Cannot stream results with best_of > n.", "best_of")
-    prompts = parse_prompts(body["prompt"])
-    if len(prompts) * best_of > 128:
-        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
-                      "each are more than 128 choices.", "prompt",
-                      "array_above_max_length")
+    prompts = parse_prompts(request["prompt"])
+    check("prompt", prompts, Bounded(list, 1, 128 // best_of))  # 128 choices in all
     request.update(endpoint="completion", best_of=best_of, prompts=prompts)
     return request
 
