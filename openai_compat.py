@@ -89,6 +89,7 @@ Not done here: running a model, images, audio, files, HTTP/2; embeddings and
 /v1/responses only where `Server(routes=...)` has a function for them.
 """
 import base64
+import bisect
 import codecs
 import collections.abc
 import contextlib
@@ -894,34 +895,29 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False)
     yield "end", finish_reason or reason
 
 
-Prompt = collections.namedtuple("Prompt", "text tokens")
+def prompts_of(request, tokenize):
+    """All that the model would read: the text of each message, or each prompt.
 
-
-def prompt_of(given, tokenize):
-    """A prompt, a str or a list of token ids -> its text, and a function without
-    arguments that returns its tokens in lists, one for each slice.
-
-    A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
+    A prompt that came as token ids is a list of their texts.  A tokenizer may have a
+    method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
-        >>> text, tokens = prompt_of([17, 18], tokenize)
-        >>> text, tokens()
-        ('<|17|><|18|>', [['<|17|>', '<|18|>']])
+        >>> request = parse_completion({"model": "m", "prompt": [17, 18]})
+        >>> prompts_of(request, tokenize)
+        [['<|17|>', '<|18|>']]
     """
-    if type(given) is str:
-        return Prompt(given, lambda: map(tokenize, slices(given)))
-    decode = getattr(tokenize, "decode", "<|{}|>".format)
-    decoded = [decode(id) for id in given]
-    return Prompt("".join(decoded), lambda: [decoded])
-
-
-def prompts_of(request, tokenize):
-    """All that the model would read: a Prompt for each message, or for each prompt."""
     if request["endpoint"] == "chat":
-        texts = [text_of(message.get("content")) for message in request["messages"]]
-    else:
-        texts = request["prompts"]
-    return [prompt_of(text, tokenize) for text in texts]
+        return [text_of(message.get("content")) for message in request["messages"]]
+    decode = getattr(tokenize, "decode", "<|{}|>".format)
+    return [prompt if type(prompt) is str else [decode(id) for id in prompt]
+            for prompt in request["prompts"]]
+
+
+def prompt_tokens(prompt, tokenize):
+    """The tokens of one of `prompts_of`, as an iterable: see `slices`."""
+    if type(prompt) is list:
+        return prompt
+    return itertools.chain.from_iterable(map(tokenize, slices(prompt)))
 
 
 # ----------------------------------------------------------------------------------
@@ -957,46 +953,36 @@ def up_to(segments, limit):
         yield kind, value
 
 
-def first_stop(text, stops):
-    """Where the stop that is complete first begins, or None.
+def before_stop(text, stops):
+    """How many characters come before any stop, and whether a stop is complete.
+
+    The stop that is complete first counts.  Without one, the longest end of the text
+    that a stop begins with (a partial match) may become one.
 
     Example:
-        >>> first_stop("one two three", ["three", "two"])
-        4
+        >>> before_stop("one two three", ["three", "two"])
+        (4, True)
+        >>> before_stop("The EN", ["END", "STOP"])
+        (4, False)
     """
     found = [(text.find(stop) + len(stop), text.find(stop))
              for stop in stops if stop in text]
-    return min(found)[1] if found else None
-
-
-def partial_stop(text, stops):
-    """The length of the longest suffix of the text that a stop may begin with.
-
-    Example:
-        >>> partial_stop("The EN", ["END", "STOP"])
-        2
-    """
+    if found:
+        return min(found)[1], True
     start = max(len(text) - max(map(len, stops)) + 1, 0)
-    return next((len(text) - i for i in range(start, len(text))
-                 if any(stop.startswith(text[i:]) for stop in stops)), 0)
+    return next((i for i in range(start, len(text))
+                 if any(stop.startswith(text[i:]) for stop in stops)), len(text)), False
 
 
-def split_tokens(tokens, length, whole=False):
-    """Cut a list of tokens after `length` characters -> (the tokens before, the rest).
-
-    A token that lies across the cut is cut in two; with `whole` it goes to the rest.
+def split_tokens(tokens, length):
+    """Cut a list of tokens -> (those within `length` characters, the rest).
 
     Example:
-        >>> split_tokens(["Hel", "lo"], 4), split_tokens(["Hel", "lo"], 4, whole=True)
-        ((['Hel', 'l'], ['o']), (['Hel'], ['lo']))
+        >>> split_tokens(["Hel", "lo", "!"], 4)
+        (['Hel'], ['lo', '!'])
     """
-    for i, token in enumerate(tokens):
-        if len(token) > length:
-            if whole or not length:
-                return tokens[:i], tokens[i:]
-            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
-        length -= len(token)
-    return tokens, []
+    count = bisect.bisect([*itertools.accumulate(map(len, tokens))], length)
+    return tokens[:count], tokens[count:]
 
 
 def until_stop(segments, stops):
@@ -1018,14 +1004,15 @@ def until_stop(segments, stops):
             held = []
             yield kind, value
             continue
-        held = held + value
-        text = "".join(held)
-        cut = first_stop(text, stops)
-        end = len(text) - partial_stop(text, stops) if cut is None else cut
-        before, held = split_tokens(held, end, whole=cut is None)
+        text = "".join(held + value)
+        end, is_stopped = before_stop(text, stops)
+        before, held = split_tokens(held + value, end)
+        cut = text[len("".join(before)):end]    # of the token that a stop begins inside
+        if is_stopped and cut:
+            before.append(cut)
         if before:
             yield "text", before
-        if cut is not None:
+        if is_stopped:
             yield "end", "stop"
             return
 
@@ -1041,12 +1028,12 @@ def sequence(segments, request):
     These generators do not close their source when they stop early.  `Server.replies`
     has the generator of a backend closed when the exchange ends.
     """
-    limits = [request["max_tokens"]]
+    limits = {request["max_tokens"]}
     if request["endpoint"] == "chat":
-        limits.append(request["max_completion_tokens"])
+        limits.add(request["max_completion_tokens"])
         if not request["parallel_tool_calls"] or is_legacy(request):
             segments = one_call(segments)
-    for limit in set(limits) - {None}:
+    for limit in limits - {None}:
         segments = up_to(segments, limit)
     if request["stop"]:
         segments = until_stop(segments, request["stop"])
@@ -1074,23 +1061,24 @@ class Usage:
     `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
-        >>> usage = Usage([prompt_of("Once upon", tokenize)])
+        >>> usage = Usage(["Once upon"], tokenize)
         >>> usage.completion_tokens += 3
         >>> usage.counters()
         {'prompt_tokens': 2, 'completion_tokens': 3, 'total_tokens': 5}
     """
 
-    def __init__(self, prompts=(), corrections=None):
-        self.prompts, self.corrections = prompts, corrections or {}
+    def __init__(self, prompts=(), tokenize=tokenize, corrections=None):
+        self.prompts, self.tokenize, self.corrections = prompts, tokenize, corrections
         self.completion_tokens = 0
 
     def counters(self, details={}):
-        prompt_tokens = sum(len(tokens) for prompt in self.prompts
-                            for tokens in prompt.tokens())
-        usage = {"prompt_tokens": prompt_tokens,
-                 "completion_tokens": self.completion_tokens, **self.corrections}
-        total = usage["prompt_tokens"] + usage["completion_tokens"]
-        return {**usage, "total_tokens": total, **details, **self.corrections}
+        counted = sum(1 for prompt in self.prompts
+                      for token in prompt_tokens(prompt, self.tokenize))
+        usage = {"prompt_tokens": counted, "completion_tokens": self.completion_tokens,
+                 "total_tokens": None, **details, **(self.corrections or {})}
+        if usage["total_tokens"] is None:
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage
 
 
 def chunks_of(request, choices, usage):
@@ -1153,19 +1141,16 @@ def candidates(token, count):
             for rank, each in enumerate([token, *others][:max(count, 1)], 1)]
 
 
-def chat_logprob(token, top):
-    entries = [{"token": each, "logprob": logprob,
-                "bytes": list(each.encode("utf-8", "surrogatepass"))}
-               for each, logprob in candidates(token, top)]
-    return {**entries[0], "top_logprobs": entries if top else []}
-
-
 def chat_logprobs(tokens, top, field="content"):
     """An object for each token, under its field; None if nobody asked for them."""
     if top is None:
         return None
+    likely = [[{"token": each, "logprob": logprob,
+                "bytes": list(each.encode("utf-8", "surrogatepass"))}
+               for each, logprob in candidates(token, top)] for token in tokens]
     return {"content": [], "refusal": None,
-            field: [chat_logprob(token, top) for token in tokens]}
+            field: [{**entries[0], "top_logprobs": entries if top else []}
+                    for entries in likely]}
 
 
 def text_logprobs(tokens, top, offset, is_prompt=False):
@@ -1180,6 +1165,7 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
     """
     if top is None:
         return None
+    tokens = list(tokens)
     likely = [dict(candidates(token, top)) for token in tokens]
     taken = [entry[token] for token, entry in zip(tokens, likely)]
     if is_prompt and tokens:
@@ -1277,11 +1263,12 @@ def text_choice(index, text, logprobs, finish_reason=None):
 
 def text_choices(request, index, prompt, segments, usage):
     """The choice object of each chunk of one sequence of a text completion."""
-    offset, top = len(prompt.text), request["logprobs"]
+    asked, top = "".join(prompt), request["logprobs"]
+    offset = len(asked)
     for number, (kind, value) in enumerate(segments):
         if number == 0 and request["echo"]:
-            tokens = [*itertools.chain(*prompt.tokens())] if top is not None else []
-            yield text_choice(index, prompt.text,
+            tokens = prompt_tokens(prompt, usage.tokenize)
+            yield text_choice(index, asked,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind not in ("text", "end"):
             raise BackendFault("a text completion cannot hold a tool call or a refusal")
@@ -1302,7 +1289,7 @@ def completion_chunks(request, sequences, usage):
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
         >>> request = {**parse_completion(body), "id": "cmpl-1"}
         >>> segments = [("text", [" two"]), ("end", "stop")]
-        >>> usage = Usage(prompts_of(request, tokenize))
+        >>> usage = Usage(prompts_of(request, tokenize), tokenize)
         >>> for chunk in completion_chunks(request, [segments], usage):
         ...     print(chunk["choices"])
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
@@ -1330,7 +1317,7 @@ def spelled(values):
     if kind is str:
         return "".join(values)
     if kind is list:
-        return list(itertools.chain.from_iterable(values))
+        return [item for value in values for item in value]
     if kind is not dict:
         return values[0] if values else None
     fields = {}
@@ -1342,34 +1329,30 @@ def spelled(values):
     return {name: spelled(same) for name, same in fields.items()}
 
 
-def spelled_calls(fragments):
-    """The fragments of tool calls -> the calls.
+def spelled_by_index(objects):
+    """Choice objects, or fragments of tool calls: those with the same index spell one.
 
     Example:
         >>> request = {"tools": [], "functions": []}
         >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
-        >>> [call] = spelled_calls(delta["tool_calls"][0] for delta in deltas)
+        >>> [call] = spelled_by_index(delta["tool_calls"][0] for delta in deltas)
         >>> call["id"], call["function"]
         ('call_1', {'name': 'now', 'arguments': '{}'})
     """
-    for _, same in itertools.groupby(fragments, operator.itemgetter("index")):
-        call = spelled(list(same))
-        del call["index"]
-        yield call
+    index = operator.itemgetter("index")
+    for _, same in itertools.groupby(sorted(objects, key=index), index):
+        yield spelled(list(same))
 
 
-def spelled_choice(choices):
-    """The choice objects of one index -> that choice of the completion."""
-    whole = {}
-    for name, value in choices[-1].items():     # the one that has the finish_reason
-        if name in ("delta", "text", "logprobs"):
-            value = spelled([choice[name] for choice in choices
-                             if choice[name] is not None])
-        whole["message" if name == "delta" else name] = value
-    if "tool_calls" in whole.get("message", ()):
-        whole["message"]["tool_calls"] = list(
-            spelled_calls(whole["message"]["tool_calls"]))
-    return whole
+def whole_choice(choice):
+    """What the choice objects of one index spell -> that choice of the completion."""
+    if "tool_calls" in choice.get("delta", ()):
+        calls = list(spelled_by_index(choice["delta"]["tool_calls"]))
+        for call in calls:
+            del call["index"]           # which tells fragments apart, not calls
+        choice["delta"]["tool_calls"] = calls
+    return {"message" if name == "delta" else name: value
+            for name, value in choice.items()}
 
 
 def fold(chunks):
@@ -1386,14 +1369,13 @@ def fold(chunks):
 
     Raises ValueError without any chunk.
     """
-    chunk, choices = None, collections.defaultdict(list)
+    chunk, choices = None, []
     for chunk in chunks:
-        for choice in chunk["choices"]:
-            choices[choice["index"]].append(choice)
+        choices += chunk["choices"]
     if chunk is None:
         raise ValueError("a completion needs at least one chunk")
     whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
-             "choices": [spelled_choice(choices[index]) for index in sorted(choices)]}
+             "choices": list(map(whole_choice, spelled_by_index(choices)))}
     if "usage" in chunk:
         whole["usage"] = whole.pop("usage")     # the last field, as the API has it
     return whole
@@ -3974,7 +3956,8 @@ class Server(ThreadingHTTPServer):
         names = [name for name in (*request["body"], "body", "stop", "prompts")
                  if name in request]
         texts = ([request["text"]] * request["n"] if is_chat else
-                 [prompt.text for prompt in prompts for _ in range(request["best_of"])])
+                 ["".join(prompt) for prompt in prompts
+                  for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
             own = {name: copied(request[name]) for name in names}
             reply = as_reply(backend({**request, **own, "index": index,
@@ -4007,7 +3990,8 @@ class Server(ThreadingHTTPServer):
         quirk, k = parse_quirk(replies[0].quirk or self.quirk or asked_for)
         headers = replies[0].headers
         sequences = [self.sequence_of(reply, request) for reply in replies]
-        chunks = make_chunks(request, sequences, Usage(prompts, replies[0].usage))
+        usage = Usage(prompts, self.tokenize, replies[0].usage)
+        chunks = make_chunks(request, sequences, usage)
         if not request["stream"]:
             response = json_response(fold(chunks), headers)
             if quirk in WHOLE_QUIRKS:   # the others are about events
