@@ -613,39 +613,37 @@ def checked(body, fields):
     return {**fields.defaults, **given, "body": body}
 
 
-# These messages are the API's own, with "preceeding" and "messages.[0]".
-def check_answer(i, call_id, called):
-    """The tool message i must answer one of the calls of the turn before it."""
-    if not called:
-        raise invalid("Invalid parameter: messages with role 'tool' must be a response "
-                      "to a preceeding message with 'tool_calls'.",
-                      f"messages.[{i}].role")
-    if call_id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
-                      "found in 'tool_calls' of previous message.",
-                      f"messages.[{i}].tool_call_id")
-
-
 def check_conversation(messages):
-    """Refuse a tool call without its answer, and an answer without its call."""
+    """Refuse a tool call without its answer, and an answer without its call.
+
+    The messages are the API's own, with "preceeding" and "messages.[0]".
+    """
     called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
     for i, message in enumerate([*messages, {"role": "end"}]):
-        if message["role"] == "tool":
-            check_answer(i, message["tool_call_id"], called)
-            unanswered.pop(message["tool_call_id"], None)
-            continue
-        if unanswered:
+        role, call_id = message["role"], message.get("tool_call_id")
+        if role == "tool" and not called:
+            raise invalid("Invalid parameter: messages with role 'tool' must be a "
+                          "response to a preceeding message with 'tool_calls'.",
+                          f"messages.[{i}].role")
+        elif role == "tool" and call_id not in called:
+            raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
+                          "found in 'tool_calls' of previous message.",
+                          f"messages.[{i}].tool_call_id")
+        elif role == "tool":
+            unanswered.pop(call_id, None)
+        elif unanswered:
             raise invalid(
                 "An assistant message with 'tool_calls' must be followed by tool "
                 "messages responding to each 'tool_call_id'. The following "
                 "tool_call_ids did not have response messages: "
                 f"{', '.join(unanswered)[:1000]}",
                 f"messages.[{min(i, len(messages) - 1)}].role")
-        called = {}
-        if message["role"] == "assistant":
+        elif role == "assistant":
             check(f"messages[{i}]", message, INPUTS)
             called = {call["id"]: call for call in message.get("tool_calls") or ()}
-        unanswered = dict(called)
+            unanswered = dict(called)
+        else:
+            called = {}
 
 
 def tool_key(tool):
@@ -914,10 +912,8 @@ def prompts_of(request, tokenize):
 
 
 def prompt_tokens(prompt, tokenize):
-    """The tokens of one of `prompts_of`, as an iterable: see `slices`."""
-    if type(prompt) is list:
-        return prompt
-    return itertools.chain.from_iterable(map(tokenize, slices(prompt)))
+    """The tokens of one of `prompts_of`, in a list for each slice."""
+    return [prompt] if type(prompt) is list else map(tokenize, slices(prompt))
 
 
 # ----------------------------------------------------------------------------------
@@ -1072,8 +1068,8 @@ class Usage:
         self.completion_tokens = 0
 
     def counters(self, details={}):
-        counted = sum(1 for prompt in self.prompts
-                      for token in prompt_tokens(prompt, self.tokenize))
+        counted = sum(len(tokens) for prompt in self.prompts
+                      for tokens in prompt_tokens(prompt, self.tokenize))
         usage = {"prompt_tokens": counted, "completion_tokens": self.completion_tokens,
                  "total_tokens": None, **details, **(self.corrections or {})}
         if usage["total_tokens"] is None:
@@ -1102,7 +1098,7 @@ def chunks_of(request, choices, usage):
 
 
 def in_turn(generators):
-    """One item of each generator in turn, until all have ended.  No item may be None.
+    """One item of each generator in turn, until all have ended.
 
     A choice that is slow holds up the others; the API runs them side by side.
 
@@ -1110,14 +1106,12 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    running = list(generators)
+    running = collections.deque(generators)
     while len(running) > 1:
-        for items in list(running):
-            item = next(items, None)
-            if item is None:
-                running.remove(items)
-            else:
-                yield item
+        items = running.popleft()
+        for item in itertools.islice(items, 1):
+            yield item
+            running.append(items)
     for items in running:               # the one that is left, or the only one
         yield from items
 
@@ -1267,7 +1261,8 @@ def text_choices(request, index, prompt, segments, usage):
     offset = len(asked)
     for number, (kind, value) in enumerate(segments):
         if number == 0 and request["echo"]:
-            tokens = prompt_tokens(prompt, usage.tokenize)
+            tokens = itertools.chain.from_iterable(
+                prompt_tokens(prompt, usage.tokenize))
             yield text_choice(index, asked,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind not in ("text", "end"):
@@ -1305,28 +1300,30 @@ def completion_chunks(request, sequences, usage):
     return chunks_of(request, shown, usage)
 
 
-def spelled(values):
-    """What the values at one place of the chunks spell: texts are joined, lists are
-    extended, objects are spelled field by field.  null adds nothing.
+def spelled(objects):
+    """One object for several: texts are joined, lists are extended, objects are spelled
+    field by field, and of anything else the first counts.  null adds nothing.
 
     Example:
         >>> spelled([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
         {'content': 'Hi', 'refusal': None}
     """
-    kind = type(values[0]) if values else None
-    if kind is str:
-        return "".join(values)
-    if kind is list:
-        return [item for value in values for item in value]
-    if kind is not dict:
-        return values[0] if values else None
     fields = {}
-    for value in values:
-        for name, each in value.items():
+    for each in objects:
+        for name, value in each.items():
             same = fields.setdefault(name, [])
-            if each is not None:
-                same.append(each)
-    return {name: spelled(same) for name, same in fields.items()}
+            if value is not None:
+                same.append(value)
+    for name, same in fields.items():
+        whole = same[0] if same else None
+        if type(whole) is str:
+            whole = "".join(same)
+        elif type(whole) is list:
+            whole = [item for items in same for item in items]
+        elif type(whole) is dict:
+            whole = spelled(same)
+        fields[name] = whole
+    return fields
 
 
 def spelled_by_index(objects):
@@ -1339,20 +1336,21 @@ def spelled_by_index(objects):
         >>> call["id"], call["function"]
         ('call_1', {'name': 'now', 'arguments': '{}'})
     """
-    index = operator.itemgetter("index")
-    for _, same in itertools.groupby(sorted(objects, key=index), index):
-        yield spelled(list(same))
+    found = collections.defaultdict(list)
+    for each in objects:
+        found[each["index"]].append(each)
+    return [spelled(found[index]) for index in sorted(found)]
 
 
-def whole_choice(choice):
-    """What the choice objects of one index spell -> that choice of the completion."""
-    if "tool_calls" in choice.get("delta", ()):
-        calls = list(spelled_by_index(choice["delta"]["tool_calls"]))
-        for call in calls:
-            del call["index"]           # which tells fragments apart, not calls
-        choice["delta"]["tool_calls"] = calls
-    return {"message" if name == "delta" else name: value
-            for name, value in choice.items()}
+def with_message(choice):
+    """A choice of a completion has its message where those of the chunks have a delta.
+    """
+    message = choice.pop("delta")
+    if "tool_calls" in message:
+        message["tool_calls"] = spelled_by_index(message["tool_calls"])
+        for call in message["tool_calls"]:
+            del call["index"]           # it told fragments apart
+    return {"index": choice["index"], "message": message, **choice}
 
 
 def fold(chunks):
@@ -1375,7 +1373,8 @@ def fold(chunks):
     if chunk is None:
         raise ValueError("a completion needs at least one chunk")
     whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
-             "choices": list(map(whole_choice, spelled_by_index(choices)))}
+             "choices": [with_message(choice) if "delta" in choice else choice
+                         for choice in spelled_by_index(choices)]}
     if "usage" in chunk:
         whole["usage"] = whole.pop("usage")     # the last field, as the API has it
     return whole
