@@ -397,13 +397,14 @@ def check(where, value, spec):
             check(f"{where}[{i}]", item, spec[0])
     elif kind is tuple:
         if value not in spec:
-            check(where, value, str)
             raise bad_word(where, value, spec)
     else:
         spec(where, value)
 
 
 def bad_word(where, value, words):
+    if type(value) is not str:
+        return mistyped(where, value, JSON_NAMES[str])
     *most, last = map(repr, words)
     supported = f"{', '.join(most)}, and {last}" if most else last
     return invalid(f"Invalid value: {value[:80]!r}. Supported values are: {supported}.",
@@ -438,7 +439,8 @@ class Tagged(collections.namedtuple("Tagged", "tag shapes")):
         shape = value.get(self.tag)
         if shape is None:
             raise missing(f"{where}.{self.tag}")
-        check(f"{where}.{self.tag}", shape, tuple(self.shapes))
+        if shape not in tuple(self.shapes):
+            raise bad_word(f"{where}.{self.tag}", shape, self.shapes)
         check(where, value, self.shapes[shape])
 
 
@@ -923,9 +925,8 @@ def prompt_tokens(prompt, tokenize):
 def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
     calls = itertools.count()
-    for kind, value in segments:
-        if kind != "call" or next(calls) == 0:
-            yield kind, value
+    return ((kind, value) for kind, value in segments
+            if kind != "call" or next(calls) == 0)
 
 
 def up_to(segments, limit):
@@ -1088,11 +1089,12 @@ def chunks_of(request, choices, usage):
     if is_chat:
         tier = request["service_tier"]
         common["service_tier"] = SERVED_TIERS.get(tier, tier)
+    no_usage = {}
     if not request["stream"] or (request["stream_options"] or {}).get("include_usage"):
-        common["usage"] = None          # as the API says in every chunk but the last
+        no_usage = {"usage": None}      # as the API says in every chunk but the last
     for choice in choices:
-        yield {**common, "choices": [choice]}
-    if "usage" in common:
+        yield {**common, "choices": [choice], **no_usage}
+    if no_usage:
         counters = usage.counters(USAGE_DETAILS if is_chat else {})
         yield {**common, "choices": [], "usage": counters}
 
@@ -1365,19 +1367,17 @@ def fold(chunks):
         >>> completion["object"], completion["choices"][0]["message"]
         ('chat.completion', {'role': 'assistant', 'content': 'Hello'})
 
-    Raises ValueError without any chunk.
+    All but the choices is as in the last chunk, which has the usage.  Raises ValueError
+    without any chunk.
     """
     chunk, choices = None, []
     for chunk in chunks:
         choices += chunk["choices"]
     if chunk is None:
         raise ValueError("a completion needs at least one chunk")
-    whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
-             "choices": [with_message(choice) if "delta" in choice else choice
-                         for choice in spelled_by_index(choices)]}
-    if "usage" in chunk:
-        whole["usage"] = whole.pop("usage")     # the last field, as the API has it
-    return whole
+    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
+            "choices": [with_message(choice) if "delta" in choice else choice
+                        for choice in spelled_by_index(choices)]}
 
 
 # ----------------------------------------------------------------------------------
@@ -1425,8 +1425,8 @@ class Response:
         self.ready = ready
 
 
-def json_response(value, headers=(), status=200):
-    return Response(status, {**JSON, **dict(headers)}, to_json(value))
+def json_response(value, headers={}, status=200):
+    return Response(status, {**JSON, **headers}, to_json(value))
 
 
 def error_response(error):

@@ -820,8 +820,9 @@ def counted(prompt, completion):
 
 def with_usage(chunks, usage):
     """The chunks as include_usage makes them: null in each, the usage in one more."""
-    chunks = [chunk.replace('"choices"', '"usage":null,"choices"') for chunk in chunks]
-    return [*chunks, chunks[0][:chunks[0].index('"usage"')] + usage + ',"choices":[]}']
+    head = chunks[0][:chunks[0].index('"choices"')]
+    return [*(chunk[:-1] + ',"usage":null}' for chunk in chunks),
+            f'{head}"choices":[],{usage}}}']
 
 
 ROLE = delta('"role":"assistant","content":"","refusal":null')
