@@ -454,8 +454,7 @@ def typed(**specs):
                            for kind, spec in specs.items()})
 
 
-class Bounded(collections.namedtuple("Bounded", "inner least most",
-                                     defaults=[math.inf])):
+class Bounded(collections.namedtuple("Bounded", "inner least most")):
     """A number within bounds, or something whose length is."""
 
     def __call__(self, where, value):
@@ -543,7 +542,7 @@ class Fields(Object):
 #    name                      spec                             default
 SHARED_FIELDS = (
     ("model!",                 str,                             None),
-    ("max_tokens",             Bounded(int, 0),                 None),
+    ("max_tokens",             Bounded(int, 0, math.inf),       None),
     ("n",                      Bounded(int, 1, 128),            1),
     ("temperature",            Bounded(float, 0, 2),            1),
     ("top_p",                  Bounded(float, 0, 1),            1),
@@ -557,14 +556,14 @@ SHARED_FIELDS = (
     ("stream_options",         STREAM_OPTIONS,                  None),
 )
 CHAT_FIELDS = Fields(
-    ("messages!",              Bounded([MESSAGE], 1),           None),
+    ("messages!",              Bounded([MESSAGE], 1, math.inf), None),
     ("functions",              Bounded([FUNCTION], 1, 128),     ()),
     ("tools",                  Bounded([TOOL], 0, 128),         ()),
     ("tool_choice",            TOOL_CHOICE,                     None),
     ("function_call",          FUNCTION_CALL,                   None),
     ("parallel_tool_calls",    bool,                            True),
     ("response_format",        RESPONSE_FORMAT,                 None),
-    ("max_completion_tokens",  Bounded(int, 1),                 None),
+    ("max_completion_tokens",  Bounded(int, 1, math.inf),       None),
     *SHARED_FIELDS,
     ("logprobs",               bool,                            False),
     ("top_logprobs",           Bounded(int, 0, 20),             None),
