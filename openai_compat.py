@@ -338,6 +338,7 @@ def to_json(value):
 #                                 required but may be null
 #     Tagged, Bounded, Map: below, each with its check
 #     a function                  of a path and the value there; raises, or returns
+#     None, in an object          anything
 # The messages are the API's own, word for word.
 
 def invalid(message, param, code=None):
@@ -584,7 +585,7 @@ CHAT_FIELDS = Fields(
 )
 COMPLETION_FIELDS = Fields(
     ("prompt?",                None,                            "<|endoftext|>"),
-    *SHARED_FIELDS,             # `parse_prompts` checks the prompt, which has four forms
+    *SHARED_FIELDS,             # the prompt has four forms: see `parse_prompts`
     ("best_of",                Bounded(int, 0, 20),             None),
     ("echo",                   bool,                            False),
     ("logprobs",               Bounded(int, 0, 5),              None),
@@ -966,8 +967,9 @@ def before_stop(text, stops):
     if found:
         return min(found)[1], True
     start = max(len(text) - max(map(len, stops)) + 1, 0)
-    return next((i for i in range(start, len(text))
-                 if any(stop.startswith(text[i:]) for stop in stops)), len(text)), False
+    partial = (i for i in range(start, len(text))
+               if any(stop.startswith(text[i:]) for stop in stops))
+    return next(partial, len(text)), False
 
 
 def split_tokens(tokens, length):
@@ -1344,8 +1346,7 @@ def spelled_by_index(objects):
 
 
 def with_message(choice):
-    """A choice of a completion has its message where those of the chunks have a delta.
-    """
+    """A choice as a completion has it, with a message where chunks have a delta."""
     message = choice.pop("delta")
     if "tool_calls" in message:
         message["tool_calls"] = spelled_by_index(message["tool_calls"])
