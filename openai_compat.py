@@ -89,6 +89,7 @@ Not done here: running a model, images, audio, files, HTTP/2; embeddings and
 /v1/responses only where `Server(routes=...)` has a function for them.
 """
 import base64
+import bisect
 import codecs
 import collections.abc
 import contextlib
@@ -338,6 +339,7 @@ def to_json(value):
 #                                 required but may be null
 #     Tagged, Bounded, Map: below, each with its check
 #     a function                  of a path and the value there; raises, or returns
+#     None, in an object          anything
 # The messages are the API's own, word for word.
 
 def invalid(message, param, code=None):
@@ -382,28 +384,29 @@ def check(where, value, spec):
         ...
         openai_compat.APIError: Invalid 'n': integer below minimum value. ...
     """
-    if type(spec) is type:              # exactly: True is an int in Python, not in JSON
+    kind = type(spec)
+    if kind is type:                    # exactly: True is an int in Python, not in JSON
         if type(value) is not spec and (type(value), spec) != (int, float):
             raise mistyped(where, value, JSON_NAMES[spec])
-    elif type(spec) is list:
-        if type(value) is not list:
-            raise mistyped(where, value, JSON_NAMES[list])
-        for i, item in enumerate(value):
-            check(f"{where}[{i}]", item, spec[0])
-    elif type(spec) is tuple:
-        if value not in spec:
-            check(where, value, str)
-            raise bad_word(where, value, spec)
-    elif type(spec) is dict:
+    elif kind is dict:
         if type(value) not in spec:
             names = " or ".join(map(JSON_NAMES.get, spec))
             raise mistyped(where, value, f"one of {names}")
         check(where, value, spec[type(value)])
+    elif kind is list:
+        check(where, value, list)
+        for i, item in enumerate(value):
+            check(f"{where}[{i}]", item, spec[0])
+    elif kind is tuple:
+        if value not in spec:
+            raise bad_word(where, value, spec)
     else:
         spec(where, value)
 
 
 def bad_word(where, value, words):
+    if type(value) is not str:
+        return mistyped(where, value, JSON_NAMES[str])
     *most, last = map(repr, words)
     supported = f"{', '.join(most)}, and {last}" if most else last
     return invalid(f"Invalid value: {value[:80]!r}. Supported values are: {supported}.",
@@ -438,7 +441,8 @@ class Tagged(collections.namedtuple("Tagged", "tag shapes")):
         shape = value.get(self.tag)
         if shape is None:
             raise missing(f"{where}.{self.tag}")
-        check(f"{where}.{self.tag}", shape, tuple(self.shapes))
+        if shape not in tuple(self.shapes):
+            raise bad_word(f"{where}.{self.tag}", shape, self.shapes)
         check(where, value, self.shapes[shape])
 
 
@@ -458,9 +462,9 @@ class Bounded(collections.namedtuple("Bounded", "inner least most")):
     def __call__(self, where, value):
         check(where, value, self.inner)
         size = value if type(value) in (int, float) else len(value)
-        if self.least is not None and size < self.least:
+        if size < self.least:
             raise out_of_bounds(where, value, self.inner, "minimum", self.least)
-        if self.most is not None and size > self.most:
+        if size > self.most:
             raise out_of_bounds(where, value, self.inner, "maximum", self.most)
 
 
@@ -468,15 +472,15 @@ class Map(collections.namedtuple("Map", "value key pairs")):
     """An object with any keys: at most `pairs`, each at most `key` characters long."""
 
     def __call__(self, where, value):
-        check(where, value, Bounded(dict, None, self.pairs))
+        check(where, value, Bounded(dict, 0, self.pairs))
         for name, item in value.items():
-            check(where, name, Bounded(str, None, self.key))
+            check(where, name, Bounded(str, 0, self.key))
             check(f"{where}.{name[:64]}", item, self.value)
 
 
 def check_name(where, value):
     """The spec of the name of a function, a tool or a schema."""
-    check(where, value, Bounded(str, None, 64))
+    check(where, value, Bounded(str, 0, 64))
     if not re.fullmatch("[a-zA-Z0-9_-]+", value):
         raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
                       "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
@@ -522,9 +526,9 @@ JSON_SCHEMA = Object({"name!": check_name, "description": str, "schema": dict,
 RESPONSE_FORMAT = Tagged("type", {"text": dict, "json_object": dict,
                                   "json_schema": Object({"json_schema!": JSON_SCHEMA})})
 STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
-STOP = Bounded(str, None, 1000)
-BIASES = Map(Bounded(float, -100, 100), None, None)
-METADATA = Map(Bounded(str, None, 512), 64, 16)
+STOP = Bounded(str, 0, 1000)
+BIASES = Map(Bounded(float, -100, 100), math.inf, math.inf)
+METADATA = Map(Bounded(str, 0, 512), 64, 16)
 TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -533,62 +537,61 @@ class Fields(Object):
     """The table of one endpoint: the spec of a body, and the default of each field."""
 
     def __init__(self, *rows):
-        super().__init__({name: spec if (least, most) == (None, None)
-                          else Bounded(spec, least, most)
-                          for name, spec, _, least, most in rows})
-        self.defaults = {name.rstrip("!"): default for name, _, default, _, _ in rows}
+        super().__init__({name: spec for name, spec, _ in rows})
+        self.defaults = {name.rstrip("!?"): default for name, _, default in rows}
 
 
-#    name                      spec                           default   least   most
+#    name                      spec                             default
 SHARED_FIELDS = (
-    ("model!",                 str,                           None,     None,   None),
-    ("max_tokens",             int,                           None,     0,      None),
-    ("n",                      int,                           1,        1,      128),
-    ("temperature",            float,                         1,        0,      2),
-    ("top_p",                  float,                         1,        0,      1),
-    ("presence_penalty",       float,                         0,        -2,     2),
-    ("frequency_penalty",      float,                         0,        -2,     2),
-    ("logit_bias",             BIASES,                        None,     None,   None),
-    ("stop",                   {str: STOP, list: [STOP]},     (),       None,   None),
-    ("user",                   str,                           None,     None,   None),
-    ("seed",                   int,                           None,  -2**63, 2**63 - 1),
-    ("stream",                 bool,                          False,    None,   None),
-    ("stream_options",         STREAM_OPTIONS,                None,     None,   None),
+    ("model!",                 str,                             None),
+    ("max_tokens",             Bounded(int, 0, math.inf),       None),
+    ("n",                      Bounded(int, 1, 128),            1),
+    ("temperature",            Bounded(float, 0, 2),            1),
+    ("top_p",                  Bounded(float, 0, 1),            1),
+    ("presence_penalty",       Bounded(float, -2, 2),           0),
+    ("frequency_penalty",      Bounded(float, -2, 2),           0),
+    ("logit_bias",             BIASES,                          None),
+    ("stop",                   {str: STOP, list: [STOP]},       ()),
+    ("user",                   str,                             None),
+    ("seed",                   Bounded(int, -2**63, 2**63 - 1), None),
+    ("stream",                 bool,                            False),
+    ("stream_options",         STREAM_OPTIONS,                  None),
 )
 CHAT_FIELDS = Fields(
-    ("messages!",              [MESSAGE],                     None,     1,      None),
-    ("functions",              [FUNCTION],                    (),       1,      128),
-    ("tools",                  [TOOL],                        (),       None,   128),
-    ("tool_choice",            TOOL_CHOICE,                   None,     None,   None),
-    ("function_call",          FUNCTION_CALL,                 None,     None,   None),
-    ("parallel_tool_calls",    bool,                          True,     None,   None),
-    ("response_format",        RESPONSE_FORMAT,               None,     None,   None),
-    ("max_completion_tokens",  int,                           None,     1,      None),
+    ("messages!",              Bounded([MESSAGE], 1, math.inf), None),
+    ("functions",              Bounded([FUNCTION], 1, 128),     ()),
+    ("tools",                  Bounded([TOOL], 0, 128),         ()),
+    ("tool_choice",            TOOL_CHOICE,                     None),
+    ("function_call",          FUNCTION_CALL,                   None),
+    ("parallel_tool_calls",    bool,                            True),
+    ("response_format",        RESPONSE_FORMAT,                 None),
+    ("max_completion_tokens",  Bounded(int, 1, math.inf),       None),
     *SHARED_FIELDS,
-    ("logprobs",               bool,                          False,    None,   None),
-    ("top_logprobs",           int,                           None,     0,      20),
-    ("safety_identifier",      str,                           None,     None,   64),
-    ("prompt_cache_key",       str,                           None,     None,   None),
-    ("prompt_cache_retention", ("in_memory", "24h"),          None,     None,   None),
-    ("prompt_cache_options",   dict,                          None,     None,   None),
-    ("service_tier",           TIERS,                         "auto",   None,   None),
-    ("modalities",             [("text", "audio")],           ("text",), 1,     2),
-    ("audio",                  dict,                          None,     None,   None),
-    ("prediction",             dict,                          None,     None,   None),
-    ("reasoning_effort",       EFFORTS,                       None,     None,   None),
-    ("verbosity",              ("low", "medium", "high"),     None,     None,   None),
-    ("store",                  bool,                          False,    None,   None),
-    ("metadata",               METADATA,                      None,     None,   None),
-    ("web_search_options",     dict,                          None,     None,   None),
-    ("moderation",             dict,                          None,     None,   None),
+    ("logprobs",               bool,                            False),
+    ("top_logprobs",           Bounded(int, 0, 20),             None),
+    ("safety_identifier",      Bounded(str, 0, 64),             None),
+    ("prompt_cache_key",       str,                             None),
+    ("prompt_cache_retention", ("in_memory", "24h"),            None),
+    ("prompt_cache_options",   dict,                            None),
+    ("service_tier",           TIERS,                           "auto"),
+    ("modalities",             Bounded([("text", "audio")], 1, 2), ("text",)),
+    ("audio",                  dict,                            None),
+    ("prediction",             dict,                            None),
+    ("reasoning_effort",       EFFORTS,                         None),
+    ("verbosity",              ("low", "medium", "high"),       None),
+    ("store",                  bool,                            False),
+    ("metadata",               METADATA,                        None),
+    ("web_search_options",     dict,                            None),
+    ("moderation",             dict,                            None),
 )
 COMPLETION_FIELDS = Fields(
-    *SHARED_FIELDS,
-    ("best_of",                int,                           None,     0,      20),
-    ("echo",                   bool,                          False,    None,   None),
-    ("logprobs",               int,                           None,     0,      5),
-    ("suffix",                 str,                           None,     None,   None),
-)                               # "prompt" has four forms: parse_prompts checks it
+    ("prompt?",                None,                            "<|endoftext|>"),
+    *SHARED_FIELDS,             # the prompt has four forms: see `parse_prompts`
+    ("best_of",                Bounded(int, 0, 20),             None),
+    ("echo",                   bool,                            False),
+    ("logprobs",               Bounded(int, 0, 5),              None),
+    ("suffix",                 str,                             None),
+)
 ENABLED = "The '{0}' parameter is only allowed when '{1}' is enabled."
 SPECIFIED = "Invalid value for '{0}': '{0}' is only allowed when '{1}' are specified."
 NEEDS = (  # a field, another that must be there and true, and what the API says if not
@@ -613,39 +616,37 @@ def checked(body, fields):
     return {**fields.defaults, **given, "body": body}
 
 
-# These messages are the API's own, with "preceeding" and "messages.[0]".
-def check_answer(i, call_id, called):
-    """The tool message i must answer one of the calls of the turn before it."""
-    if not called:
-        raise invalid("Invalid parameter: messages with role 'tool' must be a response "
-                      "to a preceeding message with 'tool_calls'.",
-                      f"messages.[{i}].role")
-    if call_id not in called:
-        raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
-                      "found in 'tool_calls' of previous message.",
-                      f"messages.[{i}].tool_call_id")
-
-
 def check_conversation(messages):
-    """Refuse a tool call without its answer, and an answer without its call."""
+    """Refuse a tool call without its answer, and an answer without its call.
+
+    The messages are the API's own, with "preceeding" and "messages.[0]".
+    """
     called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
     for i, message in enumerate([*messages, {"role": "end"}]):
-        if message["role"] == "tool":
-            check_answer(i, message["tool_call_id"], called)
-            unanswered.pop(message["tool_call_id"], None)
-            continue
-        if unanswered:
+        role, call_id = message["role"], message.get("tool_call_id")
+        if role == "tool" and not called:
+            raise invalid("Invalid parameter: messages with role 'tool' must be a "
+                          "response to a preceeding message with 'tool_calls'.",
+                          f"messages.[{i}].role")
+        elif role == "tool" and call_id not in called:
+            raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
+                          "found in 'tool_calls' of previous message.",
+                          f"messages.[{i}].tool_call_id")
+        elif role == "tool":
+            unanswered.pop(call_id, None)
+        elif unanswered:
             raise invalid(
                 "An assistant message with 'tool_calls' must be followed by tool "
                 "messages responding to each 'tool_call_id'. The following "
                 "tool_call_ids did not have response messages: "
                 f"{', '.join(unanswered)[:1000]}",
                 f"messages.[{min(i, len(messages) - 1)}].role")
-        called = {}
-        if message["role"] == "assistant":
+        elif role == "assistant":
             check(f"messages[{i}]", message, INPUTS)
             called = {call["id"]: call for call in message.get("tool_calls") or ()}
-        unanswered = dict(called)
+            unanswered = dict(called)
+        else:
+            called = {}
 
 
 def tool_key(tool):
@@ -739,13 +740,10 @@ def parse_prompts(prompt):
         >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
         ([[17, 18]], [[17], [18]])
     """
-    if prompt is None:
-        prompt = "<|endoftext|>"        # the API's default: begin a new document
-    if prompt == []:
-        raise out_of_bounds("prompt", prompt, list, "minimum", 1)
-    prompts = [prompt] if type(prompt) is str or is_token_ids(prompt) else prompt
-    if type(prompts) is not list or not (all(type(each) is str for each in prompts)
-                                         or all(map(is_token_ids, prompts))):
+    is_one = type(prompt) is not list or is_token_ids(prompt)
+    prompts = [prompt] if is_one else prompt
+    if not (all(type(each) is str for each in prompts)
+            or all(map(is_token_ids, prompts))):
         raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
                                          "integers, or array of integer arrays")
     return prompts
@@ -764,8 +762,6 @@ def parse_completion(body, strict=True):
         (['Once'], 2, 'completion')
     """
     request = checked(body, COMPLETION_FIELDS)
-    if "prompt" not in body:            # null is a prompt: see parse_prompts
-        raise missing("prompt")
     n = request["n"]
     best_of = n if request["best_of"] is None else request["best_of"]
     if best_of < n:
@@ -775,11 +771,8 @@ def parse_completion(body, strict=True):
                       "you do not specifically want to use them.)", "best_of")
     if request["stream"] and best_of > n:
         raise invalid("Cannot stream results with best_of > n.", "best_of")
-    prompts = parse_prompts(body["prompt"])
-    if len(prompts) * best_of > 128:
-        raise invalid(f"Invalid 'prompt': {len(prompts)} prompts of {best_of} choices "
-                      "each are more than 128 choices.", "prompt",
-                      "array_above_max_length")
+    prompts = parse_prompts(request["prompt"])
+    check("prompt", prompts, Bounded(list, 1, 128 // best_of))  # 128 choices in all
     request.update(endpoint="completion", best_of=best_of, prompts=prompts)
     return request
 
@@ -903,34 +896,27 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False)
     yield "end", finish_reason or reason
 
 
-Prompt = collections.namedtuple("Prompt", "text tokens")
+def prompts_of(request, tokenize):
+    """All that the model would read: the text of each message, or each prompt.
 
-
-def prompt_of(given, tokenize):
-    """A prompt, a str or a list of token ids -> its text, and a function without
-    arguments that returns its tokens in lists, one for each slice.
-
-    A tokenizer may have a method `decode(id) -> str`.  Without it, 17 reads <|17|>.
+    A prompt that came as token ids is a list of their texts.  A tokenizer may have a
+    method `decode(id) -> str`.  Without it, 17 reads <|17|>.
 
     Example:
-        >>> text, tokens = prompt_of([17, 18], tokenize)
-        >>> text, tokens()
-        ('<|17|><|18|>', [['<|17|>', '<|18|>']])
+        >>> request = parse_completion({"model": "m", "prompt": [17, 18]})
+        >>> prompts_of(request, tokenize)
+        [['<|17|>', '<|18|>']]
     """
-    if type(given) is str:
-        return Prompt(given, lambda: map(tokenize, slices(given)))
-    decode = getattr(tokenize, "decode", "<|{}|>".format)
-    decoded = [decode(id) for id in given]
-    return Prompt("".join(decoded), lambda: [decoded])
-
-
-def prompts_of(request, tokenize):
-    """All that the model would read: a Prompt for each message, or for each prompt."""
     if request["endpoint"] == "chat":
-        texts = [text_of(message.get("content")) for message in request["messages"]]
-    else:
-        texts = request["prompts"]
-    return [prompt_of(text, tokenize) for text in texts]
+        return [text_of(message.get("content")) for message in request["messages"]]
+    decode = getattr(tokenize, "decode", "<|{}|>".format)
+    return [prompt if type(prompt) is str else [decode(id) for id in prompt]
+            for prompt in request["prompts"]]
+
+
+def prompt_tokens(prompt, tokenize):
+    """The tokens of one of `prompts_of`, in a list for each slice."""
+    return [prompt] if type(prompt) is list else map(tokenize, slices(prompt))
 
 
 # ----------------------------------------------------------------------------------
@@ -940,9 +926,8 @@ def prompts_of(request, tokenize):
 def one_call(segments):
     """Drop all tool calls but the first, for clients that want no parallel calls."""
     calls = itertools.count()
-    for kind, value in segments:
-        if kind != "call" or next(calls) == 0:
-            yield kind, value
+    return ((kind, value) for kind, value in segments
+            if kind != "call" or next(calls) == 0)
 
 
 def up_to(segments, limit):
@@ -966,46 +951,37 @@ def up_to(segments, limit):
         yield kind, value
 
 
-def first_stop(text, stops):
-    """Where the stop that is complete first begins, or None.
+def before_stop(text, stops):
+    """How many characters come before any stop, and whether a stop is complete.
+
+    The stop that is complete first counts.  Without one, the longest end of the text
+    that a stop begins with (a partial match) may become one.
 
     Example:
-        >>> first_stop("one two three", ["three", "two"])
-        4
+        >>> before_stop("one two three", ["three", "two"])
+        (4, True)
+        >>> before_stop("The EN", ["END", "STOP"])
+        (4, False)
     """
     found = [(text.find(stop) + len(stop), text.find(stop))
              for stop in stops if stop in text]
-    return min(found)[1] if found else None
-
-
-def partial_stop(text, stops):
-    """The length of the longest suffix of the text that a stop may begin with.
-
-    Example:
-        >>> partial_stop("The EN", ["END", "STOP"])
-        2
-    """
+    if found:
+        return min(found)[1], True
     start = max(len(text) - max(map(len, stops)) + 1, 0)
-    return next((len(text) - i for i in range(start, len(text))
-                 if any(stop.startswith(text[i:]) for stop in stops)), 0)
+    partial = (i for i in range(start, len(text))
+               if any(stop.startswith(text[i:]) for stop in stops))
+    return next(partial, len(text)), False
 
 
-def split_tokens(tokens, length, whole=False):
-    """Cut a list of tokens after `length` characters -> (the tokens before, the rest).
-
-    A token that lies across the cut is cut in two; with `whole` it goes to the rest.
+def split_tokens(tokens, length):
+    """Cut a list of tokens -> (those within `length` characters, the rest).
 
     Example:
-        >>> split_tokens(["Hel", "lo"], 4), split_tokens(["Hel", "lo"], 4, whole=True)
-        ((['Hel', 'l'], ['o']), (['Hel'], ['lo']))
+        >>> split_tokens(["Hel", "lo", "!"], 4)
+        (['Hel'], ['lo', '!'])
     """
-    for i, token in enumerate(tokens):
-        if len(token) > length:
-            if whole or not length:
-                return tokens[:i], tokens[i:]
-            return tokens[:i] + [token[:length]], [token[length:]] + tokens[i + 1:]
-        length -= len(token)
-    return tokens, []
+    count = bisect.bisect([*itertools.accumulate(map(len, tokens))], length)
+    return tokens[:count], tokens[count:]
 
 
 def until_stop(segments, stops):
@@ -1027,14 +1003,15 @@ def until_stop(segments, stops):
             held = []
             yield kind, value
             continue
-        held = held + value
-        text = "".join(held)
-        cut = first_stop(text, stops)
-        end = len(text) - partial_stop(text, stops) if cut is None else cut
-        before, held = split_tokens(held, end, whole=cut is None)
+        text = "".join(held + value)
+        end, is_stopped = before_stop(text, stops)
+        before, held = split_tokens(held + value, end)
+        cut = text[len("".join(before)):end]    # of the token that a stop begins inside
+        if is_stopped and cut:
+            before.append(cut)
         if before:
             yield "text", before
-        if cut is not None:
+        if is_stopped:
             yield "end", "stop"
             return
 
@@ -1050,12 +1027,12 @@ def sequence(segments, request):
     These generators do not close their source when they stop early.  `Server.replies`
     has the generator of a backend closed when the exchange ends.
     """
-    limits = [request["max_tokens"]]
+    limits = {request["max_tokens"]}
     if request["endpoint"] == "chat":
-        limits.append(request["max_completion_tokens"])
+        limits.add(request["max_completion_tokens"])
         if not request["parallel_tool_calls"] or is_legacy(request):
             segments = one_call(segments)
-    for limit in set(limits) - {None}:
+    for limit in limits - {None}:
         segments = up_to(segments, limit)
     if request["stop"]:
         segments = until_stop(segments, request["stop"])
@@ -1083,23 +1060,24 @@ class Usage:
     `corrections` (the `usage` of a Reply) replace counted fields.
 
     Example:
-        >>> usage = Usage([prompt_of("Once upon", tokenize)])
+        >>> usage = Usage(["Once upon"], tokenize)
         >>> usage.completion_tokens += 3
         >>> usage.counters()
         {'prompt_tokens': 2, 'completion_tokens': 3, 'total_tokens': 5}
     """
 
-    def __init__(self, prompts=(), corrections=None):
-        self.prompts, self.corrections = prompts, corrections or {}
+    def __init__(self, prompts=(), tokenize=tokenize, corrections=None):
+        self.prompts, self.tokenize, self.corrections = prompts, tokenize, corrections
         self.completion_tokens = 0
 
     def counters(self, details={}):
-        prompt_tokens = sum(len(tokens) for prompt in self.prompts
-                            for tokens in prompt.tokens())
-        usage = {"prompt_tokens": prompt_tokens,
-                 "completion_tokens": self.completion_tokens, **self.corrections}
-        total = usage["prompt_tokens"] + usage["completion_tokens"]
-        return {**usage, "total_tokens": total, **details, **self.corrections}
+        counted = sum(len(tokens) for prompt in self.prompts
+                      for tokens in prompt_tokens(prompt, self.tokenize))
+        usage = {"prompt_tokens": counted, "completion_tokens": self.completion_tokens,
+                 "total_tokens": None, **details, **(self.corrections or {})}
+        if usage["total_tokens"] is None:
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage
 
 
 def chunks_of(request, choices, usage):
@@ -1113,17 +1091,18 @@ def chunks_of(request, choices, usage):
     if is_chat:
         tier = request["service_tier"]
         common["service_tier"] = SERVED_TIERS.get(tier, tier)
+    no_usage = {}
     if not request["stream"] or (request["stream_options"] or {}).get("include_usage"):
-        common["usage"] = None          # as the API says in every chunk but the last
+        no_usage = {"usage": None}      # as the API says in every chunk but the last
     for choice in choices:
-        yield {**common, "choices": [choice]}
-    if "usage" in common:
+        yield {**common, "choices": [choice], **no_usage}
+    if no_usage:
         counters = usage.counters(USAGE_DETAILS if is_chat else {})
         yield {**common, "choices": [], "usage": counters}
 
 
 def in_turn(generators):
-    """One item of each generator in turn, until all have ended.  No item may be None.
+    """One item of each generator in turn, until all have ended.
 
     A choice that is slow holds up the others; the API runs them side by side.
 
@@ -1131,14 +1110,12 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    running = list(generators)
+    running = collections.deque(generators)
     while len(running) > 1:
-        for items in list(running):
-            item = next(items, None)
-            if item is None:
-                running.remove(items)
-            else:
-                yield item
+        items = running.popleft()
+        for item in itertools.islice(items, 1):
+            yield item
+            running.append(items)
     for items in running:               # the one that is left, or the only one
         yield from items
 
@@ -1162,19 +1139,16 @@ def candidates(token, count):
             for rank, each in enumerate([token, *others][:max(count, 1)], 1)]
 
 
-def chat_logprob(token, top):
-    entries = [{"token": each, "logprob": logprob,
-                "bytes": list(each.encode("utf-8", "surrogatepass"))}
-               for each, logprob in candidates(token, top)]
-    return {**entries[0], "top_logprobs": entries if top else []}
-
-
 def chat_logprobs(tokens, top, field="content"):
     """An object for each token, under its field; None if nobody asked for them."""
     if top is None:
         return None
+    likely = [[{"token": each, "logprob": logprob,
+                "bytes": list(each.encode("utf-8", "surrogatepass"))}
+               for each, logprob in candidates(token, top)] for token in tokens]
     return {"content": [], "refusal": None,
-            field: [chat_logprob(token, top) for token in tokens]}
+            field: [{**entries[0], "top_logprobs": entries if top else []}
+                    for entries in likely]}
 
 
 def text_logprobs(tokens, top, offset, is_prompt=False):
@@ -1189,6 +1163,7 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
     """
     if top is None:
         return None
+    tokens = list(tokens)
     likely = [dict(candidates(token, top)) for token in tokens]
     taken = [entry[token] for token, entry in zip(tokens, likely)]
     if is_prompt and tokens:
@@ -1286,11 +1261,13 @@ def text_choice(index, text, logprobs, finish_reason=None):
 
 def text_choices(request, index, prompt, segments, usage):
     """The choice object of each chunk of one sequence of a text completion."""
-    offset, top = len(prompt.text), request["logprobs"]
+    asked, top = "".join(prompt), request["logprobs"]
+    offset = len(asked)
     for number, (kind, value) in enumerate(segments):
         if number == 0 and request["echo"]:
-            tokens = [*itertools.chain(*prompt.tokens())] if top is not None else []
-            yield text_choice(index, prompt.text,
+            tokens = itertools.chain.from_iterable(
+                prompt_tokens(prompt, usage.tokenize))
+            yield text_choice(index, asked,
                               text_logprobs(tokens, top, 0, is_prompt=True))
         if kind not in ("text", "end"):
             raise BackendFault("a text completion cannot hold a tool call or a refusal")
@@ -1311,7 +1288,7 @@ def completion_chunks(request, sequences, usage):
         >>> body = {"model": "m", "prompt": "One,", "stream": True}
         >>> request = {**parse_completion(body), "id": "cmpl-1"}
         >>> segments = [("text", [" two"]), ("end", "stop")]
-        >>> usage = Usage(prompts_of(request, tokenize))
+        >>> usage = Usage(prompts_of(request, tokenize), tokenize)
         >>> for chunk in completion_chunks(request, [segments], usage):
         ...     print(chunk["choices"])
         [{'text': ' two', 'index': 0, 'logprobs': None, 'finish_reason': None}]
@@ -1327,58 +1304,56 @@ def completion_chunks(request, sequences, usage):
     return chunks_of(request, shown, usage)
 
 
-def spelled(values):
-    """What the values at one place of the chunks spell: texts are joined, lists are
-    extended, objects are spelled field by field.  null adds nothing.
+def spelled(objects):
+    """One object for several: texts are joined, lists are extended, objects are spelled
+    field by field, and of anything else the first counts.  null adds nothing.
 
     Example:
         >>> spelled([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
         {'content': 'Hi', 'refusal': None}
     """
-    kind = type(values[0]) if values else None
-    if kind is str:
-        return "".join(values)
-    if kind is list:
-        return list(itertools.chain.from_iterable(values))
-    if kind is not dict:
-        return values[0] if values else None
     fields = {}
-    for value in values:
-        for name, each in value.items():
+    for each in objects:
+        for name, value in each.items():
             same = fields.setdefault(name, [])
-            if each is not None:
-                same.append(each)
-    return {name: spelled(same) for name, same in fields.items()}
+            if value is not None:
+                same.append(value)
+    for name, same in fields.items():
+        whole = same[0] if same else None
+        if type(whole) is str:
+            whole = "".join(same)
+        elif type(whole) is list:
+            whole = [item for items in same for item in items]
+        elif type(whole) is dict:
+            whole = spelled(same)
+        fields[name] = whole
+    return fields
 
 
-def spelled_calls(fragments):
-    """The fragments of tool calls -> the calls.
+def spelled_by_index(objects):
+    """Choice objects, or fragments of tool calls: those with the same index spell one.
 
     Example:
         >>> request = {"tools": [], "functions": []}
         >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
-        >>> [call] = spelled_calls(delta["tool_calls"][0] for delta in deltas)
+        >>> [call] = spelled_by_index(delta["tool_calls"][0] for delta in deltas)
         >>> call["id"], call["function"]
         ('call_1', {'name': 'now', 'arguments': '{}'})
     """
-    for _, same in itertools.groupby(fragments, operator.itemgetter("index")):
-        call = spelled(list(same))
-        del call["index"]
-        yield call
+    found = collections.defaultdict(list)
+    for each in objects:
+        found[each["index"]].append(each)
+    return [spelled(found[index]) for index in sorted(found)]
 
 
-def spelled_choice(choices):
-    """The choice objects of one index -> that choice of the completion."""
-    whole = {}
-    for name, value in choices[-1].items():     # the one that has the finish_reason
-        if name in ("delta", "text", "logprobs"):
-            value = spelled([choice[name] for choice in choices
-                             if choice[name] is not None])
-        whole["message" if name == "delta" else name] = value
-    if "tool_calls" in whole.get("message", ()):
-        whole["message"]["tool_calls"] = list(
-            spelled_calls(whole["message"]["tool_calls"]))
-    return whole
+def with_message(choice):
+    """A choice as a completion has it, with a message where chunks have a delta."""
+    message = choice.pop("delta")
+    if "tool_calls" in message:
+        message["tool_calls"] = spelled_by_index(message["tool_calls"])
+        for call in message["tool_calls"]:
+            del call["index"]           # it told fragments apart
+    return {"index": choice["index"], "message": message, **choice}
 
 
 def fold(chunks):
@@ -1393,19 +1368,17 @@ def fold(chunks):
         >>> completion["object"], completion["choices"][0]["message"]
         ('chat.completion', {'role': 'assistant', 'content': 'Hello'})
 
-    Raises ValueError without any chunk.
+    All but the choices is as in the last chunk, which has the usage.  Raises ValueError
+    without any chunk.
     """
-    chunk, choices = None, collections.defaultdict(list)
+    chunk, choices = None, []
     for chunk in chunks:
-        for choice in chunk["choices"]:
-            choices[choice["index"]].append(choice)
+        choices += chunk["choices"]
     if chunk is None:
         raise ValueError("a completion needs at least one chunk")
-    whole = {**chunk, "object": chunk["object"].replace(".chunk", ""),
-             "choices": [spelled_choice(choices[index]) for index in sorted(choices)]}
-    if "usage" in chunk:
-        whole["usage"] = whole.pop("usage")     # the last field, as the API has it
-    return whole
+    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
+            "choices": [with_message(choice) if "delta" in choice else choice
+                        for choice in spelled_by_index(choices)]}
 
 
 # ----------------------------------------------------------------------------------
@@ -1453,8 +1426,8 @@ class Response:
         self.ready = ready
 
 
-def json_response(value, headers=(), status=200):
-    return Response(status, {**JSON, **dict(headers)}, to_json(value))
+def json_response(value, headers={}, status=200):
+    return Response(status, {**JSON, **headers}, to_json(value))
 
 
 def error_response(error):
@@ -3902,7 +3875,8 @@ class Server(ThreadingHTTPServer):
         names = [name for name in (*request["body"], "body", "stop", "prompts")
                  if isinstance(request.get(name), (dict, list))]
         texts = ([request["text"]] * request["n"] if is_chat else
-                 [prompt.text for prompt in prompts for _ in range(request["best_of"])])
+                 ["".join(prompt) for prompt in prompts
+                  for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
             own = {name: copied(request[name]) for name in names}
             reply = as_reply(backend({**request, **own, "index": index,
@@ -3939,7 +3913,8 @@ class Server(ThreadingHTTPServer):
         quirk, k = parse_quirk(replies[0].quirk or self.quirk or asked_for)
         headers = replies[0].headers
         sequences = [self.sequence_of(reply, request) for reply in replies]
-        chunks = make_chunks(request, sequences, Usage(prompts, replies[0].usage))
+        usage = Usage(prompts, self.tokenize, replies[0].usage)
+        chunks = make_chunks(request, sequences, usage)
         if not request["stream"]:
             response = json_response(fold(chunks), headers)
             if quirk in WHOLE_QUIRKS:   # the others are about events

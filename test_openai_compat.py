@@ -819,8 +819,9 @@ def counted(prompt, completion):
 
 def with_usage(chunks, usage):
     """The chunks as include_usage makes them: null in each, the usage in one more."""
-    chunks = [chunk.replace('"choices"', '"usage":null,"choices"') for chunk in chunks]
-    return [*chunks, chunks[0][:chunks[0].index('"usage"')] + usage + ',"choices":[]}']
+    head = chunks[0][:chunks[0].index('"choices"')]
+    return [*(chunk[:-1] + ',"usage":null}' for chunk in chunks),
+            f'{head}"choices":[],{usage}}}']
 
 
 ROLE = delta('"role":"assistant","content":"","refusal":null')
@@ -1118,8 +1119,9 @@ REFUSED_COMPLETIONS = [
     *(("prompt", TYPE, {"prompt": prompt}) for prompt in (
         1, True, {}, ["a", 1], [1, "a"], [1, True], [1.5], [-1], [None], ["a", [1]], [[1], 2],
         [[1], []], [["a"]])),
-    *(("prompt", ("array_above_max_length", "Invalid '{}': ... more than 128 choices."), fields)
-      for fields in ({"prompt": ["a"] * 129}, {"prompt": ["a"] * 2, "n": 65})),
+    ("prompt", too_long("array", 128), {"prompt": ["a"] * 129}),    # 128 choices in all
+    ("prompt", too_long("array", 1), {"prompt": ["a"] * 2, "n": 65}),
+    ("prompt", EMPTY, {"prompt": []}),
     ("best_of", (None, BEST_OF % (3, 2)), {"n": 3, "best_of": 2}),
     ("best_of", (None, BEST_OF % (1, 0)), {"best_of": 0}),
     ("best_of", (None, "Cannot stream results with best_of > n."), {"stream": True, "best_of": 2}),
