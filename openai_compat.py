@@ -229,6 +229,7 @@ class BackendFault(APIError):
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
 MOST_NESTED = 200               # levels; `copied` and `to_json` call themselves
+NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def reject_number(text):
@@ -246,17 +247,19 @@ decode_json = json.JSONDecoder(parse_constant=reject_number,
                                parse_float=finite).decode
 
 
-def is_deeper(value, levels):
-    """Has a JSON value more than so many levels of arrays and objects?
+def nesting(text):
+    """How many levels of arrays and objects a JSON text has, before it is parsed.
+
+    The parser calls itself, and at the limit of that Python 3.8 may abort.
 
     Example:
-        >>> is_deeper([[1]], 1), is_deeper([[1]], 2)
-        (True, False)
+        >>> nesting('{"a[": [[1], 2]}')
+        3
     """
-    if not isinstance(value, (list, dict)):
-        return False
-    items = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(is_deeper(each, levels - 1) for each in items)
+    unescaped = text.replace("\\\\", "").replace('\\"', "")
+    outside = "".join(unescaped.split('"')[::2])        # of strings
+    steps = map(NESTING_STEPS.get, re.sub("[^][{}]+", "", outside))
+    return max(itertools.accumulate(steps), default=0)
 
 
 def parse_json(body):
@@ -268,19 +271,17 @@ def parse_json(body):
     """
     try:
         text = body.decode()
+        brackets = text.count("[") + text.count("{")    # at least as many as levels
+        if brackets > MOST_NESTED and nesting(text) > MOST_NESTED:
+            raise ValueError(f"it is nested more than {MOST_NESTED} levels deep")
         value = decode_json(text[1:] if text.startswith("\ufeff") else text)
         if type(value) is not dict:
             raise ValueError(f"it is {JSON_NAMES[type(value)]}, not an object")
-        brackets = text.count("[") + text.count("{")    # at least as many as levels
-        if brackets > MOST_NESTED and is_deeper(value, MOST_NESTED):
-            raise RecursionError
         return value
-    except RecursionError:
-        reason = f"it is nested more than {MOST_NESTED} levels deep"
     except ValueError as error:
-        reason = str(error)[:200]
-    raise APIError(400, "We could not parse the JSON body of your request. (HINT: the "
-                        f"body must be one JSON object in UTF-8; {reason}.)")
+        raise APIError(400, "We could not parse the JSON body of your request. (HINT: "
+                            "the body must be one JSON object in UTF-8; "
+                            f"{str(error)[:200]}.)") from None
 
 
 def copied(value):
@@ -3642,8 +3643,8 @@ class Server(ThreadingHTTPServer):
         method, (path, model) = method.upper() or "POST", normal_path(path)
         if (path in self.ROUTES or model is not None or "/" not in route
                 or not method.isalpha() or method in ("HEAD", "OPTIONS")):
-            raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint, "
-                             "or a method that the server itself answers")
+            raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint "
+                             "or method")
         if not callable(function):
             raise TypeError(f"the route {route!r} needs a function, not {function!r}")
         self.routes.setdefault(path, {})[method] = functools.partial(
@@ -3888,7 +3889,7 @@ class Server(ThreadingHTTPServer):
     def sequence_of(self, reply, request):
         """What a reply says, at its pace and cut to the limits of the request."""
         delay = reply.delay or self.delay
-        is_whole = isinstance(reply.text or "", str)    # the pieces of others stay whole
+        is_whole = isinstance(reply.text or "", str)    # else its pieces stay whole
         segments = segments_of(
             pieces_of(reply), self.tokenize, lambda: f"call_{self.random_name(24)}",
             reply.finish_reason, one_by_one=is_whole and (request["stream"] or delay))
