@@ -3659,7 +3659,8 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             error.filename = "%s, port %s" % self.server_address[:2]
             raise
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = host, _ = self.server_address[:2]
+        self.on_loopback = host.startswith("127.") or host == "::1"
 
     @property
     def base_url(self):
@@ -3798,9 +3799,6 @@ class Server(ThreadingHTTPServer):
 
     # ------ who may use it
 
-    def on_loopback(self):
-        return self.server_name.startswith("127.") or self.server_name == "::1"
-
     def check_key(self, incoming):
         scheme, _, key = incoming.headers.get("authorization", "").partition(" ")
         is_bearer = scheme.lower() == "bearer"
@@ -3848,7 +3846,7 @@ class Server(ThreadingHTTPServer):
             if incoming.route not in ("/", "/health"):
                 self.check_key(incoming)
                 incoming.has_our_key = True
-        elif self.on_loopback():
+        elif self.on_loopback:
             self.check_browser(incoming.headers)
 
     def cors_headers(self, incoming):
@@ -4258,7 +4256,7 @@ def main(argv=None):
     except (OSError, OverflowError, ValueError, TypeError) as error:
         return complain(error)
     server.trace = trace
-    if not (server.api_keys or server.on_loopback()):
+    if not (server.api_keys or server.on_loopback):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", *server.server_address[:2])
     server.start(ACCEPTORS)
