@@ -169,8 +169,7 @@ def header_fields(headers):
         if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a response header")
         if re.search("[\r\n\0]|[^\0-\xff]", value):
-            raise ValueError(f"the header {name!r} has a line end, a NUL or a "
-                             "character outside Latin-1 in it")
+            raise ValueError(f"the header {name!r} has a line end, NUL or non-Latin-1")
     return fields
 
 
@@ -232,19 +231,16 @@ MOST_NESTED = 200               # levels; `copied` and `to_json` call themselves
 NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
-def reject_number(text):
-    raise ValueError(f"{text[:20]} is not a number in JSON, or too large")
-
-
 def finite(text):
     number = float(text)
-    return number if math.isfinite(number) else reject_number(text)
+    if math.isfinite(number):
+        return number
+    raise ValueError(f"{text[:20]} is not a number in JSON, or too large")
 
 
 # The standard parser takes NaN and Infinity, which JSON does not have, and turns 1e999
 # into infinity, which could not be sent back.
-decode_json = json.JSONDecoder(parse_constant=reject_number,
-                               parse_float=finite).decode
+decode_json = json.JSONDecoder(parse_constant=finite, parse_float=finite).decode
 
 
 def nesting(text):
@@ -338,7 +334,9 @@ def to_json(value):
 #     {str: spec, list: spec}     a value of one of these types, which fits its spec
 #     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
 #                                 required but may be null
-#     Tagged, Bounded, Map: below, each with its check
+#     Bounded(spec, least, most)  a number, or a length, within bounds
+#     Tagged("role", {"user": spec, ...})   an object whose "role" chooses its spec
+#     Map(spec, key, pairs)       an object with any keys
 #     a function                  of a path and the value there; raises, or returns
 #     None, in an object          anything
 # The messages are the API's own, word for word.
@@ -355,24 +353,6 @@ def missing(param):
 def mistyped(where, value, expected):
     return invalid(f"Invalid type for '{where}': expected {expected}, but got "
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
-
-
-def out_of_bounds(where, value, spec, side, bound):
-    """A number, or a length, is out of bounds; a least length is 1."""
-    name = JSON_NAMES[list if type(spec) is list else spec]     # "an array"
-    kind = name.split()[1]
-    if type(value) in (int, float):
-        place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
-        fault, got = f"{kind} {place} {side} value", value
-        expected, code = f"a value {sign}", f"{kind}_{place}_{side[:3]}_value"
-    elif value:
-        fault, got = f"{kind} too long", f"{name} with length {len(value)}"
-        expected, code = f"{name} with maximum length", f"{kind}_above_max_length"
-    else:
-        fault, got = f"empty {kind}", f"an empty {kind}"
-        expected, code = f"{name} with minimum length", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {expected} {bound}, but got "
-                   f"{got} instead.", where, code)
 
 
 def check(where, value, spec):
@@ -399,19 +379,14 @@ def check(where, value, spec):
         for i, item in enumerate(value):
             check(f"{where}[{i}]", item, spec[0])
     elif kind is tuple:
+        check(where, value, str)
         if value not in spec:
-            raise bad_word(where, value, spec)
+            *most, last = map(repr, spec)
+            supported = f"{', '.join(most)}, and {last}" if most else last
+            raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
+                          f"{supported}.", where, "invalid_value")
     else:
         spec(where, value)
-
-
-def bad_word(where, value, words):
-    if type(value) is not str:
-        return mistyped(where, value, JSON_NAMES[str])
-    *most, last = map(repr, words)
-    supported = f"{', '.join(most)}, and {last}" if most else last
-    return invalid(f"Invalid value: {value[:80]!r}. Supported values are: {supported}.",
-                   where, "invalid_value")
 
 
 class Object:
@@ -442,8 +417,7 @@ class Tagged(collections.namedtuple("Tagged", "tag shapes")):
         shape = value.get(self.tag)
         if shape is None:
             raise missing(f"{where}.{self.tag}")
-        if shape not in tuple(self.shapes):
-            raise bad_word(f"{where}.{self.tag}", shape, self.shapes)
+        check(f"{where}.{self.tag}", shape, tuple(self.shapes))
         check(where, value, self.shapes[shape])
 
 
@@ -455,6 +429,25 @@ def typed(**specs):
     """
     return Tagged("type", {kind: Object({f"{kind}!": spec})
                            for kind, spec in specs.items()})
+
+
+def out_of_bounds(where, value, inner, side, bound):
+    """The 400 for a number, or a length, outside its bounds.  The API says "empty" for a
+    length that is too small: the only least length is 1."""
+    name = JSON_NAMES[list if type(inner) is list else inner]       # "an array"
+    kind = name.split()[1]
+    if type(value) in (int, float):
+        place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
+        fault, got = f"{kind} {place} {side} value", value
+        expected, code = f"a value {sign}", f"{kind}_{place}_{side[:3]}_value"
+    elif value:
+        fault, got = f"{kind} too long", f"{name} with length {len(value)}"
+        expected, code = f"{name} with maximum length", f"{kind}_above_max_length"
+    else:
+        fault, got = f"empty {kind}", f"an empty {kind}"
+        expected, code = f"{name} with minimum length", f"empty_{kind}"
+    return invalid(f"Invalid '{where}': {fault}. Expected {expected} {bound}, but got "
+                   f"{got} instead.", where, code)
 
 
 class Bounded(collections.namedtuple("Bounded", "inner least most")):
@@ -623,7 +616,7 @@ def check_conversation(messages):
     The messages are the API's own, with "preceeding" and "messages.[0]".
     """
     called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
-    for i, message in enumerate([*messages, {"role": "end"}]):
+    for i, message in enumerate([*messages, {"role": "end"}]):  # checks the last turn
         role, call_id = message["role"], message.get("tool_call_id")
         if role == "tool" and not called:
             raise invalid("Invalid parameter: messages with role 'tool' must be a "
@@ -661,7 +654,8 @@ def tool_key(tool):
 
 
 def chosen_tools(tool_choice, modes=("auto", "required")):
-    """The tools that a "tool_choice" names; modes: of its "allowed_tools"."""
+    """The tools that a "tool_choice" names.  An "allowed_tools" counts only if its mode
+    is one of `modes`: whoever asks what is forced leaves out "auto"."""
     if type(tool_choice) is not dict:
         return []
     if tool_choice["type"] == "allowed_tools":
@@ -1025,8 +1019,8 @@ def is_legacy(request):
 def sequence(segments, request):
     """The segments of one choice -> the same, cut to the limits of the request.
 
-    These generators do not close their source when they stop early.  `Server.replies`
-    has the generator of a backend closed when the exchange ends.
+    These generators do not close their source when they stop early: the server closes
+    the generator of a backend when the exchange ends.
     """
     limits = {request["max_tokens"]}
     if request["endpoint"] == "chat":
@@ -1092,12 +1086,12 @@ def chunks_of(request, choices, usage):
     if is_chat:
         tier = request["service_tier"]
         common["service_tier"] = SERVED_TIERS.get(tier, tier)
-    no_usage = {}
+    null_usage = {}
     if not request["stream"] or (request["stream_options"] or {}).get("include_usage"):
-        no_usage = {"usage": None}      # as the API says in every chunk but the last
+        null_usage = {"usage": None}    # as the API says in every chunk but the last
     for choice in choices:
-        yield {**common, "choices": [choice], **no_usage}
-    if no_usage:
+        yield {**common, "choices": [choice], **null_usage}
+    if null_usage:
         counters = usage.counters(USAGE_DETAILS if is_chat else {})
         yield {**common, "choices": [], "usage": counters}
 
@@ -1305,12 +1299,16 @@ def completion_chunks(request, sequences, usage):
     return chunks_of(request, shown, usage)
 
 
-def spelled(objects):
-    """One object for several: texts are joined, lists are extended, objects are spelled
+JOINS = {str: "".join, dict: lambda objects: merged(objects),
+         list: lambda lists: [*itertools.chain.from_iterable(lists)]}
+
+
+def merged(objects):
+    """One object for several: strings are joined, lists are extended, objects are merged
     field by field, and of anything else the first counts.  null adds nothing.
 
     Example:
-        >>> spelled([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
+        >>> merged([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
         {'content': 'Hi', 'refusal': None}
     """
     fields = {}
@@ -1319,39 +1317,31 @@ def spelled(objects):
             same = fields.setdefault(name, [])
             if value is not None:
                 same.append(value)
-    for name, same in fields.items():
-        whole = same[0] if same else None
-        if type(whole) is str:
-            whole = "".join(same)
-        elif type(whole) is list:
-            whole = [item for items in same for item in items]
-        elif type(whole) is dict:
-            whole = spelled(same)
-        fields[name] = whole
-    return fields
+    return {name: JOINS.get(type(same[0]), operator.itemgetter(0))(same) if same else None
+            for name, same in fields.items()}
 
 
-def spelled_by_index(objects):
-    """Choice objects, or fragments of tool calls: those with the same index spell one.
+def merged_by_index(objects):
+    """Choice objects, or fragments of tool calls: those with the same index are one.
 
     Example:
         >>> request = {"tools": [], "functions": []}
         >>> deltas = call_deltas(request, Call("now", "call_1", ["{", "}"]), 0)
-        >>> [call] = spelled_by_index(delta["tool_calls"][0] for delta in deltas)
+        >>> [call] = merged_by_index(delta["tool_calls"][0] for delta in deltas)
         >>> call["id"], call["function"]
         ('call_1', {'name': 'now', 'arguments': '{}'})
     """
     found = collections.defaultdict(list)
     for each in objects:
         found[each["index"]].append(each)
-    return [spelled(found[index]) for index in sorted(found)]
+    return [merged(found[index]) for index in sorted(found)]
 
 
 def with_message(choice):
     """A choice as a completion has it, with a message where chunks have a delta."""
     message = choice.pop("delta")
     if "tool_calls" in message:
-        message["tool_calls"] = spelled_by_index(message["tool_calls"])
+        message["tool_calls"] = merged_by_index(message["tool_calls"])
         for call in message["tool_calls"]:
             del call["index"]           # it told fragments apart
     return {"index": choice["index"], "message": message, **choice}
@@ -1379,7 +1369,7 @@ def fold(chunks):
         raise ValueError("a completion needs at least one chunk")
     return {**chunk, "object": chunk["object"].replace(".chunk", ""),
             "choices": [with_message(choice) if "delta" in choice else choice
-                        for choice in spelled_by_index(choices)]}
+                        for choice in merged_by_index(choices)]}
 
 
 # ----------------------------------------------------------------------------------
@@ -1517,7 +1507,7 @@ class Connection:
     def end_if_late(self):
         """Wake the thread of this connection if its read or write takes too long."""
         late = time.monotonic() - self.deadline
-        if late > 0:                    # the read first: a 408 can still be sent then
+        if late > 0:    # in the first second only reading: a 408 can still be sent
             self.shut(socket.SHUT_RD if late < 1 else socket.SHUT_RDWR)
 
     def wait(self, seconds, *sources):
@@ -1580,7 +1570,10 @@ this_thread = threading.local()
 
 def pause(seconds, *sources):
     """Sleep, or wait until one of the files `sources` can be read.  Raises ClientLeft
-    as soon as the client leaves.  pause(0) only looks."""
+    as soon as the client leaves.  pause(0) only looks.
+
+    Without a server there is no client to watch: it leaves waiting to the read.
+    """
     if hasattr(this_thread, "connection"):
         this_thread.connection.wait(seconds, *sources)
     elif not sources:
@@ -1739,8 +1732,7 @@ def parse_quirk(text):
         return None, 0
     name, at, place = str(text).partition("@")
     if name not in QUIRKS or at and not re.fullmatch("[0-9]{1,9}", place):
-        raise ValueError(f"there is no quirk {text!r}; the quirks are: "
-                         f"{', '.join(QUIRKS)}")
+        raise ValueError(f"there is no quirk {text!r}, only {', '.join(QUIRKS)}")
     return name, int(place) if at else 2
 
 
@@ -1882,8 +1874,10 @@ class Sampler:
     def broken(self, value, schema, keyword="allOf", trusting=False):
         """The first keyword that a value does not obey, or None.
 
-        trusting: the value is a default or an example, or is in one, so its strings are
-        trusted to match their patterns.
+        schema: a JSON Schema, or what a rule said: True, False, or None for unknown.
+        keyword: the one to blame for False and None.  trusting: the value is a default
+        or an example, or is in one, so its strings are trusted to match their patterns
+        and formats.
         """
         if schema is None:
             raise unsatisfiable(keyword, "it is not known here")
@@ -1900,15 +1894,15 @@ class Sampler:
         for keyword in filter(RULES.__contains__, schema):
             kind, rule = RULES[keyword]
             if kind in ("any", *JSON_TYPES[type(value)]):
-                is_trusted = trusting and keyword == "pattern"
+                is_trusted = trusting and keyword in ("pattern", "format")
                 yield value, is_trusted or rule(value, schema[keyword]), keyword
         for each in self.also(schema):
             yield value, each, "allOf", trusting
         for keyword in {"anyOf", "oneOf"} & schema.keys():
             fits = (not self.broken(value, each, keyword, trusting)
                     for each in schema[keyword])
-            # The second any() goes on behind the first branch that fits.
-            yield value, any(fits) and not (keyword == "oneOf" and any(fits)), keyword
+            count = sum(1 for _ in itertools.islice(filter(None, fits), 2))
+            yield value, count == 1 or count > 1 and keyword == "anyOf", keyword
         for name in value if isinstance(value, dict) else ():
             inner = property_schema(schema, name)
             yield value[name], inner, "additionalProperties", trusting
@@ -2049,7 +2043,7 @@ REPLY_TYPES = {
     "finish_reason": str, "usage": dict, "quirk": str, "headers": dict,
     "error": APIError, "expect": (dict, collections.abc.Callable),
 }
-ITEM_TYPES = {"text": (str, ToolCall), "tool_calls": ToolCall}      # of those lists
+ITEM_TYPES = {"text": (str, ToolCall), "tool_calls": ToolCall}  # what such lists hold
 
 
 class Reply:
@@ -2072,7 +2066,8 @@ class Reply:
                  expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
-        self.text, self.tool_calls, self.refusal = text or (), tool_calls, refusal
+        self.text = () if text is None else text
+        self.tool_calls, self.refusal = tool_calls, refusal
         self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
         self.quirk, self.headers, self.error = quirk, headers, error
         self.expect = expect
@@ -2270,12 +2265,9 @@ def reply_from_json(step):
         >>> reply_from_json({"tool_calls": [{"name": "now", "arguments": {}}]})
         Reply(tool_calls=[ToolCall('now', '{}')])
     """
-    fields = dict(step)
-    if "error" in fields:
-        fields["error"] = APIError(**fields["error"])
-    if "tool_calls" in fields:
-        fields["tool_calls"] = [ToolCall(**call) for call in fields["tool_calls"]]
-    return Reply(**fields)
+    error, calls = step.get("error"), step.get("tool_calls") or ()
+    return Reply(**{**step, "error": None if error is None else APIError(**error),
+                    "tool_calls": [ToolCall(**call) for call in calls]})
 
 
 Step = collections.namedtuple("Step", "number expect backend given")
@@ -2486,7 +2478,8 @@ def command(program, at_once=1):
 
     def backend(request):
         pieces = run_program(program, request, places)
-        # Choices take turns, and one would wait for the place that another holds.
+        # All choices are asked for before the first one is read.  The later ones run to
+        # their end here: they would wait for the place that the first one holds.
         return list(pieces) if request["index"] else pieces
     backend.model = os.path.basename(program[0])
     return backend
@@ -2760,7 +2753,7 @@ class Replay(PassingOn):
         message = "The tape is empty."
         if self.requests:
             nearest = max(self.requests, key=lambda each: likeness(each, asked))
-            # To `difference` null is like absent, and true like 1.
+            # `canonical` tells null from absent and true from 1; `difference` does not.
             fault = difference(nearest, asked) or "on the tape " + (
                 difference(asked, nearest) or "a null or a boolean differs")
             line = self.requests.index(nearest) + 1
