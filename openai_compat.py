@@ -1299,6 +1299,7 @@ def completion_chunks(request, sequences, usage):
     return chunks_of(request, shown, usage)
 
 
+FIRST = operator.itemgetter(0)
 JOINS = {str: "".join, dict: lambda objects: merged(objects),
          list: lambda lists: [*itertools.chain.from_iterable(lists)]}
 
@@ -1317,7 +1318,7 @@ def merged(objects):
             same = fields.setdefault(name, [])
             if value is not None:
                 same.append(value)
-    return {name: JOINS.get(type(same[0]), operator.itemgetter(0))(same) if same else None
+    return {name: JOINS.get(type(same[0]), FIRST)(same) if same else None
             for name, same in fields.items()}
 
 
@@ -3863,14 +3864,17 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
-        # The fields that a backend could change in place; other defaults are immutable.
-        names = [name for name in (*request["body"], "body", "stop", "prompts")
-                 if isinstance(request.get(name), (dict, list))]
+        # What a backend could change in place stands in the body, or is one of these.
+        names = [name for name in ("stop", "prompts") if name in request]
+        shared = [name for name, value in request["body"].items()
+                  if isinstance(value, (dict, list)) and request[name] is value]
         texts = ([request["text"]] * request["n"] if is_chat else
                  ["".join(prompt) for prompt in prompts
                   for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
-            own = {name: copied(request[name]) for name in names}
+            body = copied(request["body"])
+            own = {"body": body, **{name: body[name] for name in shared},
+                   **{name: copied(request[name]) for name in names}}
             reply = as_reply(backend({**request, **own, "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
