@@ -142,7 +142,7 @@ log = logging.getLogger("openai_compat")
 # Errors and JSON.  There is one exception for everything that is refused.  Raise it
 # anywhere; the HTTP handler makes a response of it, always in one shape.
 
-ERROR_KINDS = {  # status: (type, code); a hundred stands for its whole class
+ERROR_KINDS = {  # status: (type, code); 400 and 500 also serve every other 4xx and 5xx
     400: ("invalid_request_error", None),
     429: ("requests", "rate_limit_exceeded"),
     500: ("server_error", None),
@@ -432,8 +432,8 @@ def typed(**specs):
 
 
 def out_of_bounds(where, value, inner, side, bound):
-    """The 400 for a number, or a length, outside its bounds.  The API says "empty" for a
-    length that is too small: the only least length is 1."""
+    """The 400 for a number, or a length, outside its bounds.  The API says "empty" for
+    a length that is too small: the only least length is 1."""
     name = JSON_NAMES[list if type(inner) is list else inner]       # "an array"
     kind = name.split()[1]
     if type(value) in (int, float):
@@ -615,7 +615,8 @@ def check_conversation(messages):
 
     The messages are the API's own, with "preceeding" and "messages.[0]".
     """
-    called, unanswered = {}, {}         # the ids of the last turn's calls, as keys
+    # Ids of the last assistant message's calls; of those, which have no answer yet.
+    called, unanswered = {}, {}
     for i, message in enumerate([*messages, {"role": "end"}]):  # checks the last turn
         role, call_id = message["role"], message.get("tool_call_id")
         if role == "tool" and not called:
@@ -1305,8 +1306,8 @@ JOINS = {str: "".join, dict: lambda objects: merged(objects),
 
 
 def merged(objects):
-    """One object for several: strings are joined, lists are extended, objects are merged
-    field by field, and of anything else the first counts.  null adds nothing.
+    """One object for several: strings are joined, lists are extended, objects are
+    merged field by field, and of anything else the first counts.  null adds nothing.
 
     Example:
         >>> merged([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
@@ -2910,6 +2911,7 @@ class RequestReader(Connection):
         """What stands before the mark, without the mark."""
         seen, end = 0, self.buffer.find(mark)
         while end < 0 and len(self.buffer) <= MOST_HEAD:
+            # Refuse at once what would wait for its end until the 408.
             if MALFORMED.search(self.buffer, seen):
                 raise APIError(400, "A line of the request is malformed.")
             seen = max(len(self.buffer) - len(mark), 0)
@@ -3043,7 +3045,7 @@ class Exchange:
         secrets = SECRET_FIELDS.intersection(self.headers)
         if secrets:
             self.headers = {**self.headers, **dict.fromkeys(secrets, "***")}
-        self.content = b""              # the body as it came: the one copy that is kept
+        self.content = b""              # the body as it came; see `body`
         self.status = self.outcome = self.seconds = None
         self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
 
@@ -3069,9 +3071,10 @@ class Incoming:
     """A request as HTTP delivered it, while it is being answered.
 
     route, model: what its path means, see `normal_path`.  headers: secrets and all.
-    content: its body.  quirk: the one that bends its response.  failed: after the
-    status went out.  delivered: the end of the response was sent.  closers: functions
-    that are called at its end.
+    content: its body.  quirk: the one that bends its response.  failed: something went
+    wrong after the status had gone out.  delivered: what was sent last held the end, so
+    that a client that leaves now has all of it.  closers: functions that are called at
+    its end.
     """
 
     def __init__(self, head):
@@ -3097,7 +3100,8 @@ class Incoming:
         return {"method": self.method, "path": self.route + model, "body": body}
 
     def end(self):
-        """Its end in the journal, which must be there before the last byte goes out."""
+        """Set the outcome in the journal.  It must be there before the last byte goes
+        out."""
         failed = self.failed or (self.exchange.status or 0) >= 400
         self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
 
@@ -3114,7 +3118,8 @@ class Incoming:
             yield each
 
     def bent(self, writes, quirk, k):
-        """The writes with a quirk, which is reset if it changed nothing to the end."""
+        """The writes with a quirk.  It is forgotten at the end if the writes with it
+        are those without, as with a place beyond the last event."""
         self.quirk, sent = quirk, []
         writes, plain = itertools.tee(writes)
         for write in QUIRKS[quirk](writes, k):
@@ -3538,7 +3543,7 @@ def tls_context(tls):
     return context
 
 
-def number(name, value, least, kind=(int, float)):
+def as_number(name, value, least, kind=(int, float)):
     """The value, if it is a number from `least` up."""
     if not (isinstance(value, kind) and is_number(value) and least <= value <= 1e12):
         raise ValueError(f"{name} must be a number from {least} up, not {value!r}")
@@ -3560,7 +3565,8 @@ def named_events(objects):
 
 
 def stay_on_core(number):
-    """Keep this thread, and those that it starts, on the core that a number picks."""
+    """Keep this thread, and those that it starts, on the core that a number picks.  It
+    does nothing: Speed, the last section, replaces it where the system can."""
 
 
 class Server(ThreadingHTTPServer):
@@ -3598,11 +3604,11 @@ class Server(ThreadingHTTPServer):
                  quirk_header=False, tls=None, cors=(), max_body=32 * 2**20,
                  max_connections=512, request_timeout=30, journal=1000, routes=None):
         parse_quirk(quirk)
-        self.max_body = number("max_body", max_body, 0, int)
-        self.max_connections = number("max_connections", max_connections, 1, int)
-        self.journal, self.journal_size = [], number("journal", journal, 0, int)
+        self.max_body = as_number("max_body", max_body, 0, int)
+        self.max_connections = as_number("max_connections", max_connections, 1, int)
+        self.journal, self.journal_size = [], as_number("journal", journal, 0, int)
         self.request_timeout = (LONGEST_WAIT if request_timeout is None else
-                                number("request_timeout", request_timeout, 1e-3))
+                                as_number("request_timeout", request_timeout, 1e-3))
         self.quirk, self.quirk_header = quirk, quirk_header
         self.backend, self.tokenize, self.strict = backend, tokenize, strict
         self.models = None if models is None else as_names(models)
@@ -4051,6 +4057,7 @@ def parse_arguments(argv):
     import argparse             # a fixture does not need it
     parser = argparse.ArgumentParser(
         argument_default=argparse.SUPPRESS,
+        description="An OpenAI-compatible server on nothing but the standard library.",
         epilog="Keys also come from OPENAI_COMPAT_API_KEYS, separated by commas.  "
                "After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
                "server on a free port, and its exit status is the exit status.")
@@ -4111,7 +4118,7 @@ def server_of(given, port):
     backend = backend_of(given)
     # What a relay passes on is never changed: these flags have no effect on it.
     changes = {} if isinstance(backend, PassingOn) else given
-    delay = number("--delay", changes.pop("delay", 0), 0)
+    delay = as_number("--delay", changes.pop("delay", 0), 0)
     take = given.pop
     # Not `get`: programs that the server runs must not inherit its keys.
     keys = re.findall(r"[^,\s]+", os.environ.pop("OPENAI_COMPAT_API_KEYS", ""))
@@ -4123,7 +4130,8 @@ def server_of(given, port):
         models=take("model", None), api_keys=[*take("api_key", ()), *keys],
         tokenize=named(changes.pop("tokenizer", f"{__name__}:tokenize")),
         strict=not changes.pop("lenient", False),
-        quirk=changes.pop("quirk", None), quirk_header=changes.pop("quirk_header", False),
+        quirk=changes.pop("quirk", None),
+        quirk_header=changes.pop("quirk_header", False),
         journal=1000 if take("journal", False) else 0,
         tls=(take("tls_cert"), take("tls_key", None)) if "tls_cert" in given else None,
         routes={path: named(place) for path, _, place in routes})
