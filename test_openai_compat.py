@@ -1394,6 +1394,7 @@ def test_a_sample_is_a_small_instance_of_its_schema(schema, instance):
 ])
 def test_a_sample_obeys_the_format(form, pattern):
     assert re.fullmatch(pattern, sample(string(format=form)))
+    assert sample(string(format=form, default="its author's")) == "its author's"
 
 
 def doubling(combine, depth=40):
@@ -2062,7 +2063,7 @@ def test_what_is_no_backend_is_a_type_error_where_it_is_given(value):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("text", 123), ("text", b"x"), ("text", {"a": 1}), ("text", [1]), ("expect", 5),
+    ("text", 0), ("text", b"x"), ("text", {"a": 1}), ("text", [1]), ("expect", 5),
     ("tool_calls", "x"), ("tool_calls", ["f"]), ("refusal", 5), ("finish_reason", 5),
     ("usage", [1]), ("delay", "1"), ("delay", -1), ("delay", math.nan), ("delay", (1,)),
     ("quirk", 5), ("headers", "x"), ("error", ValueError())])
