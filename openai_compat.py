@@ -1324,7 +1324,7 @@ def merged(objects):
 
 
 def merged_by_index(objects):
-    """Choice objects, or fragments of tool calls: those with the same index are one.
+    """Merge the choice objects, or the fragments of tool calls, of the same index.
 
     Example:
         >>> request = {"tools": [], "functions": []}
@@ -1454,12 +1454,12 @@ NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 def ready_files(files, seconds):
     """Those of the files that can be read within so many seconds."""
-    if not files:                       # Windows refuses to wait for none
+    if not files:                       # select() on Windows fails without any file
         time.sleep(seconds)
         return []
-    if not hasattr(select, "poll"):     # Windows; there any descriptor is good for it
+    if not hasattr(select, "poll"):     # Windows, where select() takes any descriptor
         return select.select(files, [], [], seconds)[0]
-    poll = select.poll()                # selectors take ten times as long to set up
+    poll = select.poll()                # a selector takes ten times as long to set up
     for file in files:
         poll.register(file, select.POLLIN)
     found = dict(poll.poll(seconds * 1000))
@@ -1491,7 +1491,7 @@ class Connection:
         """Wait for bytes, or for their end, and keep them."""
         try:
             block = self.sock.recv(65536)
-        except NOT_NOW:
+        except NOT_NOW:                 # only a part of a TLS record: see `wait`
             return
         except OSError:
             block = b""
@@ -1527,7 +1527,7 @@ class Connection:
             else:
                 found = ready_files([self.sock, *sources], left)
             if self.sock in found:
-                self.sock.setblocking(False)    # it may be only a part of a TLS record
+                self.sock.setblocking(False)    # or a partial TLS record would block
                 self.receive()
                 self.sock.setblocking(True)
             elif found or not left:
@@ -1574,7 +1574,8 @@ def pause(seconds, *sources):
     """Sleep, or wait until one of the files `sources` can be read.  Raises ClientLeft
     as soon as the client leaves.  pause(0) only looks.
 
-    Without a server there is no client to watch: it leaves waiting to the read.
+    Without a server there is no client to watch.  With `sources` it returns at once
+    then, and the read that follows blocks.
     """
     if hasattr(this_thread, "connection"):
         this_thread.connection.wait(seconds, *sources)
@@ -3191,7 +3192,8 @@ class Handler(BaseHTTPRequestHandler):
             while self.open and not self.server.closed.is_set():
                 self.reader.wait_for_request()
                 self.serve()
-                # Before `closed` is read: close() sets that, then looks who is idle.
+                # Set before `closed` is read, because close() sets `closed` and then
+                # shuts the idle connections: otherwise it could miss this one.
                 self.reader.idle = True
 
     def finish(self):
@@ -3324,13 +3326,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         """One request and its response; the client may leave at any time."""
-        self.open, refusal = False, None    # False until the head says that it may be
+        # The connection closes after this request unless its head can be read.
+        self.open, response = False, None
         try:
             incoming = Incoming(self.reader.read_head())
         except APIError as error:
-            incoming, refusal = Incoming(NO_HEAD), error_response(error)
+            incoming, response = Incoming(NO_HEAD), error_response(error)
         try:
-            self.send(incoming, refusal or self.find_response(incoming))
+            self.send(incoming, response or self.find_response(incoming))
         except Cut as cut:
             self.cut(incoming, *cut.args)
         finally:
@@ -3870,7 +3873,8 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
-        # What a backend could change in place stands in the body, or is one of these.
+        # A backend could change lists and dicts in place.  Those of the request are the
+        # body's own objects, which are copied once with the body, or one of these two.
         names = [name for name in ("stop", "prompts") if name in request]
         shared = [name for name, value in request["body"].items()
                   if isinstance(value, (dict, list)) and request[name] is value]
