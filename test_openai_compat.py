@@ -3436,6 +3436,17 @@ TRICKLES = {
     "empty lines": b"\r\n" * 9999}
 
 
+def test_a_client_that_does_not_read_in_time_has_left():
+    with Server("x" * 2**24, request_timeout=0.1) as server, dial(server) as client:
+        client.sendall(posted(TEXT_JSON))
+        until(lambda: server.journal and server.journal[0].outcome == "client left")
+
+
+def test_a_connection_on_which_nothing_is_asked_is_closed_without_a_word(calm):
+    with Server(request_timeout=0.1) as server, dial(server) as client:
+        assert read_to_end(client) == b""
+
+
 def test_a_body_that_the_server_asks_for_has_its_time_limit():
     with Server(request_timeout=0.1) as server, dial(server) as client:
         client.sendall(get(TEXT_PATH.encode(), b"Host: x\r\nExpect: 100-continue\r\n"
