@@ -294,12 +294,10 @@ def copied(value):
     return [copied(each) for each in value] if isinstance(value, list) else value
 
 
-def encode_json(value):
-    """A value as compact JSON text; NaN and infinity are a ValueError."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, check_circular=False,
-                      separators=(",", ":"))
-
-
+# Compact JSON text; NaN and infinity are a ValueError.
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
+                                check_circular=False, separators=(",", ":"))
+encode_json = JSON_ENCODER.encode
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
 MUST_BE_ESCAPED = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
@@ -1118,9 +1116,7 @@ def in_turn(generators):
 
 # Log probabilities are made up, since there is no model: the token that was said comes
 # first, and each other candidate is half as likely as the one before it.
-OTHER_TOKENS = [" the", ",", ".", " and", " of", " to", " a", " in", " is", " it",
-                " that", " for", " was", " on", " with", " as", " be", " at", " by",
-                " this", " we"]
+OTHER_TOKENS = tokenize(" the, a. of and to in is it for as on was be at by we if or so")
 
 
 def candidates(token, count):
@@ -1406,17 +1402,14 @@ def events(chunks):
     yield DONE
 
 
-class Response:
+class Response(collections.namedtuple("Response", "status headers body ready",
+                                      defaults=(b"", False))):
     """What goes out in reply to one request.
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
     writes, which are bytes that go out in one send each, as soon as they come.  ready:
     all writes are there already, so several may share a send.
     """
-
-    def __init__(self, status, headers, body=b"", ready=False):
-        self.status, self.headers, self.body = status, headers, body
-        self.ready = ready
 
 
 def json_response(value, headers={}, status=200):
@@ -1506,6 +1499,9 @@ class Connection:
         if self.ended:
             raise ClientLeft
 
+    def is_full(self):
+        return len(self.buffer) > MOST_READ_AHEAD
+
     def end_if_late(self):
         """Wake the thread of this connection if its read or write takes too long."""
         late = time.monotonic() - self.deadline
@@ -1522,7 +1518,7 @@ class Connection:
         end = time.monotonic() + seconds
         while not (self.ended or self.stopping):
             left = max(min(end - time.monotonic(), LONGEST_WAIT), 0)
-            if len(self.buffer) > MOST_READ_AHEAD:
+            if self.is_full():
                 found = ready_files(sources, min(left, 1))
             else:
                 found = ready_files([self.sock, *sources], left)
@@ -1532,18 +1528,10 @@ class Connection:
                 self.sock.setblocking(True)
             elif found or not left:
                 return
-        if self.stopping and not self.client_closed():
+        if self.stopping:
             raise APIError(503, "The server is shutting down.",
                            headers={"retry-after": "1"})
         raise ClientLeft
-
-    def client_closed(self):
-        """Has the client closed its side?  After our own shutdown a read cannot tell,
-        so the TCP state is asked for.  Only Linux has it; elsewhere this is False."""
-        with suppress(OSError, AttributeError):
-            state = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-            return state == b"\x08"        # TCP_CLOSE_WAIT
-        return False
 
     def send(self, block):
         """Send all of it; ClientLeft if the client closes or does not read in time."""
@@ -3317,7 +3305,8 @@ class Handler(BaseHTTPRequestHandler):
             response = self.server.respond(incoming)
             if not isinstance(response.body, bytes):
                 writes = iter(response.body)
-                response.body = itertools.chain([next(writes, b"")], writes)
+                response = response._replace(
+                    body=itertools.chain([next(writes, b"")], writes))
             return response
         except Instead as instead:
             return instead.args[0]
@@ -3722,7 +3711,10 @@ class Server(ThreadingHTTPServer):
         end = time.monotonic() + seconds
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
-                reader.stopping = True
+                with suppress(OSError, ValueError):     # it may be closed by now
+                    # Where something can be read now, it is the end: the client left.
+                    reader.stopping |= reader.is_full() or not ready_files(
+                        [reader.sock], 0)
                 reader.shut(how)
         for thread in set(self.connections) - {threading.current_thread()}:
             thread.join(max(end - time.monotonic(), 0))
@@ -3873,19 +3865,13 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
-        # A backend could change lists and dicts in place.  Those of the request are the
-        # body's own objects, which are copied once with the body, or one of these two.
-        names = [name for name in ("stop", "prompts") if name in request]
-        shared = [name for name, value in request["body"].items()
-                  if isinstance(value, (dict, list)) and request[name] is value]
+        mutable = {name: value for name, value in request.items()
+                   if isinstance(value, (dict, list))}
         texts = ([request["text"]] * request["n"] if is_chat else
                  ["".join(prompt) for prompt in prompts
                   for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
-            body = copied(request["body"])
-            own = {"body": body, **{name: body[name] for name in shared},
-                   **{name: copied(request[name]) for name in names}}
-            reply = as_reply(backend({**request, **own, "index": index,
+            reply = as_reply(backend({**request, **copied(mutable), "index": index,
                                       "prompt": text, "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.closers.append(reply.text.close)
@@ -3922,11 +3908,11 @@ class Server(ThreadingHTTPServer):
         usage = Usage(prompts, self.tokenize, replies[0].usage)
         chunks = make_chunks(request, sequences, usage)
         if not request["stream"]:
-            response = json_response(fold(chunks), headers)
+            body = to_json(fold(chunks))
             if quirk in WHOLE_QUIRKS:   # the others are about events
                 incoming.quirk = quirk
-                response.body = QUIRKS[quirk]([response.body], 0)
-            return response
+                body = QUIRKS[quirk]([body], 0)
+            return Response(200, {**JSON, **headers}, body)
         ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
         writes = incoming.noted(events(chunks))
         if quirk:
@@ -4284,16 +4270,14 @@ FAST = True
 
 
 def fast_encode_json():
-    """20 % of the time of an event: json.dumps makes an encoder for each call, and this
-    one's C part is made once."""
-    standard = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
-                                separators=(",", ":"))
+    """15 % of the time of an event: the standard encoder makes its C part anew for
+    each call, and this one is made once."""
     try:
         encode = json.encoder.c_make_encoder(
-            None, standard.default, json.encoder.encode_basestring, None,
+            None, JSON_ENCODER.default, json.encoder.encode_basestring, None,
             ":", ",", False, False, False)
     except (AttributeError, TypeError):         # another Python has no such function
-        return standard.encode
+        return JSON_ENCODER.encode
     return lambda value: "".join(encode(value, 0))
 
 
