@@ -1584,14 +1584,6 @@ class Instead(EndReply):
     """Ends a reply in favour of another response: Instead(response)."""
 
 
-def each_write(change):
-    """A quirk that changes every write: change(its number from 0, the write, k)."""
-    def quirk(writes, k):
-        for i, write in enumerate(writes):
-            yield change(i, write, k)
-    return quirk
-
-
 def no_done(writes, k):
     """All but [DONE]."""
     return filter(DONE.__ne__, writes)
@@ -1658,19 +1650,21 @@ def html_502(writes, k):
 
 QUIRKS = {
     # A comment block before each event.
-    "comment": each_write(lambda i, write, k: b": comment\n\n" + write),
+    "comment": lambda writes, k: (b": comment\n\n" + write for write in writes),
     # Lines that end with CR LF.
-    "crlf": each_write(lambda i, write, k: write.replace(b"\n", b"\r\n")),
+    "crlf": lambda writes, k: (write.replace(b"\n", b"\r\n") for write in writes),
     # No space after the colon.
-    "no_space": each_write(lambda i, write, k: write.replace(b"data: ", b"data:", 1)),
+    "no_space": lambda writes, k: (
+        write.replace(b"data: ", b"data:", 1) for write in writes),
     # A byte order mark at the start.
-    "bom": each_write(lambda i, write, k: write if i else codecs.BOM_UTF8 + write),
+    "bom": lambda writes, k: itertools.chain([codecs.BOM_UTF8], writes),
     # An id in each event, then comment blocks: old SDKs parse those as events.
-    "id_field": each_write(lambda i, write, k: b"id: %d\n%b: comment\n\n" % (i, write)),
+    "id_field": lambda writes, k: (
+        b"id: %d\n%b: comment\n\n" % (i, write) for i, write in enumerate(writes)),
     # Blocks with a retry field and no data.
-    "retry_block": each_write(lambda i, write, k: b"retry: 1000\n\n" + write),
+    "retry_block": lambda writes, k: (b"retry: 1000\n\n" + write for write in writes),
     # Events whose data is empty.
-    "empty_data": each_write(lambda i, write, k: b"data:\n\n" + write),
+    "empty_data": lambda writes, k: (b"data:\n\n" + write for write in writes),
     # One byte a send.
     "split_bytes": lambda writes, k: (
         bytes([byte]) for write in writes for byte in write),
@@ -1683,8 +1677,9 @@ QUIRKS = {
     # Closed without the last transfer chunk.
     "no_terminator": lambda writes, k: cut_after("fin")(writes, None),
     # One event that is cut short inside its JSON.
-    "bad_json": each_write(lambda i, write, k: (
-        write[:len(write) // 2] + b"\n\n" if i == k else write)),
+    "bad_json": lambda writes, k: (
+        write[:len(write) // 2] + b"\n\n" if i == k else write
+        for i, write in enumerate(writes)),
     # An error event in place of the rest.
     "error_event": lambda writes, k: itertools.chain(
         itertools.islice(writes, k), [event(server_error().body())]),
@@ -2593,8 +2588,7 @@ class Relay(PassingOn):
         if (self.upstream.scheme not in self.CONNECTIONS or not self.upstream.hostname
                 or self.upstream.query or "@" in self.upstream.netloc):
             raise ValueError(f"{base_url.rpartition('@')[2]!r} cannot be an upstream: "
-                             "its URL must be like http://host:8000/v1, without a "
-                             "password or a query")
+                             "its URL must be like http://host:8000/v1")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.lock, self.on_record = threading.Lock(), lambda recording: None
@@ -2943,8 +2937,7 @@ class RequestReader(Connection):
         expect = get("expect", "").lower()
         if coding and ("content-length" in incoming.headers
                        or incoming.version < (1, 1)):
-            raise APIError(400, "Transfer-Encoding beside Content-Length, or in "
-                           "HTTP/1.0.")
+            raise APIError(400, "Transfer-Encoding with Content-Length or HTTP/1.0.")
         if coding is not None and coding.lower() != "chunked":
             raise APIError(501, "The only Transfer-Encoding that is read is chunked.")
         if not (length.isascii() and length.isdigit()):
@@ -3948,9 +3941,6 @@ class Server(ThreadingHTTPServer):
         return json_response({"object": "list", "data": models}
                              if incoming.model is None else models[0])
 
-    def pass_on(self, incoming):
-        return self.backend.respond(incoming)
-
     def custom(self, incoming, function):
         """An endpoint of the user's: a function of the body, or a generator of it."""
         has_body = incoming.method == "POST" or (
@@ -3984,7 +3974,8 @@ class Server(ThreadingHTTPServer):
         methods = self.routes.get(incoming.route, {})
         if not methods and isinstance(self.backend, PassingOn):
             if incoming.route in [normal_path(path)[0] for path in self.backend.paths]:
-                methods = dict.fromkeys(("GET", "POST", "DELETE"), Server.pass_on)
+                methods = dict.fromkeys(("GET", "POST", "DELETE"),
+                                        lambda _, passed: self.backend.respond(passed))
         method = "GET" if incoming.method == "HEAD" else incoming.method
         if method in methods:
             return methods[method](self, incoming)
