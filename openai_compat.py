@@ -357,11 +357,11 @@ def check(where, value, spec):
     """Raise a 400 unless the value fits the spec; `where` is its path in the body.
 
     Example:
-        >>> check("messages[0].name", "Ann", str)
-        >>> check("n", 0, Bounded(int, 1, 128))
+        >>> check("verbosity", "low", ("low", "high"))
+        >>> check("messages[0].name", 5, str)
         Traceback (most recent call last):
         ...
-        openai_compat.APIError: Invalid 'n': integer below minimum value. ...
+        openai_compat.APIError: Invalid type for 'messages[0].name': expected ...
     """
     kind = type(spec)
     if kind is type:                    # exactly: True is an int in Python, not in JSON
