@@ -1463,11 +1463,8 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
     A client that half-closes has left, too.
 
-    Reads and writes block.  Another thread calls `end_if_late` twice a second, which
-    wakes them when their deadline is over.
-
-    seconds: how long a request may take to arrive, and a client to read what was sent.
-    deadline: of the read or write that goes on, on the clock time.monotonic.  trace:
+    seconds: how long a request may take to arrive, and a client to read 64 KiB.
+    deadline: when the request must have arrived, on the clock time.monotonic.  trace:
     None, or a function of "<" or ">" and the bytes that went or came.
     """
 
@@ -1486,6 +1483,9 @@ class Connection:
             block = self.sock.recv(65536)
         except NOT_NOW:                 # only a part of a TLS record: see `wait`
             return
+        except socket.timeout:
+            raise ClientLeft if self.idle else APIError(
+                408, "The request took too long to arrive.") from None
         except OSError:
             block = b""
         self.ended |= not block
@@ -1493,20 +1493,13 @@ class Connection:
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
+        self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
         self.receive()
-        if self.ended and not self.idle and time.monotonic() > self.deadline:
-            raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
 
     def is_full(self):
         return len(self.buffer) > MOST_READ_AHEAD
-
-    def end_if_late(self):
-        """Wake the thread of this connection if its read or write takes too long."""
-        late = time.monotonic() - self.deadline
-        if late > 0:    # in the first second only reading: a 408 can still be sent
-            self.shut(socket.SHUT_RD if late < 1 else socket.SHUT_RDWR)
 
     def wait(self, seconds, *sources):
         """Wait so long, or until one of the files `sources` can be read.
@@ -1525,7 +1518,6 @@ class Connection:
             if self.sock in found:
                 self.sock.setblocking(False)    # or a partial TLS record would block
                 self.receive()
-                self.sock.setblocking(True)
             elif found or not left:
                 return
         if self.stopping:
@@ -1539,12 +1531,11 @@ class Connection:
             self.trace("<", block)
         view = memoryview(block)
         try:
+            self.sock.settimeout(self.seconds)
             for start in range(0, len(block), 65536):
-                self.deadline = time.monotonic() + self.seconds
                 self.sock.sendall(view[start:start + 65536])
         except OSError:
             raise ClientLeft from None
-        self.deadline = math.inf
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -2949,9 +2940,7 @@ class RequestReader(Connection):
         if get("content-encoding", "identity").lower() != "identity":
             raise APIError(400, "The body has a Content-Encoding; send it without.")
         if expect and incoming.version >= (1, 1) and not self.buffer:
-            deadline = self.deadline
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.deadline = deadline
         content = (self.take_transfer_chunks(most) if coding
                    else self.take(int(length)))
         self.unread = False
@@ -3185,7 +3174,6 @@ class Handler(BaseHTTPRequestHandler):
                 reader.sock.setblocking(False)  # nobody waits for the client's
                 reader.sock.unwrap()
         with suppress(OSError, ClientLeft, APIError):
-            reader.sock.setblocking(True)
             reader.shut(socket.SHUT_WR)
             reader.deadline = time.monotonic() + 1
             while reader.unread:        # if bytes remain unread, the close is a reset
@@ -3284,7 +3272,6 @@ class Handler(BaseHTTPRequestHandler):
             if self.reader.unread:
                 incoming.content = self.reader.read_content(incoming,
                                                             self.server.max_body)
-            self.reader.deadline = math.inf
         finally:
             incoming.exchange.content = incoming.content
             journal = self.server.journal
@@ -3332,9 +3319,9 @@ class Handler(BaseHTTPRequestHandler):
                     close()
                 except BaseException as error:
                     self.server.refusal(error, incoming)
-        if exchange.status and log.isEnabledFor(logging.INFO):
+        if log.isEnabledFor(logging.INFO):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
-                     exchange.method, printable(exchange.path), exchange.status,
+                     exchange.method, printable(exchange.path), exchange.status or "-",
                      exchange.outcome, exchange.events, exchange.seconds)
 
 
@@ -3605,7 +3592,7 @@ class Server(ThreadingHTTPServer):
             self.add_route(route, function)
         self.random, self.failure = random.Random(), None
         self.connections = {}           # {thread: its reader}
-        self.closed, self.threads = threading.Event(), []
+        self.closed, self.thread = threading.Event(), None
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3655,32 +3642,19 @@ class Server(ThreadingHTTPServer):
         host = f"[{host}]" if ":" in host else host
         return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
 
-    def start(self, acceptors=1):
-        """Serve in threads of its own; returns the server."""
+    def start(self):
+        """Serve in a thread of its own; returns the server."""
         if self.closed.is_set():
             raise RuntimeError("this server is closed; make another one")
-        self.threads = [threading.Thread(target=target, daemon=True) for target in
-                        [self.watch, *[self.accept_connections] * acceptors]]
-        for thread in self.threads:
-            thread.start()
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
         return self
 
     def serve_forever(self, poll_interval=None):
-        """Serve until another thread closes the server."""
-        self.start()
-        self.closed.wait()
-
-    def accept_connections(self):
+        """Accept connections until another thread closes the server."""
         stay_on_core(self.core)
         while not self.closed.is_set():
             self._handle_request_noblock()      # which blocks until there is one
-
-    def watch(self):
-        """End reads and writes that take too long: they block."""
-        stay_on_core(self.core)
-        while not self.closed.wait(0.5):
-            for reader in list(self.connections.values()):
-                reader.end_if_late()
 
     def get_request(self):
         try:
@@ -3732,8 +3706,8 @@ class Server(ThreadingHTTPServer):
         with suppress(OSError):         # a connection wakes accept() where that did not
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
-        for thread in self.threads:
-            thread.join(1)
+        if self.thread:
+            self.thread.join(1)
         self.server_close()
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)
         self.cut_connections()
@@ -4126,9 +4100,6 @@ def server_of(given, port):
     return server
 
 
-ACCEPTORS = 1                   # how many threads accept connections
-
-
 class Printer:
     """Standard error as a file that never waits for long.
 
@@ -4245,7 +4216,7 @@ def main(argv=None):
     if not (server.api_keys or server.on_loopback):
         log.warning("WARNING: without --api-key, whoever reaches %s, port %d, can use "
                     "this server", *server.server_address[:2])
-    server.start(ACCEPTORS)
+    server.start()
     if running:
         return serve_beside(server, running, heard)
     printer.write(f"Serving {server.base_url} with {model_name(server.backend)}; "
@@ -4294,7 +4265,6 @@ if FAST:
     is_local = functools.lru_cache(maxsize=64)(is_local)
     if hasattr(os, "sched_setaffinity"):
         stay_on_core = fast_stay_on_core
-        ACCEPTORS = 8           # the last of 1,000 new clients waits half as long
 
 
 if __name__ == "__main__":
