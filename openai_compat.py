@@ -2611,7 +2611,7 @@ class Relay(PassingOn):
         """Send the request -> the head of the upstream's response."""
         target, headers = self.target(incoming), self.headers(incoming)
         connection = self.CONNECTIONS[self.upstream.scheme](
-            self.upstream.hostname, self.upstream.port, timeout=10)
+            self.upstream.netloc, timeout=10)
         try:
             connection.connect()        # not interrupted when the client leaves
             incoming.closers.append(connection.sock.close)
@@ -3274,9 +3274,8 @@ class Handler(BaseHTTPRequestHandler):
                                                             self.server.max_body)
         finally:
             incoming.exchange.content = incoming.content
-            journal = self.server.journal
-            journal.append(incoming.exchange)
-            del journal[:max(len(journal) - self.server.journal_size, 0)]
+            self.server.journal.append(incoming.exchange)
+            del self.server.journal[:-self.server.journal_size or None]
 
     def find_response(self, incoming):
         """The response, its first write taken: what fails before it gets a status."""

@@ -5753,6 +5753,16 @@ def test_a_502_names_the_upstream_that(upstream, sent):
     assert upstream.url in got.error["message"] and b"secret" not in got.body
 
 
+def test_an_upstream_with_an_ipv6_address_needs_no_port(monkeypatch):
+    def refuse(address, *_):
+        raise OSError(f"{address} was asked for")
+    with Server(Relay("http://[::1]/v1")) as server, dial(server) as client:
+        monkeypatch.setattr(socket, "create_connection", refuse)
+        client.sendall(request_bytes())
+        assert "('::1', 80) was asked for" in got_on(client).error["message"]
+        monkeypatch.undo()                          # before the server is closed
+
+
 KEYS = {    # our keys, the relay's, what the client sends, what goes upstream
     "none at all":            ((), None, {}, None),
     "the client's":           ((), None, {"Authorization": "Bearer theirs"}, "Bearer theirs"),
@@ -6538,6 +6548,12 @@ def test_only_tls_1_2_and_newer_are_spoken(tls_files):
 def test_a_silent_client_over_tls_is_closed_in_time(tls_files):
     with Server(tls=tls_files, request_timeout=0.1) as server, dial(server) as client:
         assert len(read_to_end(client)) < 10            # at most an alert of TLS
+
+
+def test_a_request_that_does_not_arrive_in_time_is_a_408_under_tls_too(tls_files):
+    with Server(tls=tls_files, request_timeout=0.5) as server, secured(server, tls_files) as client:
+        client.sendall(request_bytes()[:-5])
+        assert got_on(client).status == 408
 
 
 def test_a_handshake_that_fails_leaves_nothing_behind(tls_files):
