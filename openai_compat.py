@@ -1473,7 +1473,7 @@ class Connection:
     def __init__(self, sock, seconds):
         self.sock, self.seconds, self.deadline = sock, seconds, math.inf
         self.buffer = bytearray()       # what has arrived and was not taken yet
-        self.ended = False              # the client has closed, or half-closed
+        self.ended = False              # no more will come: the client has closed
         self.stopping = False           # the server is about to close the connection
         self.idle = True                # no request has begun
 
@@ -1563,9 +1563,10 @@ def pause(seconds, *sources):
 
 
 # ----------------------------------------------------------------------------------
-# Quirks.  Deliberate faults, for tests of a client.  A quirk is a generator over the
-# writes of a response, where one yield is one send.  k: how many events come first.
-# `stall@3` lets three pass and is then silent; a quirk that is everywhere ignores k.
+# Quirks.  Deliberate faults, for tests of a client.  A quirk is a function of the writes
+# of a response and of k -> the writes to send instead; each one is one send.  k: how
+# many events pass first.  `stall@3` lets three pass and is then silent; a quirk that is
+# everywhere ignores k.
 
 class Cut(EndReply):
     """Ends the connection: Cut("fin"), Cut("reset"), or Cut("stall") for silence."""
@@ -1692,12 +1693,12 @@ QUIRKS = {
         lambda choice: [call.pop("index") for call in calls_in(choice)]),
     "duplicate_tool_id": duplicate_tool_id,
 }
-# These also happen to a reply that is not streamed, with k = 0.
-WHOLE_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
+# These also bend a reply that is not streamed, with k = 0.
+UNSTREAMED_QUIRKS = ("split_bytes", "stall", "reset", "html_502")
 
 
 def parse_quirk(text):
-    """The name of a quirk and its place, which is 2 unless it is given.
+    """The name of a quirk and its k, which is 2 unless it is given.
 
     Example:
         >>> parse_quirk("stall@3"), parse_quirk("reset"), parse_quirk(None)
@@ -1707,10 +1708,10 @@ def parse_quirk(text):
     """
     if text is None:
         return None, 0
-    name, at, place = str(text).partition("@")
-    if name not in QUIRKS or at and not re.fullmatch("[0-9]{1,9}", place):
+    name, at, k = str(text).partition("@")
+    if name not in QUIRKS or at and not re.fullmatch("[0-9]{1,9}", k):
         raise ValueError(f"there is no quirk {text!r}, only {', '.join(QUIRKS)}")
-    return name, int(place) if at else 2
+    return name, int(k) if at else 2
 
 
 # ----------------------------------------------------------------------------------
@@ -1718,11 +1719,11 @@ def parse_quirk(text):
 # JSON Schema (draft 2020-12).  `sample` makes a candidate, then checks the whole of it
 # against the schema as it was given: what the making overlooks, the check refuses.
 #
-# Several schemas can hold at one place of the instance: the one that stands there, the
-# one that its $ref names, those of its allOf, a branch of its anyOf.  They stay a list,
-# called `here`, and are never merged.  `make` tries candidates until one passes the
-# check, `broken`.  `candidates` picks a branch of each anyOf and collects the schemas
-# that hold; `values` has what they list, or what a `make_...` builds for their type.
+# Several schemas can apply to one value: its own, the target of its $ref, each of its
+# allOf, one branch of each anyOf.  They are kept as a list, `here`, and are not merged.
+# `make` tries candidates until one passes the check, `broken`.  `candidates` picks a
+# branch of each anyOf and collects the schemas that apply; `values` has what they list,
+# or what a `make_...` builds for their type.
 # A full validator knows every keyword and runs patterns; this one refuses what it
 # cannot judge.
 
@@ -1962,7 +1963,8 @@ class Sampler:
             yield name.ljust(low - len(mark), "x")[:max(0, high - len(mark))] + mark
 
     def make_number(self, here, name, inside):
-        """The number nearest to 0, one between the bounds, and multiples near them."""
+        """The number nearest to 0, one between the bounds, and multiples near them.
+        They only have to be likely: `broken` decides."""
         low = max(stated(here, "minimum", "exclusiveMinimum"), default=-1)
         high = min(stated(here, "maximum", "exclusiveMaximum"), default=abs(low) + 1)
         start, step = min(max(0, low), high), max(stated(here, "multipleOf"), default=1)
@@ -2198,7 +2200,7 @@ def brief(value, around=0):
     return "..." * (start > 0) + text[start:end] + "..." * (end < len(text))
 
 
-def refusal_by(function, value, at):
+def objection(function, value, at):
     """What a function in an `expect` says no to, and why; None if it says yes."""
     try:
         result = function(None if value is ABSENT else value)
@@ -2219,7 +2221,7 @@ def difference(expected, value, path=""):
     """
     at = path or "the body"
     if callable(expected):
-        return refusal_by(expected, value, at)
+        return objection(expected, value, at)
     if isinstance(expected, dict) and isinstance(value, dict):
         pairs = [(each, value.get(name, ABSENT), f"{path}.{name}" if path else name)
                  for name, each in expected.items()]
@@ -2654,11 +2656,11 @@ class Relay(PassingOn):
             for write in filter(None, writes):
                 seconds = round(exchange.elapsed() - last, 4)
                 recording["writes"].append([seconds, as_text(write)])
-                if exchange.outcome is None:        # otherwise it is [DONE]
+                if exchange.outcome is None:        # [DONE] waits for the tape
                     yield write
                     last = exchange.elapsed()
-            with self.lock, open(self.tape, "ab") as tape:
-                tape.write(to_json(recording) + b"\n")
+            with self.lock, open(self.tape, "ab") as file:
+                file.write(to_json(recording) + b"\n")
                 self.on_record(recording)
         if exchange.outcome is not None:
             yield write
@@ -2885,15 +2887,16 @@ class RequestReader(Connection):
         """What stands before the mark, without the mark."""
         seen, end = 0, self.buffer.find(mark)
         while end < 0 and len(self.buffer) <= MOST_HEAD:
-            # Refuse at once what would wait for its end until the 408.
+            # A TLS handshake or a bare line feed never brings the mark: refuse it now,
+            # not when the time is over.
             if MALFORMED.search(self.buffer, seen):
                 raise APIError(400, "A line of the request is malformed.")
             seen = max(len(self.buffer) - len(mark), 0)
             self.read_more()
             end = self.buffer.find(mark, seen)
         if not 0 <= end <= MOST_HEAD:
-            in_head = 431 if b"\r\n" in self.buffer[:MOST_HEAD] else 414
-            raise APIError(400 if mark == b"\r\n" else in_head,
+            status = 431 if b"\r\n" in self.buffer[:MOST_HEAD] else 414
+            raise APIError(400 if mark == b"\r\n" else status,
                            "The request has a line or a head that is too long.")
         return self.take(end + len(mark))[:end]
 
@@ -2948,7 +2951,8 @@ class RequestReader(Connection):
 
 
 def normal_path(path):
-    """A path -> (its route, the model in it or None): single slashes, no /v1.
+    """A path -> (its route, the model in it or None): single slashes, no /v1.  Tutorials
+    of streaming ask for a chat at /sse.
 
     Example:
         >>> normal_path("//v1/models/org%2Fm/"), normal_path("/engines/m/completions")
@@ -3044,8 +3048,8 @@ class Incoming:
     route, model: what its path means, see `normal_path`.  headers: secrets and all.
     content: its body.  quirk: the one that bends its response.  failed: something went
     wrong after the status had gone out.  delivered: what was sent last held the end, so
-    that a client that leaves now has all of it.  closers: functions that are called at
-    its end.
+    that a client that leaves now has all of it.  has_our_key: its key is one of the
+    server's, and is not passed on.  closers: functions that are called at its end.
     """
 
     def __init__(self, head):
@@ -3090,18 +3094,19 @@ class Incoming:
 
     def bent(self, writes, quirk, k):
         """The writes with a quirk.  It is forgotten at the end if the writes with it
-        are those without, as with a place beyond the last event."""
-        self.quirk, sent = quirk, []
+        are those without, as with a k beyond the last event."""
+        self.quirk = quirk
         writes, plain = itertools.tee(writes)
-        for write in QUIRKS[quirk](writes, k):
-            sent.append(write)
-            yield write
+        bent, sent = itertools.tee(QUIRKS[quirk](writes, k))
+        yield from bent
+        sent = [*sent]
         if DONE in sent and sent == [*plain]:
             self.quirk = None
 
 
 def trace_lines(block):
-    """The lines of what crosses the wire; both units of a stream are marked.
+    """The lines of what crosses the wire; what looks like a transfer chunk's size, or
+    like an event, is marked.
 
     Example:
         >>> list(trace_lines(b"9\\r\\ndata: {}\\n\\n\\r\\n"))
@@ -3128,7 +3133,7 @@ def transfer_chunk(write):
     return b"%x\r\n%b\r\n" % (len(write), write)
 
 
-WRITES_PER_SEND = 1             # of a reply that is at hand
+WRITES_PER_SEND = 1             # how many share a send, if none must be waited for
 http_date = functools.partial(formatdate, usegmt=True)
 request_ids = random.Random()   # Server.random makes the other ids; a test may seed it
 
@@ -3171,7 +3176,7 @@ class Handler(BaseHTTPRequestHandler):
         reader = self.reader
         if self.server.tls:             # without close_notify, a response may be cut
             with suppress(OSError, ValueError):
-                reader.sock.setblocking(False)  # nobody waits for the client's
+                reader.sock.setblocking(False)  # do not wait for the client's
                 reader.sock.unwrap()
         with suppress(OSError, ClientLeft, APIError):
             reader.shut(socket.SHUT_WR)
@@ -3231,18 +3236,18 @@ class Handler(BaseHTTPRequestHandler):
 
         [DONE] waits for the last transfer chunk, which goes out in the same send.
         """
-        most = WRITES_PER_SEND if response.ready else 1
+        batch = WRITES_PER_SEND if response.ready else 1
         try:
             for write in filter(None, writes):      # an empty one would spell the end
                 self.pending.append(encode(write))
-                if len(self.pending) >= most and not write.endswith(DONE):
+                if len(self.pending) >= batch and not write.endswith(DONE):
                     self.flush(incoming)
         except BaseException as error:
-            refusal = self.server.refusal(error, incoming)
+            api_error = self.server.api_error(error, incoming)
             incoming.failed = True
             if not is_event_stream(response.headers):
                 raise Cut("fin") from None
-            self.pending.append(encode(event(refusal.body())))
+            self.pending.append(encode(event(api_error.body())))
 
     def cut(self, incoming, how):
         """End a reply as a quirk wants it, or as an upstream that was cut."""
@@ -3290,7 +3295,7 @@ class Handler(BaseHTTPRequestHandler):
         except Instead as instead:
             return instead.args[0]
         except BaseException as error:
-            return error_response(self.server.refusal(error, incoming))
+            return error_response(self.server.api_error(error, incoming))
 
     def serve(self):
         """One request and its response; the client may leave at any time."""
@@ -3317,7 +3322,7 @@ class Handler(BaseHTTPRequestHandler):
                 try:
                     close()
                 except BaseException as error:
-                    self.server.refusal(error, incoming)
+                    self.server.api_error(error, incoming)
         if log.isEnabledFor(logging.INFO):
             log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
                      exchange.method, printable(exchange.path), exchange.status or "-",
@@ -3580,7 +3585,7 @@ class Server(ThreadingHTTPServer):
         self.journal, self.journal_size = [], as_number("journal", journal, 0, int)
         self.request_timeout = (LONGEST_WAIT if request_timeout is None else
                                 as_number("request_timeout", request_timeout, 1e-3))
-        self.quirk, self.quirk_header = quirk, quirk_header
+        self.quirk, self.quirk_header = quirk, quirk_header     # `backend` reads them
         self.backend, self.tokenize, self.strict = backend, tokenize, strict
         self.models = None if models is None else as_names(models)
         self.api_keys = as_names(api_keys)
@@ -3678,9 +3683,9 @@ class Server(ThreadingHTTPServer):
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
                 with suppress(OSError, ValueError):     # it may be closed by now
-                    # Where something can be read now, it is the end: the client left.
-                    reader.stopping |= reader.is_full() or not ready_files(
-                        [reader.sock], 0)
+                    # What can be read before we shut it is the end: the client left.
+                    left = not reader.is_full() and ready_files([reader.sock], 0)
+                    reader.stopping |= not left
                 reader.shut(how)
         for thread in set(self.connections) - {threading.current_thread()}:
             thread.join(max(end - time.monotonic(), 0))
@@ -3739,7 +3744,7 @@ class Server(ThreadingHTTPServer):
 
     # ------ failures
 
-    def refusal(self, error, incoming):
+    def api_error(self, error, incoming):
         """The APIError that a client gets for an exception; EndReply is raised again.
 
         An exception that nobody meant for a client is logged, and the first one is
@@ -3875,7 +3880,7 @@ class Server(ThreadingHTTPServer):
         chunks = make_chunks(request, sequences, usage)
         if not request["stream"]:
             body = to_json(fold(chunks))
-            if quirk in WHOLE_QUIRKS:   # the others are about events
+            if quirk in UNSTREAMED_QUIRKS:   # the others are about events
                 incoming.quirk = quirk
                 body = QUIRKS[quirk]([body], 0)
             return Response(200, {**JSON, **headers}, body)
@@ -4059,7 +4064,9 @@ def backend_of(given):
         # Beside --replay it records on that tape, and --record has no effect.
         relay = Relay(take("upstream"), take("upstream_key", None),
                       tape or take("record", None), take("pass", ()))
-    return relay or echo if tape is None else Replay(tape, relay=relay)
+    if tape is not None:
+        return Replay(tape, relay=relay)
+    return relay or echo
 
 
 def server_of(given, port):
@@ -4070,7 +4077,8 @@ def server_of(given, port):
     """
     runs_code_of_others = given.keys() & {"command", "backend", "route"}
     backend = backend_of(given)
-    # What a relay passes on is never changed: these flags have no effect on it.
+    # What a relay passes on is never changed: these flags stay in `given` beside one,
+    # and so are refused below.
     changes = {} if isinstance(backend, PassingOn) else given
     delay = as_number("--delay", changes.pop("delay", 0), 0)
     take = given.pop
