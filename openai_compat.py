@@ -3836,8 +3836,9 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
-        mutable = {name: value for name, value in request.items()
-                   if isinstance(value, (dict, list))}
+        # The other fields have their defaults, none of which can be changed in place.
+        names = request.keys() & {"body", "stop", "prompts", *request["body"]}
+        mutable = {name: request[name] for name in names}
         texts = ([request["text"]] * request["n"] if is_chat else
                  ["".join(prompt) for prompt in prompts
                   for _ in range(request["best_of"])])
