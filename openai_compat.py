@@ -54,17 +54,18 @@ Without "stream" the same chunks are folded into one chat.completion:
     "completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,
     "accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}
 
-The stages, in the order of this file.  Each is a small function over the one above:
+The stages, in the order of this file.  Each one takes what the one above gives:
 
     request bytes
         | parse_json                          a dict
         | parse_chat, parse_completion        every known field checked
     request
-        | backend                             pieces: str, ToolCall
+        | backend                             pieces: str, ToolCall, Refusal
     pieces
         | segments_of                         each with its kind and its tokens
     segments
-        | up_to, until_stop                   cut at max_tokens and stop
+        | sequence: one_call, up_to,          cut to the first tool call, max_tokens
+        |           until_stop                and stop
     sequences
         | chat_chunks, completion_chunks      the chunks of each piece
     chunks ------ fold ------> completion     when "stream" is false
@@ -89,7 +90,6 @@ Not done here: running a model, images, audio, files, HTTP/2; embeddings and
 /v1/responses only where `Server(routes=...)` has a function for them.
 """
 import base64
-import bisect
 import codecs
 import collections.abc
 import contextlib
@@ -101,6 +101,7 @@ import io
 import itertools
 import json
 import logging
+import marshal
 import math
 import operator
 import os
@@ -142,7 +143,7 @@ log = logging.getLogger("openai_compat")
 # Errors and JSON.  There is one exception for everything that is refused.  Raise it
 # anywhere; the HTTP handler makes a response of it, always in one shape.
 
-ERROR_KINDS = {  # status: (type, code); 400 and 500 also serve every other 4xx and 5xx
+ERROR_KINDS = {  # status: (type, code); any other 4xx is as 400, any other 5xx as 500
     400: ("invalid_request_error", None),
     429: ("requests", "rate_limit_exceeded"),
     500: ("server_error", None),
@@ -159,17 +160,17 @@ def header_fields(headers):
         >>> header_fields({"Retry-After": 3})
         {'retry-after': '3'}
 
-    Raises ValueError for a malformed name, for a line end in a value (it would start
-    another header) and other characters that cannot be sent, and for the headers that
-    the server itself sets to frame the body.
+    Raises ValueError for a malformed name, for a value with a control character (a line
+    end would start another header) or with one outside Latin-1, and for the headers
+    that the server itself sets to frame the body.
     """
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
         if not HEADER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot be the name of a response header")
-        if re.search("[\r\n\0]|[^\0-\xff]", value):
-            raise ValueError(f"the header {name!r} has a line end, NUL or non-Latin-1")
+        if re.search("[\0-\x08\n-\x1f\x7f]|[^\0-\xff]", value):
+            raise ValueError(f"the header {name!r} has a control or non-Latin-1 sign")
     return fields
 
 
@@ -187,7 +188,8 @@ class APIError(Exception):
     """
 
     def __init__(self, status, message, param=None, code=None, type=None, headers=None):
-        super().__init__(status, message, param, code, type, headers)   # for pickle
+        # pickle and copy call the class again with `args`, which Exception keeps.
+        super().__init__(status, message, param, code, type, headers)
         if not 400 <= int(status) <= 599:
             raise ValueError(f"the status of an error must be 400 to 599, not {status}")
         self.status, self.message, self.param = int(status), str(message), param
@@ -223,12 +225,12 @@ class BackendFault(APIError):
 
     def __init__(self, message):
         super().__init__(500, f"The backend is at fault: {message}.")
+        self.args = (message,)
 
 
 JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal",
               list: "an array", dict: "an object", type(None): "null"}
-MOST_NESTED = 200               # levels; `copied` and `to_json` call themselves
-NESTING_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+MOST_NESTED = 200       # levels: parsing, checking and encoding JSON are recursive
 
 
 def finite(text):
@@ -246,7 +248,7 @@ decode_json = json.JSONDecoder(parse_constant=finite, parse_float=finite).decode
 def nesting(text):
     """How many levels of arrays and objects a JSON text has, before it is parsed.
 
-    The parser calls itself, and at the limit of that Python 3.8 may abort.
+    The parser is recursive, and at the limit of recursion Python 3.8 may abort.
 
     Example:
         >>> nesting('{"a[": [[1], 2]}')
@@ -254,7 +256,7 @@ def nesting(text):
     """
     unescaped = text.replace("\\\\", "").replace('\\"', "")
     outside = "".join(unescaped.split('"')[::2])        # of strings
-    steps = map(NESTING_STEPS.get, re.sub("[^][{}]+", "", outside))
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall("[][{}]", outside))
     return max(itertools.accumulate(steps), default=0)
 
 
@@ -267,7 +269,8 @@ def parse_json(body):
     """
     try:
         text = body.decode()
-        brackets = text.count("[") + text.count("{")    # at least as many as levels
+        # There are at least as many brackets as levels, and counting them is quicker.
+        brackets = text.count("[") + text.count("{")
         if brackets > MOST_NESTED and nesting(text) > MOST_NESTED:
             raise ValueError(f"it is nested more than {MOST_NESTED} levels deep")
         value = decode_json(text[1:] if text.startswith("\ufeff") else text)
@@ -278,20 +281,6 @@ def parse_json(body):
         raise APIError(400, "We could not parse the JSON body of your request. (HINT: "
                             "the body must be one JSON object in UTF-8; "
                             f"{str(error)[:200]}.)") from None
-
-
-def copied(value):
-    """A deep copy of a JSON value: a backend may change its request.
-
-    Example:
-        >>> given = {"a": [1]}
-        >>> copied(given) == given, copied(given)["a"] is given["a"]
-        (True, False)
-    """
-    if isinstance(value, dict):
-        return {name: copied(each) if isinstance(each, (dict, list)) else each
-                for name, each in value.items()}
-    return [copied(each) for each in value] if isinstance(value, list) else value
 
 
 # Compact JSON text; NaN and infinity are a ValueError.
@@ -332,10 +321,10 @@ def to_json(value):
 #     {str: spec, list: spec}     a value of one of these types, which fits its spec
 #     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
 #                                 required but may be null
-#     Bounded(spec, least, most)  a number, or a length, within bounds
 #     Tagged("role", {"user": spec, ...})   an object whose "role" chooses its spec
-#     Map(spec, key, pairs)       an object with any keys
-#     a function                  of a path and the value there; raises, or returns
+#     Bounded(spec, least, most)  a number, or a length, within bounds
+#     Map(spec, longest_key, most_pairs)    an object with any keys
+#     any callable(path, value)   raises the 400, or returns; the four above are such
 #     None, in an object          anything
 # The messages are the API's own, word for word.
 
@@ -377,12 +366,11 @@ def check(where, value, spec):
         for i, item in enumerate(value):
             check(f"{where}[{i}]", item, spec[0])
     elif kind is tuple:
-        check(where, value, str)
         if value not in spec:
-            *most, last = map(repr, spec)
-            supported = f"{', '.join(most)}, and {last}" if most else last
+            check(where, value, str)
+            *others, last = map(repr, spec)
             raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
-                          f"{supported}.", where, "invalid_value")
+                          f"{', '.join(others)}, and {last}.", where, "invalid_value")
     else:
         spec(where, value)
 
@@ -395,8 +383,7 @@ class Object:
         self.required = {name[:-1]: name[-1] for name in fields if name[-1] in "!?"}
 
     def __call__(self, where, value):
-        if type(value) is not dict:
-            raise mistyped(where, value, JSON_NAMES[dict])
+        check(where, value, dict)
         path = f"{where}." if where else ""
         for name, mark in self.required.items():
             if value.get(name) is None and (mark == "!" or name not in value):
@@ -407,16 +394,16 @@ class Object:
                 check(f"{path}{name}", item, spec)
 
 
-class Tagged(collections.namedtuple("Tagged", "tag shapes")):
+class Tagged(Object):
     """An object of several shapes: the value of the field `tag` says which it has."""
 
+    def __init__(self, tag, shapes):
+        super().__init__({f"{tag}!": tuple(shapes)})
+        self.tag, self.shapes = tag, shapes
+
     def __call__(self, where, value):
-        check(where, value, dict)
-        shape = value.get(self.tag)
-        if shape is None:
-            raise missing(f"{where}.{self.tag}")
-        check(f"{where}.{self.tag}", shape, tuple(self.shapes))
-        check(where, value, self.shapes[shape])
+        super().__call__(where, value)
+        check(where, value, self.shapes[value[self.tag]])
 
 
 def typed(**specs):
@@ -429,45 +416,41 @@ def typed(**specs):
                            for kind, spec in specs.items()})
 
 
-def out_of_bounds(where, value, inner, side, bound):
-    """The 400 for a number, or a length, outside its bounds.  The API says "empty" for
-    a length that is too small: the only least length is 1."""
-    name = JSON_NAMES[list if type(inner) is list else inner]       # "an array"
-    kind = name.split()[1]
-    if type(value) in (int, float):
-        place, sign = ("below", ">=") if side == "minimum" else ("above", "<=")
-        fault, got = f"{kind} {place} {side} value", value
-        expected, code = f"a value {sign}", f"{kind}_{place}_{side[:3]}_value"
-    elif value:
-        fault, got = f"{kind} too long", f"{name} with length {len(value)}"
-        expected, code = f"{name} with maximum length", f"{kind}_above_max_length"
-    else:
-        fault, got = f"empty {kind}", f"an empty {kind}"
-        expected, code = f"{name} with minimum length", f"empty_{kind}"
-    return invalid(f"Invalid '{where}': {fault}. Expected {expected} {bound}, but got "
-                   f"{got} instead.", where, code)
+OUT_OF_BOUNDS = {  # (is it a number, is it too small): what the API says, and its code
+    (True, True): ("{kind} below minimum value. Expected a value >= {least}, "
+                   "but got {size}", "{kind}_below_min_value"),
+    (True, False): ("{kind} above maximum value. Expected a value <= {most}, "
+                    "but got {size}", "{kind}_above_max_value"),
+    (False, True): ("empty {kind}. Expected {a_kind} with minimum length {least}, "
+                    "but got an empty {kind}", "empty_{kind}"),
+    (False, False): ("{kind} too long. Expected {a_kind} with maximum length {most}, "
+                     "but got {a_kind} with length {size}", "{kind}_above_max_length"),
+}
 
 
-class Bounded(collections.namedtuple("Bounded", "inner least most")):
+class Bounded(collections.namedtuple("Bounded", "spec least most")):
     """A number within bounds, or something whose length is."""
 
     def __call__(self, where, value):
-        check(where, value, self.inner)
-        size = value if type(value) in (int, float) else len(value)
-        if size < self.least:
-            raise out_of_bounds(where, value, self.inner, "minimum", self.least)
-        if size > self.most:
-            raise out_of_bounds(where, value, self.inner, "maximum", self.most)
+        check(where, value, self.spec)
+        is_number = type(value) in (int, float)
+        size = value if is_number else len(value)
+        if not self.least <= size <= self.most:
+            a_kind = JSON_NAMES[self.spec if is_number else type(value)]
+            fault, code = (text.format(kind=a_kind.split()[1], a_kind=a_kind, size=size,
+                                       least=self.least, most=self.most)
+                           for text in OUT_OF_BOUNDS[is_number, size < self.least])
+            raise invalid(f"Invalid '{where}': {fault} instead.", where, code)
 
 
-class Map(collections.namedtuple("Map", "value key pairs")):
-    """An object with any keys: at most `pairs`, each at most `key` characters long."""
+class Map(collections.namedtuple("Map", "spec longest_key most_pairs")):
+    """An object with any keys, whose values fit the spec."""
 
     def __call__(self, where, value):
-        check(where, value, Bounded(dict, 0, self.pairs))
+        check(where, value, Bounded(dict, 0, self.most_pairs))
         for name, item in value.items():
-            check(where, name, Bounded(str, 0, self.key))
-            check(f"{where}.{name[:64]}", item, self.value)
+            check(where, name, Bounded(str, 0, self.longest_key))
+            check(f"{where}.{name[:64]}", item, self.spec)
 
 
 def check_name(where, value):
@@ -493,13 +476,9 @@ TOOL_CHOICE = {str: ("none", "auto", "required"),
                dict: typed(function=NAME, custom=NAME, allowed_tools=ALLOWED)}
 FUNCTION_CALL = {str: ("none", "auto"), dict: NAME}
 # {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-CALLED = Object({"name!": str})
-TOOL_CALL = Tagged("type", {"function": Object({"id!": str, "function!": CALLED}),
-                            "custom": Object({"id!": str, "custom!": CALLED})})
-ARGUMENTS = Object({"arguments!": str})         # checked only if strict
-INPUTS = Object({"tool_calls": [typed(function=ARGUMENTS,
-                                      custom=Object({"input!": str}))],
-                 "function_call": ARGUMENTS})
+CALLED_NAME = Object({"name!": str})
+TOOL_CALL = Tagged("type", {"function": Object({"id!": str, "function!": CALLED_NAME}),
+                            "custom": Object({"id!": str, "custom!": CALLED_NAME})})
 # "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
 AUDIO = Object({"data!": str, "format!": ("wav", "mp3")})
 CONTENT = {str: str, list: [typed(text=str, refusal=str, file=dict, input_audio=AUDIO,
@@ -509,7 +488,7 @@ PLAIN_MESSAGE = Object({"content?": CONTENT, "name": str})
 MESSAGE = Tagged("role", {
     "system": PLAIN_MESSAGE, "developer": PLAIN_MESSAGE, "user": PLAIN_MESSAGE,
     "assistant": Object({"content": CONTENT, "name": str, "refusal": str,
-                         "tool_calls": [TOOL_CALL], "function_call": CALLED}),
+                         "tool_calls": [TOOL_CALL], "function_call": CALLED_NAME}),
     "tool": Object({"content?": CONTENT, "tool_call_id!": str}),
     "function": Object({"content?": str, "name!": str})})
 # {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
@@ -521,7 +500,9 @@ STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
 STOP = Bounded(str, 0, 1000)
 BIASES = Map(Bounded(float, -100, 100), math.inf, math.inf)
 METADATA = Map(Bounded(str, 0, 512), 64, 16)
-TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
+# {the tier that a request asks for: the tier that its response names}
+SERVED_TIERS = {"auto": "default", "default": "default", "flex": "flex",
+                "scale": "scale", "priority": "priority", "fast": "priority"}
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -535,7 +516,7 @@ class Fields(Object):
 
 #    name                      spec                             default
 SHARED_FIELDS = (
-    ("model!",                 str,                             None),
+    ("model",                  str,                             None),
     ("max_tokens",             Bounded(int, 0, math.inf),       None),
     ("n",                      Bounded(int, 1, 128),            1),
     ("temperature",            Bounded(float, 0, 2),            1),
@@ -543,7 +524,7 @@ SHARED_FIELDS = (
     ("presence_penalty",       Bounded(float, -2, 2),           0),
     ("frequency_penalty",      Bounded(float, -2, 2),           0),
     ("logit_bias",             BIASES,                          None),
-    ("stop",                   {str: STOP, list: [STOP]},       ()),
+    ("stop",                   {str: STOP, list: [STOP]},       None),
     ("user",                   str,                             None),
     ("seed",                   Bounded(int, -2**63, 2**63 - 1), None),
     ("stream",                 bool,                            False),
@@ -565,7 +546,7 @@ CHAT_FIELDS = Fields(
     ("prompt_cache_key",       str,                             None),
     ("prompt_cache_retention", ("in_memory", "24h"),            None),
     ("prompt_cache_options",   dict,                            None),
-    ("service_tier",           TIERS,                           "auto"),
+    ("service_tier",           tuple(SERVED_TIERS),             "auto"),
     ("modalities",             Bounded([("text", "audio")], 1, 2), ("text",)),
     ("audio",                  dict,                            None),
     ("prediction",             dict,                            None),
@@ -577,8 +558,9 @@ CHAT_FIELDS = Fields(
     ("moderation",             dict,                            None),
 )
 COMPLETION_FIELDS = Fields(
+    # `parse_prompts` checks the four forms of a prompt.
     ("prompt?",                None,                            "<|endoftext|>"),
-    *SHARED_FIELDS,             # the prompt has four forms: see `parse_prompts`
+    *SHARED_FIELDS,
     ("best_of",                Bounded(int, 0, 20),             None),
     ("echo",                   bool,                            False),
     ("logprobs",               Bounded(int, 0, 5),              None),
@@ -600,18 +582,26 @@ def checked(body, fields):
     # null is absence, except in an unknown field, which stays as it is.
     given = {name: value for name, value in body.items()
              if value is not None or name not in fields.fields}
+    # In a completion, the fields of a chat are unknown, and pass unchecked.
     for name, other, message in NEEDS:
         if name in given and name in fields.fields and not given.get(other):
             raise invalid(message.format(name, other), name)
-    stop = given.get("stop", [])        # a string or a list: always a list from here on
+    stop = given.get("stop", [])        # a str or a list: always a list from here on
     given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
     return {**fields.defaults, **given, "body": body}
 
 
-def check_conversation(messages):
-    """Refuse a tool call without its answer, and an answer without its call.
+# An application may keep conversations in a looser form than the API takes.  What must
+# hold between calls and answers is checked apart, so that strict=False can skip it.
+ARGUMENTS = Object({"arguments!": str})
+CALL_INPUTS = Object({"tool_calls": [typed(function=ARGUMENTS,
+                                           custom=Object({"input!": str}))],
+                      "function_call": ARGUMENTS})
 
-    The messages are the API's own, with "preceeding" and "messages.[0]".
+
+def check_conversation(messages):
+    """Refuse a tool call without its input or its answer, and an answer without its
+    call.  The messages are the API's own, with "preceeding" and "messages.[0]".
     """
     # Ids of the last assistant message's calls; of those, which have no answer yet.
     called, unanswered = {}, {}
@@ -635,7 +625,7 @@ def check_conversation(messages):
                 f"{', '.join(unanswered)[:1000]}",
                 f"messages.[{min(i, len(messages) - 1)}].role")
         elif role == "assistant":
-            check(f"messages[{i}]", message, INPUTS)
+            check(f"messages[{i}]", message, CALL_INPUTS)
             called = {call["id"]: call for call in message.get("tool_calls") or ()}
             unanswered = dict(called)
         else:
@@ -654,7 +644,7 @@ def tool_key(tool):
 
 def chosen_tools(tool_choice, modes=("auto", "required")):
     """The tools that a "tool_choice" names.  An "allowed_tools" counts only if its mode
-    is one of `modes`: whoever asks what is forced leaves out "auto"."""
+    is one of `modes`: "required" forces a call, and "auto" only permits it."""
     if type(tool_choice) is not dict:
         return []
     if tool_choice["type"] == "allowed_tools":
@@ -694,8 +684,9 @@ def parse_chat(body, strict=True):
     """Check the body of POST /v1/chat/completions -> the request.
 
     Besides the fields of the body, each with its default, the request has `body` (as it
-    was sent), `text` (what is being asked), `prompt` (the same, as completions have it)
-    and `endpoint`.  For each call of the backend the server adds `id` and `index`.
+    was sent), `text` (the last user message), `prompt` (the same, so that one backend
+    serves both endpoints) and `endpoint`.  For each call of the backend the server adds
+    `id` and `index`.
     `strict` also checks that tool calls and their answers belong together.
 
     Example:
@@ -774,10 +765,12 @@ def parse_completion(body, strict=True):
 # ----------------------------------------------------------------------------------
 # Pieces.  A model reads and writes tokens: words, or parts of words.  Limits and bills
 # count tokens.  There is no model here, so tokens are an estimate: a word or a sign is
-# one token.  `Server(tokenize=...)` takes a real tokenizer.
+# one token.  `Server(tokenize=...)` takes a real tokenizer: a function from a text to
+# the list of its tokens, whose join is the text.
 #
-# A backend yields pieces: str and ToolCall.  `segments_of` makes segments of them:
-# pairs of a kind and what is said in tokens, which can be counted and cut.
+# What a backend says is a series of pieces: str, ToolCall and Refusal.  `segments_of`
+# makes segments of them: pairs of a kind and what is said in tokens, which can be
+# counted and cut.
 #
 #     ("text", ["Hel", "lo"])         tokens of the text
 #     ("refusal", ["No", "."])        tokens of a refusal
@@ -803,10 +796,10 @@ class ToolCall:
 
 
 class Refusal(str):
-    """A piece that refuses: the `refusal` of a Reply."""
+    """A piece that refuses, in the words of the model."""
 
 
-Call = collections.namedtuple("Call", "name id tokens")
+Call = collections.namedtuple("Call", "name id tokens")     # a tool call in a segment
 
 CJK = "\u2e80-\u9fff\ua000-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 TOKEN = re.compile(
@@ -854,15 +847,17 @@ def slices(text):
     """Cut a long text into slices of at most 65,536 characters, if possible at words.
 
     A list of tokens takes about forty times the memory of its text, so the tokens of a
-    long text are counted slice by slice.  (A word, white space or a flag at the edge of
-    a slice may be cut.)
+    long text are counted slice by slice.  (At the edge of a slice, a word, white space
+    or characters that combine may be cut.)
     """
     return [text] if len(text) <= 65536 else SLICE.findall(text)
 
 
 def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False):
-    """Pieces -> segments; the last one has the finish_reason.  one_by_one: each token
-    of a text in a segment of its own.
+    """Pieces -> segments; the last one has the finish_reason.
+
+    make_id: makes the id of a call that has none.  finish_reason: instead of "stop" or
+    "tool_calls".  one_by_one: each token of a text is a segment, as a model streams it.
 
     Example:
         >>> pieces = ["Hi you", ToolCall("now")]
@@ -893,8 +888,9 @@ def segments_of(pieces, tokenize, make_id, finish_reason=None, one_by_one=False)
 def prompts_of(request, tokenize):
     """All that the model would read: the text of each message, or each prompt.
 
-    A prompt that came as token ids is a list of their texts.  A tokenizer may have a
-    method `decode(id) -> str`.  Without it, 17 reads <|17|>.
+    A prompt that came as token ids is a list of their texts; "".join gives the text of
+    either form.  A tokenizer may have a method `decode(id) -> str`.  Without it, 17
+    reads <|17|>.
 
     Example:
         >>> request = parse_completion({"model": "m", "prompt": [17, 18]})
@@ -967,15 +963,22 @@ def before_stop(text, stops):
     return next(partial, len(text)), False
 
 
-def split_tokens(tokens, length):
-    """Cut a list of tokens -> (those within `length` characters, the rest).
+def split_at_stop(tokens, stops):
+    """Tokens -> (those before any stop, those held back, whether a stop is complete).
 
     Example:
-        >>> split_tokens(["Hel", "lo", "!"], 4)
-        (['Hel'], ['lo', '!'])
+        >>> split_at_stop(["Hel", "lo", " E"], ["END"])
+        (['Hel', 'lo'], [' E'], False)
+        >>> split_at_stop(["Hel", "lo", "!"], ["o!"])
+        (['Hel', 'l'], ['lo', '!'], True)
     """
-    count = bisect.bisect([*itertools.accumulate(map(len, tokens))], length)
-    return tokens[:count], tokens[count:]
+    text = "".join(tokens)
+    end, is_stopped = before_stop(text, stops)
+    count = sum(each <= end for each in itertools.accumulate(map(len, tokens)))
+    before, held = tokens[:count], tokens[count:]
+    if is_stopped and len("".join(before)) < end:       # the stop begins inside a token
+        before.append(text[len("".join(before)):end])
+    return before, held, is_stopped
 
 
 def until_stop(segments, stops):
@@ -991,23 +994,17 @@ def until_stop(segments, stops):
     """
     held = []                                   # tokens that may belong to a stop
     for kind, value in segments:
-        if kind != "text":                      # stops are looked for in text alone
-            if held:
-                yield "text", held
-            held = []
-            yield kind, value
-            continue
-        text = "".join(held + value)
-        end, is_stopped = before_stop(text, stops)
-        before, held = split_tokens(held + value, end)
-        cut = text[len("".join(before)):end]    # of the token that a stop begins inside
-        if is_stopped and cut:
-            before.append(cut)
+        if kind == "text":                      # stops are looked for in text alone
+            before, held, is_stopped = split_at_stop(held + value, stops)
+        else:
+            before, held, is_stopped = held, [], False
         if before:
             yield "text", before
         if is_stopped:
             yield "end", "stop"
             return
+        if kind != "text":
+            yield kind, value
 
 
 def is_legacy(request):
@@ -1026,7 +1023,7 @@ def sequence(segments, request):
         limits.add(request["max_completion_tokens"])
         if not request["parallel_tool_calls"] or is_legacy(request):
             segments = one_call(segments)
-    for limit in limits - {None}:
+    for limit in limits - {None}:       # None is no limit
         segments = up_to(segments, limit)
     if request["stop"]:
         segments = until_stop(segments, request["stop"])
@@ -1044,14 +1041,15 @@ USAGE_DETAILS = {
                                   "accepted_prediction_tokens": 0,
                                   "rejected_prediction_tokens": 0},
 }
-SERVED_TIERS = {"auto": "default", "fast": "priority"}   # others are served as asked
 
 
 class Usage:
     """The tokens of a reply: each prompt once, and what all its choices say.  The
     generators of the choices add to `completion_tokens` while they run.
 
-    `corrections` (the `usage` of a Reply) replace counted fields.
+    It keeps the prompts (see `prompts_of`), so that `echo` can repeat them.
+    `corrections` replace counted fields: a backend may know better.  None corrects
+    nothing.
 
     Example:
         >>> usage = Usage(["Once upon"], tokenize)
@@ -1061,16 +1059,17 @@ class Usage:
     """
 
     def __init__(self, prompts=(), tokenize=tokenize, corrections=None):
-        self.prompts, self.tokenize, self.corrections = prompts, tokenize, corrections
-        self.completion_tokens = 0
+        self.prompts, self.tokenize, self.completion_tokens = prompts, tokenize, 0
+        self.corrections = {name: count for name, count in (corrections or {}).items()
+                            if count is not None}
 
     def counters(self, details={}):
         counted = sum(len(tokens) for prompt in self.prompts
                       for tokens in prompt_tokens(prompt, self.tokenize))
         usage = {"prompt_tokens": counted, "completion_tokens": self.completion_tokens,
-                 "total_tokens": None, **details, **(self.corrections or {})}
-        if usage["total_tokens"] is None:
-            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+                 "total_tokens": 0, **details, **self.corrections}
+        total = usage["prompt_tokens"] + usage["completion_tokens"]
+        usage["total_tokens"] = self.corrections.get("total_tokens", total)
         return usage
 
 
@@ -1083,16 +1082,14 @@ def chunks_of(request, choices, usage):
               "created": int(time.time()), "model": request["model"],
               "system_fingerprint": "fp_openai_compat"}
     if is_chat:
-        tier = request["service_tier"]
-        common["service_tier"] = SERVED_TIERS.get(tier, tier)
-    null_usage = {}
+        common["service_tier"] = SERVED_TIERS[request["service_tier"]]
+    common["choices"] = []
     if not request["stream"] or (request["stream_options"] or {}).get("include_usage"):
-        null_usage = {"usage": None}    # as the API says in every chunk but the last
+        common["usage"] = None      # as the API says in every chunk but the last
     for choice in choices:
-        yield {**common, "choices": [choice], **null_usage}
-    if null_usage:
-        counters = usage.counters(USAGE_DETAILS if is_chat else {})
-        yield {**common, "choices": [], "usage": counters}
+        yield {**common, "choices": [choice]}
+    if "usage" in common:
+        yield {**common, "usage": usage.counters(USAGE_DETAILS if is_chat else {})}
 
 
 def in_turn(generators):
@@ -1104,14 +1101,10 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    running = collections.deque(generators)
-    while len(running) > 1:
-        items = running.popleft()
-        for item in itertools.islice(items, 1):
-            yield item
-            running.append(items)
-    for items in running:               # the one that is left, or the only one
-        yield from items
+    for running in range(len(generators), 0, -1):
+        generators = itertools.cycle(itertools.islice(generators, running))
+        # This ends with the first generator that ends.  The others are next in turn.
+        yield from map(next, generators)
 
 
 # Log probabilities are made up, since there is no model: the token that was said comes
@@ -1209,8 +1202,8 @@ def chat_choices(request, index, segments, usage):
     """
     top = (request["top_logprobs"] or 0) if request["logprobs"] else None
     numbers = itertools.count()         # of the tool calls
-    for place, (kind, value) in enumerate(segments):
-        if place == 0:
+    for position, (kind, value) in enumerate(segments):
+        if position == 0:
             yield chat_choice(index, opening_delta(kind), chat_logprobs([], top))
         if kind == "end":
             legacy = value == "tool_calls" and is_legacy(request)
@@ -1255,8 +1248,8 @@ def text_choices(request, index, prompt, segments, usage):
     """The choice object of each chunk of one sequence of a text completion."""
     asked, top = "".join(prompt), request["logprobs"]
     offset = len(asked)
-    for number, (kind, value) in enumerate(segments):
-        if number == 0 and request["echo"]:
+    for position, (kind, value) in enumerate(segments):
+        if position == 0 and request["echo"]:
             tokens = itertools.chain.from_iterable(
                 prompt_tokens(prompt, usage.tokenize))
             yield text_choice(index, asked,
@@ -1288,35 +1281,37 @@ def completion_chunks(request, sequences, usage):
     """
     best_of, n, running = request["best_of"], request["n"], []
     for i, segments in enumerate(sequences):
-        number, rank = divmod(i, best_of)
-        index = number * n + rank if rank < n else None     # None: counted, not shown
-        running.append(text_choices(request, index, usage.prompts[number], segments,
+        place, rank = divmod(i, best_of)        # of the prompt; of its sequence
+        index = place * n + rank if rank < n else None      # None: counted, not shown
+        running.append(text_choices(request, index, usage.prompts[place], segments,
                                     usage))
     shown = (each for each in in_turn(running) if each["index"] is not None)
     return chunks_of(request, shown, usage)
 
 
-FIRST = operator.itemgetter(0)
-JOINS = {str: "".join, dict: lambda objects: merged(objects),
-         list: lambda lists: [*itertools.chain.from_iterable(lists)]}
-
-
-def merged(objects):
-    """One object for several: strings are joined, lists are extended, objects are
-    merged field by field, and of anything else the first counts.  null adds nothing.
+def merged(values):
+    """One value for several: strings are joined, lists are extended, objects are merged
+    field by field, and of anything else the first counts.  A field that is null adds
+    nothing.
 
     Example:
         >>> merged([{"content": "", "refusal": None}, {"content": "Hi"}, {}])
         {'content': 'Hi', 'refusal': None}
     """
+    kind = type(values[0])
+    if kind is str:
+        return "".join(values)
+    if kind is list:
+        return [*itertools.chain.from_iterable(values)]
+    if kind is not dict:
+        return values[0]
     fields = {}
-    for each in objects:
+    for each in values:
         for name, value in each.items():
             same = fields.setdefault(name, [])
             if value is not None:
                 same.append(value)
-    return {name: JOINS.get(type(same[0]), FIRST)(same) if same else None
-            for name, same in fields.items()}
+    return {name: merged(same) if same else None for name, same in fields.items()}
 
 
 def merged_by_index(objects):
@@ -1329,10 +1324,9 @@ def merged_by_index(objects):
         >>> call["id"], call["function"]
         ('call_1', {'name': 'now', 'arguments': '{}'})
     """
-    found = collections.defaultdict(list)
-    for each in objects:
-        found[each["index"]].append(each)
-    return [merged(found[index]) for index in sorted(found)]
+    by_index = operator.itemgetter("index")
+    return [merged([*same]) for _, same in
+            itertools.groupby(sorted(objects, key=by_index), key=by_index)]
 
 
 def with_message(choice):
@@ -1408,7 +1402,7 @@ class Response(collections.namedtuple("Response", "status headers body ready",
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
     writes, which are bytes that go out in one send each, as soon as they come.  ready:
-    all writes are there already, so several may share a send.
+    all writes are there already; the handler may then put several into one send.
     """
 
 
@@ -3543,6 +3537,17 @@ def named_events(objects):
 def stay_on_core(number):
     """Keep this thread, and those that it starts, on the core that a number picks.  It
     does nothing: Speed, the last section, replaces it where the system can."""
+
+
+def copied(value):
+    """A deep copy of a JSON value: a backend may change its request.
+
+    Example:
+        >>> given = {"a": [1]}
+        >>> copied(given) == given, copied(given)["a"] is given["a"]
+        (True, False)
+    """
+    return marshal.loads(marshal.dumps(value))          # quicker than copy.deepcopy
 
 
 class Server(ThreadingHTTPServer):

@@ -1814,7 +1814,8 @@ def test_usage_is_streamed_only_where_it_was_asked_for(path):
 @pytest.mark.parametrize("corrections, counted", [
     ({"prompt_tokens": 70}, [70, 2, 72]), ({"completion_tokens": 9}, [4, 9, 13]),
     ({"total_tokens": 99}, [4, 2, 99]), ({"prompt_tokens": 1, "completion_tokens": 1}, [1, 1, 2]),
-    ({"prompt_tokens": 0}, [0, 2, 2])])
+    ({"prompt_tokens": 0}, [0, 2, 2]), ({"prompt_tokens": None}, [4, 2, 6]),
+    ({"total_tokens": None}, [4, 2, 6])])
 def test_a_reply_may_correct_its_usage(corrections, counted, path, stream):
     fields = {"stream_options": {"include_usage": True}} if stream else {}
     got = ask(Reply("a b", usage=corrections), path, stream=stream, **fields)
@@ -2234,6 +2235,9 @@ def test_an_error_can_be_pickled_and_copied():
     for again in (pickle.loads(pickle.dumps(TEAPOT)), copy.copy(TEAPOT), copy.deepcopy(TEAPOT)):
         assert (again.status, again.body(), again.headers, str(again)) == (
             418, TEAPOT.body(), TEAPOT.headers, "I'm a teapot.")
+    fault = openai_compat.BackendFault("it yields 5")
+    for again in (pickle.loads(pickle.dumps(fault)), copy.copy(fault), copy.deepcopy(fault)):
+        assert (type(again), again.body()) == (type(fault), fault.body())
 
 
 @pytest.mark.parametrize("status, given, kind, code, retry", [
@@ -2312,7 +2316,7 @@ def test_a_reply_has_the_servers_headers_and_its_own_which_become_text(stream):
 
 @pytest.mark.parametrize("make", [Reply, lambda headers: APIError(400, "no", headers=headers)])
 def test_a_header_cannot_smuggle_another(make):
-    for value in ("a\r\nset-cookie: b", "a\nb", "a\0b"):
+    for value in ("a\r\nset-cookie: b", "a\nb", "a\0b", "a\x01b", "a\x0bb", "a\x7fb", "\u0100"):
         with pytest.raises(ValueError):
             make(headers={"x-mine": value})
     for name in ("a b", "a:", "", "\xe4", "a\r\nb",
