@@ -47,7 +47,6 @@ reconnect to a stream that was cut, check a request before it is sent.
 
 import collections
 import contextlib
-import email.utils
 import http.client
 import itertools
 import json
@@ -62,6 +61,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from email.utils import mktime_tz, parsedate_tz
 
 __all__ = ["Client", "ClientError", "APIError", "ConnectionFailed", "StreamTruncated",
            "BadReply", "reads", "lines", "events", "chunks", "pieces", "fold"]
@@ -73,8 +73,8 @@ __all__ = ["Client", "ClientError", "APIError", "ConnectionFailed", "StreamTrunc
 # that it is. What a server says may end up on a terminal or in a log: an error's texts
 # hold no control characters, and Client takes its secrets out of each error it raises.
 
-# What moves the cursor or turns the direction of writing, and lone surrogates; but not
-# the tab and the line feed.
+# Control characters, bidirectional formatting characters and lone surrogates. Tab and
+# line feed are allowed.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e"
                       "\u2066-\u2069\ud800-\udfff]")
 
@@ -82,8 +82,9 @@ _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 class ClientError(Exception):
     """The base of all errors here; raised itself when the client is set up wrongly.
     `message` says what went wrong; `headers` are those of the response, if there was
-    one; `retryable` is True where the same request may succeed later; `text` is what
-    came of a stream that was cut or fell silent."""
+    one; `retryable` is True where Client itself tries again, if nothing of the reply
+    was handed on; `code` is the API's, of an APIError; `text` is what came of a stream
+    that was cut or fell silent."""
 
     headers, retryable, code, text = {}, False, None, ""
 
@@ -109,15 +110,15 @@ class APIError(ClientError):
         self.request_id = self.headers.get("x-request-id")
         self.retryable = status in (408, 409, 429) or (status or 0) >= 500
         words = [str(word) for word in (status, self.code or self.type) if word]
-        self.kind = " ".join(dict.fromkeys(words)) or "error event"
+        self.kind = " ".join(dict.fromkeys(words)) or "error"
 
     def __str__(self):
         return f"{self.kind}: {self.message}"
 
 
 class ConnectionFailed(ClientError):
-    """No response: no connection, no trust in a certificate, or silence for too long,
-    which may come in the middle of a stream."""
+    """No response: no connection, no trust in a certificate, or a timeout, which may
+    come in the middle of a stream."""
 
     retryable = True
 
@@ -133,8 +134,8 @@ class BadReply(ClientError):
 
 def _printable(value):
     r"""What a server sent, as text without control characters: ESC, which begins the
-    escape sequences of terminals, becomes the four characters \x1b. At most 100,000
-    characters. Numbers and None stay.
+    escape sequences of terminals, becomes the four characters \x1b. All but the
+    first 100,000 characters are left out. Numbers and None stay.
 
     Example:
         >>> print(_printable("\x1b[2J"), _printable({"a": 1}), _printable(None))
@@ -214,8 +215,7 @@ def lines(reads):
         if after_cr and block.startswith(b"\n"):
             block = block[1:]
         after_cr = block.endswith(b"\r")
-        if b"\r" in block:
-            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *ended, tail = block.split(b"\n")
         if ended and begun:
             ended[0] = bytes(begun + ended[0])
@@ -229,6 +229,8 @@ def lines(reads):
 class Event(str):
     """The data lines of one event, joined with LF. `type` is what its `event:` line
     named; `whole` is False for a last event that has no blank line after it."""
+
+    type, whole = "message", True
 
 
 def events(lines):
@@ -246,11 +248,10 @@ def events(lines):
         >>> [event.type for event in events(["event: error", "data: busy", ""])]
         ['error']
     """
-    type, found, mark = "", [], "\ufeff"
-    for line in lines:
+    type, found = "", []
+    for number, line in enumerate(lines):
         line = line if isinstance(line, str) else line.decode("utf-8", "replace")
-        if mark:  # the first line
-            line, mark = line[line.startswith(mark):], ""
+        line = line if number else line.lstrip("\ufeff")  # a byte order mark
         name, colon, value = line.rstrip("\r\n").partition(":")
         if name == "data":
             found.append(value[1:] if value.startswith(" ") else value)
@@ -266,7 +267,8 @@ def events(lines):
 
 def _event(found, type, whole=True):
     event = Event("\n".join(found))
-    event.type, event.whole = type or "message", whole
+    if type or not whole:
+        event.type, event.whole = type or "message", whole
     return event
 
 
@@ -373,10 +375,10 @@ def chunks(events):
     text, ends = "", {}  # ends: the finish_reason of each choice
     try:
         for event in events:
-            chunk = _json_or_text(event)
-            if chunk == "[DONE]":
+            if event.strip() == "[DONE]":
                 return
-            _raise_error_in(chunk, event)
+            chunk = _json_or_text(event)
+            _raise_error_of(event, chunk)
             if not chunk:
                 continue
             for choice in _choices(chunk):
@@ -394,28 +396,26 @@ def chunks(events):
 
 
 def _json_or_text(event):
-    # [DONE], for one, is not JSON. Half an event at the end of a stream is None: the
-    # stream was cut there, and chunks will say so.
+    # Half an event at the end of a stream is None: the stream was cut there, and chunks
+    # will say so.
     try:
         return _decode(event)
     except (ValueError, RecursionError):
-        text = str(event).strip()
-        return text if text == "[DONE]" or getattr(event, "whole", True) else None
+        return event.strip() if getattr(event, "whole", True) else None
 
 
-def _raise_error_in(chunk, event):
-    """Raise the error that an event's JSON is, if it is one."""
-    error = _error_in(chunk)
-    if not error and getattr(event, "type", "") == "error":
-        error = _error_in({"error": chunk or "an error event without a message"})
-    if error:
-        raise error
+def _raise_error_of(event, chunk):
+    """Raise the error that an event is by its JSON (the chunk) or by its type, if it is
+    one, and BadReply if it is no JSON object."""
+    _raise_error_in(chunk)
+    if getattr(event, "type", "") == "error":
+        _raise_error_in({"error": chunk or "an error event without a message"})
     if chunk and not isinstance(chunk, dict):
         raise BadReply(f"an event is not a JSON object: {_text_or_json(chunk)}")
 
 
-def _error_in(body, status=None, headers=None):
-    """The APIError that a JSON document describes, or None if it describes none.
+def _raise_error_in(body, status=None, headers=None):
+    """Raise the APIError that a JSON document describes, if it describes one.
 
     Known forms: {"error": {"message": ...}} (the API's own), the same in an array
     (Gemini), {"error": "text"} (Ollama), {"object": "error", "message": ...} or the
@@ -423,24 +423,26 @@ def _error_in(body, status=None, headers=None):
     an error (OpenRouter).
 
     Example:
-        >>> print(_error_in({"error": {"message": "busy", "code": 503}}, status=200))
-        503: busy
+        >>> _raise_error_in({"error": {"message": "busy", "code": 503}}, status=200)
+        Traceback (most recent call last):
+        client.APIError: 503: busy
     """
     body = _object(body[0] if isinstance(body, list) and len(body) == 1 else body)
     error = body.get("error")
     for choice in _choices(body):
         if choice.get("error") or choice.get("finish_reason") == "error":
             error = error or choice.get("error") or "the reply ended with an error"
-    at_the_top = "message" in body and not body.keys() & {"choices", "data", "models"}
+    at_the_top = (isinstance(body.get("message"), str)
+                  and not body.keys() & {"choices", "data", "models"})
     if not error and (at_the_top or body.get("object") == "error"):
         error = body
     if not error:
-        return None
+        return
     error = error if isinstance(error, dict) else {"message": error}
-    if (status or 200) < 300 and error.get("code") in range(400, 600):
-        status = int(error["code"])
+    if (status or 200) < 300:  # which does not say that this is an error
+        status = int(error["code"]) if error.get("code") in range(400, 600) else None
     fields = (error.get(name) for name in ("type", "code", "param"))
-    return APIError(status, error.get("message") or error, *fields, headers=headers)
+    raise APIError(status, error.get("message") or error, *fields, headers=headers)
 
 
 def pieces(chunks):
@@ -460,15 +462,18 @@ def pieces(chunks):
 
 # ------------------------------------------------------------------------------------
 # Fold: from chunks to the completion. Two rules decide for all fields, known or not.
-# What stands in _GROWING grows from chunk to chunk (_merged, _grown): in it the texts
-# named in _JOINED are concatenated, lists are extended, and of anything else the first
-# value that is not empty counts. All else does not grow (_note): the first scalar that
-# is not empty counts, and a later object or list replaces an earlier one, as usage
-# does. `obfuscation` is padding and is left out.
+#
+# A choice's delta, text and logprobs hold increments. `_merged` joins those of all
+# chunks: it concatenates the strings named in _CONCATENATED and extends lists. Of
+# anything else it takes the first value that is not empty.
+#
+# Every other field is a statement about the whole reply. `_update_fields` keeps the
+# first scalar that is not empty and the last object or list that is not empty, because
+# a later usage replaces an earlier one. `obfuscation` is padding and is left out.
 
-_GROWING = {"delta", "text", "logprobs"}
-_JOINED = {"content", "text", "refusal", "reasoning_content", "reasoning", "thinking",
-           "arguments", "input", "transcript", "data"}
+_INCREMENTS = {"delta", "text", "logprobs"}
+_CONCATENATED = {"content", "text", "refusal", "reasoning_content", "reasoning",
+                 "thinking", "arguments", "input", "transcript", "data"}
 
 
 def fold(chunks):
@@ -488,18 +493,17 @@ def fold(chunks):
         >>> completion["usage"]
         {'total_tokens': 9}
     """
-    completion, choices, growing = {}, {}, {}
+    completion, choices, apart = {}, {}, _INCREMENTS | {"index"}
     for chunk in chunks:
-        _note(completion, chunk, but={"choices", "obfuscation"})
+        _update_fields(completion, chunk, but={"choices", "obfuscation"})
         for choice in _choices(chunk):
-            index = _index(choice)
-            known = {"index": index, "logprobs": None, "finish_reason": None}
-            _note(choices.setdefault(index, known), choice, but=_GROWING | {"index"})
-            growing.setdefault(index, []).append(
-                {name: choice[name] for name in _GROWING & choice.keys()})
+            known = {"index": _index(choice), "logprobs": None, "finish_reason": None}
+            fields, found = choices.setdefault(_index(choice), (known, []))
+            _update_fields(fields, choice, but=apart)
+            found.append({name: choice[name] for name in _INCREMENTS & choice.keys()})
     try:
-        completion["choices"] = [_complete({**choices[index], **_merged(each)})
-                                 for index, each in sorted(growing.items())]
+        completion["choices"] = [_complete({**fields, **_merged(found)})
+                                 for _, (fields, found) in sorted(choices.items())]
     except RecursionError:
         raise BadReply("a chunk is nested too deeply") from None
     is_text = any("text" in choice for choice in completion["choices"])
@@ -507,13 +511,20 @@ def fold(chunks):
     return completion
 
 
-def _note(known, more, but=()):
-    """Take over the fields of `more`, except those in `but`: of scalars the first that
-    is not empty, of objects and lists the last that is not empty."""
+def _update_fields(fields, more, but=()):
+    """Update `fields` with those of `more`, except those named in `but`. A scalar
+    replaces only an empty value, an object or a list any; an empty value replaces none.
+
+    Example:
+        >>> fields = {"id": "", "model": "m", "usage": {"total_tokens": 1}}
+        >>> _update_fields(fields, {"id": "c", "model": "n", "usage": {}})
+        >>> fields
+        {'id': 'c', 'model': 'm', 'usage': {'total_tokens': 1}}
+    """
     for name, value in more.items():
-        counts = value and (isinstance(value, (dict, list)) or not known.get(name))
-        if name not in but and (counts or name not in known):
-            known[name] = value
+        replaces = value and (isinstance(value, (dict, list)) or not fields.get(name))
+        if name not in but and (replaces or name not in fields):
+            fields[name] = value
 
 
 def _merged(objects):
@@ -525,27 +536,30 @@ def _merged(objects):
     """
     values = {}
     for name, value in (item for each in objects for item in each.items()):
-        values.setdefault(name, []).append(value)
-    return {name: _grown(name, found) for name, found in values.items()}
+        values.setdefault(name, []).extend([] if value is None else [value])
+    return {name: _merged_values(name, found) for name, found in values.items()}
 
 
-def _grown(name, values):
-    """What a field has grown to; its first value that is not empty tells the type.
+def _merged_values(name, values):
+    """One value of a field from all of its values that are not null; the first that is
+    not empty tells the type.
 
     Example:
-        >>> _grown("content", ["", "Hi ", "you"]), _grown("role", ["assistant", "user"])
-        ('Hi you', 'assistant')
+        >>> _merged_values("content", ["", "Hi ", "you"])
+        'Hi you'
+        >>> _merged_values("role", ["assistant", "user"])
+        'assistant'
     """
-    full = [value for value in values if value]
+    full = [value for value in values if value] or values[:1]
     if not full:
-        return next((value for value in values if value is not None), None)
+        return None
     if name == "tool_calls":
         return _merged_calls(full)
     if name == "arguments":  # which some servers send as an object
         full = [_text_or_json(value) for value in full]
     if isinstance(full[0], dict):
         return _merged(value for value in full if isinstance(value, dict))
-    if name in _JOINED and all(isinstance(value, str) for value in full):
+    if name in _CONCATENATED and all(isinstance(value, str) for value in full):
         return _paired("".join(full))
     if name in ("content", "thinking") and isinstance(full[0], (str, list)):
         return _content(_items(full))  # which may come as a list of parts
@@ -559,8 +573,8 @@ def _items(values):
 
 
 def _content(items):
-    """The content that texts and parts make: texts that follow each other are joined,
-    and a content of nothing but text is a str.
+    """The content that texts and parts make: text parts that follow each other are
+    merged, and a content of nothing but text is a str.
 
     Example:
         >>> _content(["Hi", {"type": "text", "text": " you"}])
@@ -570,54 +584,56 @@ def _content(items):
     """
     parts = []
     for kind, group in itertools.groupby(_parts(items), lambda part: part.get("type")):
-        if kind == "text":
-            group = [{"type": "text", "text": _paired(_text_in(list(group)))}]
-        parts.extend(group)
-    return parts[0]["text"] if len(parts) == 1 and kind == "text" else parts
+        parts.extend([_merged(group)] if kind == "text" else group)
+    return _text_in(parts) if len(parts) == 1 and kind == "text" else parts
 
 
 def _merged_calls(lists):
     """The tool calls that lists of fragments make; one may come without its list."""
-    calls = []  # for each call: its fragments, and index and id as far as known
+    calls = []  # for each call: its fragments, and index, id and name as far as known
     for value in lists:
         fragments = [item for item in _items([value]) if isinstance(item, dict)]
         for place, fragment in enumerate(fragments):
             # Of several in one list, the place stands in for an index.
-            fragment = {"index": place, **fragment} if len(fragments) > 1 else fragment
-            call = _call_of(calls, fragment)
-            _note(call, {key: fragment.get(key) for key in ("index", "id")})
-            call["fragments"].append(fragment)
+            if len(fragments) > 1 and fragment.get("index") is None:
+                fragment = {**fragment, "index": place}
+            _call_of(calls, fragment)["fragments"].append(fragment)
     return [_complete_call(_merged(call["fragments"])) for call in calls]
 
 
 def _call_of(calls, fragment):
     """The call that a fragment continues: the last one that agrees with it in index and
-    id, as far as both give them. If none does, or if it has a new id beside a name
-    (Gemini gives all its calls the index 0), a new call is appended to `calls`.
+    id, as far as both give them. If none does, a new call is appended to `calls`. A
+    name starts a new call, too, if it comes with a new id (Gemini gives all its calls
+    the index 0) or, without index and id, differs from the last call's name.
 
     Example:
         >>> calls = [{"index": 0, "id": "a"}, {"index": 1, "id": "b"}]
         >>> _call_of(calls, {"index": 0, "function": {"arguments": "{}"}})
-        {'index': 0, 'id': 'a'}
+        {'index': 0, 'id': 'a', 'name': None}
         >>> _call_of(calls, {"index": 0, "id": "c", "function": {"name": "f"}})
-        {'fragments': []}
+        {'fragments': [], 'index': 0, 'id': 'c', 'name': 'f'}
     """
-    id, named = fragment.get("id"), fragment.get("function") or fragment.get("custom")
-    new = id and _object(named).get("name") and all(call["id"] != id for call in calls)
-    for call in () if new else reversed(calls):
-        if all(fragment.get(key) in (None, "") or call[key] in (None, "", fragment[key])
-               for key in ("index", "id")):
-            return call
-    calls.append({"fragments": []})
-    return calls[-1]
+    name = _object(fragment.get("function") or fragment.get("custom")).get("name")
+    marks = {key: fragment[key] for key in ("index", "id")
+             if fragment.get(key) not in (None, "")}
+    new_id = "id" in marks and all(call.get("id") != marks["id"] for call in calls)
+    new_name = not marks and calls and calls[-1]["name"] not in (None, "", name)
+    agreeing = [call for call in calls
+                if all(call.get(key, value) == value for key, value in marks.items())]
+    if not agreeing or name and (new_id or new_name):
+        agreeing = [{"fragments": []}]
+        calls += agreeing
+    _update_fields(agreeing[-1], {**marks, "name": name})
+    return agreeing[-1]
 
 
 def _complete_call(call):
     call.pop("index", None)
     if isinstance(call.get("function"), dict):  # a call without arguments says {}
         call["function"]["arguments"] = call["function"].get("arguments") or "{}"
-    call["type"] = call.get("type") or ("custom" if "custom" in call else "function")
-    return call
+    default = "custom" if "custom" in call else "function"
+    return {**call, "type": call.get("type") or default}
 
 
 def _complete(choice):
@@ -625,10 +641,9 @@ def _complete(choice):
     text, delta = choice.pop("text", None), choice.pop("delta", None)
     if isinstance(text, str) and delta is None:
         return {"text": text, **choice}
-    message = {"role": None, "content": None, "refusal": None, **_object(delta)}
-    message["role"] = message["role"] or "assistant"
-    if not message.get("tool_calls"):
-        message.pop("tool_calls", None)
+    said = {name: value for name, value in _object(delta).items()
+            if value or name not in ("role", "tool_calls")}  # these two not if empty
+    message = {"role": "assistant", "content": None, "refusal": None, **said}
     return {"index": choice.pop("index"), "message": message, **choice}
 
 
@@ -646,16 +661,17 @@ def _as_chunk(completion):
 # no HTTPErrorProcessor, so every status comes back as a plain response, and a redirect
 # is never followed (urllib would turn the POST into a GET, and take the key along).
 
-_CONNECT = 10      # seconds to wait for a connection; a reply may take much longer
-_ERROR_BODY = 5    # seconds for a read of an error's body, and until the last read
-_LOOPBACK = re.compile(r"127\..*|(.*\.)?localhost|::1|0\.0\.0\.0")
+_ERROR_BODY = 5  # seconds for a read of an error's body, and until the last read
+_LOOPBACK = re.compile(r"127(\.\d+){1,3}|(.*\.)?localhost|::1|0\.0\.0\.0")
 
 
-class _Connection:
-    """What both kinds of connection do differently from http.client's own."""
+class _HTTPConnection(http.client.HTTPConnection):
+    """Waits less long for a connection and for the body of an error than for a reply,
+    and reads the response to a request that could not be sent whole."""
 
     def connect(self):
-        patience, self.timeout = self.timeout, min(self.timeout, _CONNECT)
+        # A reply may take much longer than the 10 seconds that a connection may take.
+        patience, self.timeout = self.timeout, min(self.timeout, 10)
         super().connect()
         self.sock.settimeout(patience)
 
@@ -676,19 +692,26 @@ class _Connection:
         return response
 
 
+class _HTTPSConnection(_HTTPConnection, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    def do_open(self, kind, request, **settings):
-        ours = type("_Connection", (_Connection, kind), {})  # kind is HTTP or HTTPS
+    """urllib's handlers of http and https, with the connections above."""
+
+    def do_open(self, cls, request, **settings):
+        ours = {http.client.HTTPSConnection: _HTTPSConnection}.get(cls, _HTTPConnection)
         return super().do_open(ours, request, **settings)
 
 
 def _build_opener(base, cafile=None):
     """An opener for the server at `base` (a split URL). Its certificate is checked with
-    `cafile` or else the system's authorities. Proxies are those of the environment, but
-    a server on this machine is asked directly."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if base.scheme == "https":  # loading the authorities takes longer than a request
-        context = ssl.create_default_context(cafile=cafile)
+    the CA certificates in `cafile`, or else with the system's. Proxies are those of the
+    environment, but a server on this machine is asked directly."""
+    # Without a context, urllib would load the system's CA certificates, even for http.
+    # That takes longer than a request, so that http gets a context without any.
+    context = (ssl.create_default_context(cafile=cafile) if base.scheme == "https"
+               else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     no_proxies = {} if _LOOPBACK.fullmatch(base.hostname) else None  # None: those set
     director = urllib.request.OpenerDirector()
     director.add_handler(urllib.request.ProxyHandler(no_proxies))
@@ -703,8 +726,7 @@ def _retry_after(headers):
         with contextlib.suppress(TypeError, ValueError):
             return float(headers.get(name)) * unit
     with contextlib.suppress(ArithmeticError, LookupError, TypeError, ValueError):
-        date = email.utils.parsedate_tz(headers.get("retry-after"))
-        return email.utils.mktime_tz(date) - time.time()
+        return mktime_tz(parsedate_tz(headers.get("retry-after"))) - time.time()
     return 0  # the server does not say
 
 
@@ -738,37 +760,40 @@ def _setting(variable, given=None):
 
 def _split_url(url):
     """The parts of a base URL. Messages show it without its query. One with an "@" is
-    refused and not shown: a user or a password may stand before the "@"."""
-    shown = url.partition("?")[0]
-    if "@" in shown:
+    refused and not shown: what stands before the "@" may be a user and a password, and
+    a password may hold a "?". In a query, %40 stands for it."""
+    if "@" in url:
         raise ClientError("a base URL must not hold a user or password: use an API key")
     with contextlib.suppress(ValueError):
         base = urllib.parse.urlsplit(url)
         good = base.scheme in ("http", "https") and base.hostname and base.port != 0
         if good and url.isascii() and url.isprintable() and " " not in url:
             return base
-    raise ClientError(f"{shown!r} is not a base URL like http://host:8000/v1")
+    raise ClientError(f"{url.partition('?')[0]!r} is not a base URL like "
+                      "http://host:8000/v1")
 
 
 # Headers and fields of the query that are no secrets, though they are sent along.
-_PUBLIC = {"api-version", "openai-organization", "openai-project", "user-agent"}
+_PUBLIC = re.compile("accept|api-version|content-type|openai-.*|user-agent")
 
 
 def _secrets_in(headers, query):
-    """The values to keep out of messages, longest first: those of headers and of the
-    query of the base URL, as it spells them and decoded. A field of the query without
-    "=" is a value. What has fewer than 8 characters is a word, which messages may well
-    hold; only the key may be shorter, such as the EMPTY that local servers are given.
+    """The values to keep out of messages: those of headers and of the query of the base
+    URL, as it spells them and decoded. Longest first, because a short one that is part
+    of a long one would match first and leave the rest of the long one in the message.
+    A field of the query without "=" is a value. What has fewer than 8 characters is a
+    word, which messages may well hold; only the key may be shorter, such as the EMPTY
+    that local servers are given.
 
     Example:
         >>> _secrets_in({"Authorization": "Bearer sk-12345"}, "sig=my%20secret")
         ['Bearer sk-12345', 'my%20secret', 'my secret', 'sk-12345']
     """
-    fields = [["", *field.split("=", 1)][-2:] for field in query.split("&")]
+    fields = re.findall("(?:([^&=]*)=)?([^&]*)", query)  # (name or "", value)
     secrets = set()
     for name, value in [*headers.items(), *fields]:
         least = 4 if name == "Authorization" else 8
-        if name.lower() not in _PUBLIC:
+        if not _PUBLIC.fullmatch(name.lower()):
             spelt = value, urllib.parse.unquote_plus(value), *value.split()[-1:]
             secrets.update(text for text in spelt if len(text) >= least)
     return sorted(secrets, key=len, reverse=True)
@@ -776,10 +801,11 @@ def _secrets_in(headers, query):
 
 def _spellings(secret):
     r"""A pattern for a secret as JSON, a URL or a repr may spell it: each character
-    as it is, behind backslashes, as \u0041 or as %41. Only a long one is also found in
-    the other case: EMPTY may be a key, but "empty" is a word."""
-    text = "".join(rf"(?:\\{{0,4}}{re.escape(c)}|\\{{1,4}}u{ord(c):04x}|%{ord(c):02x})"
-                   for c in secret)
+    as it is, behind backslashes, as \u0041 or as %41, with hex digits in either case.
+    The characters themselves are found in the other case only if the secret is long:
+    EMPTY may be a key, but "empty" is a word."""
+    text = "".join(rf"(?:\\{{0,4}}{re.escape(c)}"
+                   rf"|(?i:\\{{1,4}}u{ord(c):04x}|%{ord(c):02x}))" for c in secret)
     return f"(?i:{text})" if len(secret) >= 8 else text
 
 
@@ -791,7 +817,7 @@ class Client:
     timeout      seconds for which the server may stay silent
     max_retries  after 408, 409, 429, 5xx and failed connections; never once a stream
                  has begun
-    cafile       authorities (a PEM file) to trust instead of the system's
+    cafile       CA certificates (a PEM file) to trust instead of the system's
 
     Attributes that may be set: `model`, for requests that name none (OPENAI_MODEL);
     `watch`, a function that gets the bytes of a reply, those of a stream as they arrive
@@ -886,8 +912,10 @@ class Client:
         return stream
 
     def _streamed(self, path, request):
-        """Ask when next() is called first, which yields None; then yield the chunks.
-        The generator has begun by then, so that close() closes a connection unread."""
+        """A generator. The first next() sends the request and yields None, so that _ask
+        can raise a refusal at once; the following ones yield chunks. The body of the
+        generator is running by then, so that close() also closes the connection of a
+        stream that nobody has read."""
         response = self._retried(lambda: self._open(path, request))
         with contextlib.closing(response):
             try:
@@ -927,7 +955,7 @@ class Client:
         error.__cause__ = error.__context__ = None
 
     def headers_for(self, request):
-        """The headers that go with a request; None stands for a GET."""
+        """The headers that go with a request (the JSON body), or, for None, a GET."""
         json_body = {} if request is None else {"Content-Type": "application/json"}
         return {**json_body, **self.headers}
 
@@ -940,17 +968,18 @@ class Client:
             response = self._opener.open(http_request, timeout=self.timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._unreachable(error, http_request.host) from error
-        coding = response.headers.get("content-encoding", "identity").lower()
+        coding = (response.headers.get("content-encoding") or "identity").lower()
         if not 200 <= response.status < 300:
-            raise self._error_of(response, coding)
+            self._refuse(response, coding)
         if coding != "identity":
             response.close()
             raise BadReply(f"the reply is compressed, although not asked for: {coding}")
         return response
 
-    def _error_of(self, response, coding):
-        """The APIError for a response that is not 2xx. A body that cannot be read on a
-        terminal, such as a proxy's web page, is replaced by the status in words."""
+    def _refuse(self, response, coding):
+        """Raise the APIError for a response that is not 2xx. A body that cannot be read
+        on a terminal, such as a proxy's web page, is replaced by the status in words.
+        """
         body, status, headers = b"", response.status, response.headers
         deadline = time.monotonic() + _ERROR_BODY
         with contextlib.closing(response), contextlib.suppress(ClientError):
@@ -964,8 +993,8 @@ class Client:
             text = f"the server redirects to {location}, which was not followed"
         elif not text or text.startswith("<") or coding != "identity":
             text = response.reason or http.client.responses.get(status, "no reason")
-        error = _error_in(_json_or_text(text), status, headers)
-        return error or APIError(status, text, headers=headers)
+        _raise_error_in(_json_or_text(text), status, headers)
+        raise APIError(status, text, headers=headers)
 
     def _unreachable(self, error, host):
         # A URLError only wraps what happened.
@@ -993,6 +1022,9 @@ class Client:
             folded = _STREAM.match(start) and fold(chunks(events(lines([start]))))
         except StreamTruncated as error:  # nothing of it was handed on: ask again
             raise ConnectionFailed(error.message) from error
+        except (APIError, BadReply):  # which only a body that is complete can be
+            self.watch(body)
+            raise
         self.watch(body)  # only now: a reply that was cut is asked for again
         return folded or self._document(response, start)
 
@@ -1006,24 +1038,22 @@ class Client:
                 break
         if not start or _STREAM.match(start):
             return chunks(events(lines(itertools.chain([start], body))))
-        whole = self._document(response, start + b"".join(body))
-        return [_as_chunk(_with_choices(whole))]
+        completion = self._document(response, start + b"".join(body))
+        return [_as_chunk(_with_choices(completion))]
 
     def _document(self, response, body):
         try:
             document = json.loads(body.decode("utf-8-sig", "replace"))
         except (ValueError, RecursionError):
-            kind = response.headers.get_content_type() if body.strip() else "empty"
-            raise BadReply(f"the server's reply is {kind}, not JSON; is "
+            what = response.headers.get_content_type() if body.strip() else "empty"
+            raise BadReply(f"the server's reply is {what}, not JSON; is "
                            f"{self._address} the right address?") from None
-        error = _error_in(document, response.status, response.headers)
-        if error:
-            raise error
+        _raise_error_in(document, response.status, response.headers)
         return document
 
 
 def _with_choices(document):
-    """A completion, which is refused if it answers nothing."""
+    """A completion, which is refused without a list of choices."""
     if not isinstance(document, dict) or not isinstance(document.get("choices"), list):
         raise BadReply("the server's reply has no choices")
     return document
@@ -1045,54 +1075,59 @@ def show(chunks, said):
     """Print the first choice as it comes: text and refusals, then tool calls as JSON.
     Its pieces are appended to `said`. If standard error is a terminal, the reasoning of
     the model goes there, dim; a line about a reply that was cut short always does."""
-    kept = []
+    rest, indexes = [], set()
     try:
         with contextlib.closing(chunks):
-            for piece in filter(None, _whole_characters(_shown(chunks, kept))):
+            for piece in filter(None, _whole_characters(_shown(chunks, rest, indexes))):
                 said.append(piece)
                 print(piece, end="", flush=True)
     finally:  # also after half a reply: what comes next begins a line
         if said and not said[-1].endswith("\n"):
             print(flush=True)
-    _show_rest(fold(kept)["choices"])
+    _show_rest(fold([{"choices": rest}]), len(indexes))
 
 
-def _shown(chunks, kept):
-    """Yield the text and the refusal of the first choice. A chunk that holds something
-    else is appended to `kept`. Keeping them all would need memory without bound."""
+def _shown(chunks, rest, indexes):
+    """Yield the text and the refusal of the first choice. Add what _show_rest needs to
+    `rest` and `indexes`: keeping all chunks would need memory without bound."""
     dim, normal = ("", "") if os.name == "nt" else ("\x1b[2m", "\x1b[0m")
     on_terminal, line_end = sys.stderr.isatty(), ""  # "\n" while a line is begun there
     try:
         for chunk in chunks:
+            indexes.update(map(_index, _choices(chunk)))
+            rest += filter(_is_shown_at_the_end, _choices(chunk))
             choice = _first(chunk)
             delta, reasoning = _object(choice.get("delta")), _reasoning(choice)
             piece = _text(choice) or delta.get("refusal")
             if on_terminal and reasoning:
                 print(f"{dim}{reasoning}{normal}", end="", file=sys.stderr, flush=True)
                 line_end = "\n"
-            if piece:
+            if piece and isinstance(piece, str):
                 print(line_end, end="", file=sys.stderr, flush=True)
                 line_end = ""
-            others = any(delta[name] for name in delta.keys() - _JOINED - {"role"})
-            if others or choice.get("finish_reason") or not (piece or reasoning):
-                kept.append(chunk)
-            if isinstance(piece, str):
                 yield piece
     finally:  # also after half a reply
         print(line_end, end="", file=sys.stderr, flush=True)
 
 
-def _show_rest(choices):
-    """Print the tool calls of the first choice; tell what else was not shown."""
-    first = choices[0] if choices else {}
+def _is_shown_at_the_end(choice):
+    fields = {**_object(choice.get("delta")), **choice}
+    return any(map(fields.get, ("finish_reason", "tool_calls", "function_call")))
+
+
+def _show_rest(completion, choices):
+    """Print the tool calls of the first choice; tell what else was not shown. `choices`
+    is the number of choices in the reply; the completion may hold only some of them.
+    """
+    first = _first(completion)
     message = first.get("message", {})
     for call in (*message.get("tool_calls", ()), message.get("function_call")):
         if call:
             print_json(call)
     if first.get("finish_reason") in ("length", "content_filter"):
         tell(f"the reply was cut short (finish_reason {first['finish_reason']})")
-    if len(choices) > 1:
-        tell(f"the first of {len(choices)} choices is shown; --json prints them all")
+    if choices > 1:
+        tell(f"the first of {choices} choices is shown; --json prints them all")
 
 
 def print_names(names):
@@ -1136,8 +1171,8 @@ def curl(client, path, request=None):
 # each question. A question that failed is taken back, so that it can be asked again.
 
 class Conversation:
-    """A line that begins with one of these words is a command, any other is asked. (So
-    is one with a space before the word.)
+    """A line that begins with one of these words is a command. Any other line goes to
+    the model, also one with a space before the slash.
 
       /system TEXT   what the model shall be (nothing: forget it)
       /model NAME    ask another model (nothing: list them)
@@ -1199,9 +1234,6 @@ class Conversation:
 # The load generator: threads that ask the same again and again, each time on a new
 # connection. One process has one core's worth of Python, so it says when that was the
 # limit; a real load generator (wrk, ab) takes far less of the machine for itself.
-
-_THREADS = 1000  # at most, one for each request under way
-
 
 def bench(method, request, requests, concurrency, progress=lambda done: None):
     """Ask `requests` times, `concurrency` at a time; a dict of what was measured.
@@ -1324,8 +1356,8 @@ def parsed(argv):
     option("--api-key", help="the key; else OPENAI_API_KEY, which ps does not show")
     option("-H", **texts, help='"Name: value", such as an api-key; may be repeated')
     option("--config", help="INI file: [OpenAI] API_SECRET_KEY, MODEL, BASE_URL")
-    option("--cafile", help="authorities to trust, PEM; else SSL_CERT_FILE")
-    option("--timeout", type=float, default=600, help="longest silence, seconds; 600")
+    option("--cafile", help="CA certificates to trust, PEM; else SSL_CERT_FILE")
+    option("--timeout", type=float, default=600, help="seconds without a byte; 600")
     option("--retries", type=int, help="how often to try again: 2, with bench 0")
     option("--model", help="the model; else OPENAI_MODEL, or the server's first")
     option("--system", help="a system message")
@@ -1404,9 +1436,9 @@ def requested(args, prompt):
     if args.command == "complete":
         request["prompt"] = prompt
     else:
-        said = {"system": args.system, "user": prompt}
+        texts = {"system": args.system, "user": prompt}
         request["messages"] = [{"role": role, "content": text}
-                               for role, text in said.items() if text is not None]
+                               for role, text in texts.items() if text is not None]
     for name in ("max_tokens", "temperature", "stop"):
         if getattr(args, name) not in (None, []):
             request[name] = getattr(args, name)
@@ -1430,6 +1462,7 @@ def ask_command(client, args):
     request["model"] = request["model"] or client.first_model()
     if args.curl:
         return print(curl(client, path, request))
+    # Only now: else --raw would print the list of models, too.
     client.watch = emit if args.raw else client.watch
     stream = _reply(asking, request)
     if args.json:
@@ -1460,8 +1493,8 @@ def models_command(client, args):
 
 def bench_command(client, args):
     """`bench`: the report, also of what was measured before Ctrl-C."""
-    if args.requests < 1 or not 1 <= args.concurrency <= _THREADS:
-        raise ClientError(f"bench takes 1 request or more, 1 to {_THREADS} at a time")
+    if args.requests < 1 or not 1 <= args.concurrency <= 1000:  # each takes a thread
+        raise ClientError("bench takes 1 request or more, 1 to 1000 at a time")
     client.max_retries = args.retries or 0  # errors are counted
     request = requested(args, prompted(args) or "Hello!")
     request["model"] = request["model"] or client.first_model()
@@ -1485,17 +1518,21 @@ _COMMANDS = {"chat": ask_command, "complete": ask_command, "models": models_comm
 
 def run_command(args):
     """Do what the arguments say, and --config where they say nothing."""
-    if args.json + args.raw + args.curl > 1 or args.command == "bench" and (
-            args.raw or args.curl):
-        raise ClientError("give one of --json, --raw and --curl; to bench only --json")
+    if args.json + args.raw + args.curl > 1:
+        raise ClientError("give one of --json, --raw and --curl")
+    unused = {"models": ("words", "prompt", "system"), "complete": ("system",),
+              "bench": ("raw", "curl")}.get(args.command, ())
+    for name in filter(vars(args).get, unused):
+        raise ClientError(f"{args.command} takes no {name}")
     config = configured(args.config) if args.config else {}
     args.p, args.model = dict(map(parameter, args.p)), args.model or config.get("model")
     client = Client(args.base_url or config.get("base_url"),
                     args.api_key or config.get("api_secret_key"), args.timeout,
                     2 if args.retries is None else args.retries, args.cafile)
     for header in args.H:
-        name, colon, value = header.partition(":")
-        client.add_header(name.strip() if colon else "", value.strip())
+        if ":" not in header:  # not shown: it may be a key
+            raise ClientError("-H takes 'Name: value'")
+        client.add_header(*map(str.strip, header.split(":", 1)))
     client.retrying = lambda error, s: tell(f"{error} (trying again in {s:.1f} s)")
     return _COMMANDS[args.command](client, args)
 

@@ -4241,7 +4241,7 @@ def test_a_truncated_stream_keeps_the_end_of_a_very_long_text():
     (b'data: {"choices":[{"delta":{},"error":{"message":"busy","code":502}}]}', "busy", 502),
     (b'data: {"choices":[{"error":"busy","finish_reason":"error","index":1}]}', "busy", None),
     *((b"data: " + said, None, None)
-      for said in (b'{"choices"', b"hello", b"[1]", b"17", b"[" * 100000))])
+      for said in (b'{"choices"', b"hello", b"[1]", b"17", b'"[DONE]"', b"[" * 100000))])
 def test_an_error_event_raises_what_it_says_and_one_that_is_no_json_object_is_a_bad_reply(
         said, message, code):
     with pytest.raises(client.APIError if message else BadReply) as caught:
@@ -4298,6 +4298,10 @@ DIALECTS = {  # name: (chunks, or lines of their own; what the completion holds 
     "Mistral: a reference in the text": (
         [chunk("Hi"), chunk({"content": REFERENCE}), chunk(" you", "stop")],
         {"choices.0.message.content": text_parts("Hi") + REFERENCE + text_parts(" you")}),
+    "a text part with a field of its own beside other parts": (
+        [chunk({"content": [{**text_parts("Hi ")[0], "annotations": [1]}, *text_parts("you"),
+                            *REFERENCE]}, "stop")],
+        {"choices.0.message.content.0": {"type": "text", "text": "Hi you", "annotations": [1]}}),
     "Mistral: nothing but text parts": (
         [chunk({"content": text_parts("Hi")}), chunk({"content": text_parts(" you")}, "stop")],
         {"choices.0.message.content": "Hi you"}),
@@ -4421,9 +4425,12 @@ def test_fold_and_pieces_bear_what_makes_no_sense_but_not_what_is_too_deep(choic
 
 
 def folded(*deltas):
-    """The message that deltas make."""
-    return fold({"choices": [{"index": 0, "delta": delta}]}
-                for delta in deltas)["choices"][0]["message"]
+    """The message that deltas make, which stay as they are."""
+    before = json.dumps(deltas)
+    message = fold({"choices": [{"index": 0, "delta": delta}]}
+                   for delta in deltas)["choices"][0]["message"]
+    assert json.dumps(deltas) == before
+    return message
 
 
 @pytest.mark.parametrize("deltas, message", [
@@ -4459,9 +4466,17 @@ G = {"id": "2", "type": "function", "function": {"name": "g", "arguments": "{}"}
                                [{**F, "function": {"name": "f", "arguments": '{"a": 1}'}}]),
     "no arguments": ([call_delta("", "g", index=0, id="2")], [G]),
     "whole calls": ([{"tool_calls": [F, G]}], [F, G]),
-    "whole calls without ids": (
-        [{"tool_calls": [{"function": F["function"]}, {"function": G["function"]}]}],
-        [{"type": "function", "function": each["function"]} for each in (F, G)]),
+    **{f"whole calls without ids {where}": (
+        deltas, [{"type": "function", "function": each["function"]} for each in (F, G)])
+       for where, deltas in {
+           "in one list": [{"tool_calls": [{"function": F["function"]},
+                                           {"function": G["function"]}]}],
+           "of an index that is null": [{"tool_calls": [
+               {"index": None, "function": each["function"]} for each in (F, G)]}],
+           "each in its chunk": [{"tool_calls": [{"function": each["function"]}]}
+                                 for each in (F, G)]}.items()},
+    "an empty function": ([{"tool_calls": [{"id": "1", "function": {}}]}],
+                          [{"id": "1", "type": "function", "function": {"arguments": "{}"}}]),
     "neither index nor id": ([call_delta("", "f"), call_delta('{"a"'), call_delta(":1}")],
                              [{"type": "function", "function": F["function"]}]),
     "an id later": ([call_delta("", "f", index=0), call_delta("", "g", index=0, id="2")],
@@ -4515,7 +4530,7 @@ def test_settings_and_else_the_first_model_come_from_the_environment(monkeypatch
     *({"base_url": url} for url in (
         "localhost:8000", "file:///etc", "http://", "http://a:b/", "http://a b/",
         "http://me:pa55word@h/v1", "http://pa55word@h/v1", "me:pa55word@h/v1",
-        "http://me:pa55word@h:x y/v1")),
+        "http://me:pa55word@h:x y/v1", "http://me:pa55word?x@h/v1")),
     {"timeout": 0}, {"api_key": "sk-\npa55word"}, {"base_url": "https://a", "cafile": "/no/such"}])
 def test_settings_that_cannot_work_are_an_error_that_shows_no_password_or_key(settings):
     with pytest.raises(ClientError) as caught:
@@ -4527,8 +4542,9 @@ def test_settings_that_cannot_work_are_an_error_that_shows_no_password_or_key(se
 def test_a_proxy_from_the_environment_is_asked_but_not_for_loopback_addresses(monkeypatch):
     with playing(MODELS_REPLY) as (base_url, requests):
         monkeypatch.setenv("http_proxy", base_url[:-3])
-        Client("http://model.invalid/v1").models()
-    assert requests[0][0].startswith("GET http://model.invalid/v1/models")
+        for host in ("model.invalid", "127.example.com"):
+            Client(f"http://{host}/v1").models()
+            assert requests[-1][0].startswith(f"GET http://{host}/v1/models")
     monkeypatch.setenv("http_proxy", "http://me:pa55word@127.0.0.1:1")
     assert asked(GOOD)[0] == "Hi there"
     with pytest.raises(ConnectionFailed, match="through the proxy 127.0.0.1:1") as caught:
@@ -4593,6 +4609,7 @@ PAGE = reply(b"<!DOCTYPE html><p>Welcome", content_type="text/html")
     **{f"{before} before it": (reply(before + body), "Hi there") for blank in BLANKS
        for before, body in ((blank, json.dumps(WHOLE).encode()), (blank, SAID),
                             (blank + b": c\n\n", SAID), (blank + b"event: x\n", SAID))},
+    "an empty Content-Encoding": (reply(WHOLE, content_encoding=""), "Hi there"),
     "an invalid byte": (GOOD.replace(b'"Hi"', b'"\xff\xff"'), "\ufffd\ufffd there")}))
 def test_a_reply_is_streamed_or_whole_as_it_was_asked_for_however_it_comes(answer, text, stream):
     assert asked(answer, stream=stream)[0] == text
@@ -4603,7 +4620,8 @@ def test_a_reply_is_streamed_or_whole_as_it_was_asked_for_however_it_comes(answe
     (PAGE, BadReply, "text/html"), (reply({"error": {"message": "no"}}), client.APIError, "no"),
     (reply(b"\x1f\x8b\x08", content_encoding="gzip"), BadReply, "gzip"),
     *((answer, BadReply, None) for answer in (
-        reply(b'{"choices"'), *map(reply, ({}, {"id": "c"}, {"choices": None}, [WHOLE])))),
+        reply(b'{"choices"'), *map(reply, (
+            {}, {"id": "c"}, {"choices": None}, [WHOLE], {"message": {"content": "Hi"}})))),
     (b"HTTP/1.1 200 OK\r\n\r\n", ClientError, None), (reply([]), ClientError, None),
     (b"nonsense\r\n\r\n", ConnectionFailed, None), (b"", ConnectionFailed, None)])
 def test_an_answer_that_is_none_is_a_named_error(answer, kind, words, stream):
@@ -4900,6 +4918,9 @@ CALL_CHUNKS = [{"refusal": "I won't."}, call_delta("", "f", index=0, id="1", typ
     "raw": ([MODELS_REPLY, streamed(RAW[:9], RAW[9:])], "chat Hi --raw", 0, RAW.decode(), ""),
     "raw, cut at first": ([reply(WHOLE)[:-5], reply(WHOLE)], "chat Hi --raw --no-stream", 0,
                           json.dumps(WHOLE), "(trying again"),
+    "raw, an error in a stream": (
+        streamed(b'data: {"error": "busy"}\n\n'), "chat Hi --raw --no-stream", 1,
+        'data: {"error": "busy"}\n\n', "client.py: error: busy\n"),
     "a retry": ([SLOW, GOOD], "chat Hi", 0, "Hi there\n",
                 "429 slow: slow down (trying again in 0.0 s)\n"),
     **{reason: (streamed(HI_EVENT, event({}, reason), DONE), "chat Hi", 0, "Hi\n",
@@ -4907,6 +4928,9 @@ CALL_CHUNKS = [{"refusal": "I won't."}, call_delta("", "f", index=0, id="1", typ
        for reason in ("length", "content_filter")},
     "two choices": (streamed(HI_EVENT, OTHER_CHOICE, STOP, DONE), "chat Hi", 0, "Hi\n",
                     "the first of 2 choices is shown; --json prints them all\n"),
+    "a call of the second, cut short": (
+        streamed(HI_EVENT, event(call_delta("{}", "g"), "length", {"index": 1}), DONE), "chat Hi",
+        0, "Hi\n", "the first of 2 choices is shown; --json prints them all\n"),
     "a refusal, a call": (
         streamed(*map(event, CALL_CHUNKS), event({}, "tool_calls"), DONE), "chat Hi",
                           0, f"I won't.\n{json.dumps(F)}\n", ""),
@@ -4914,7 +4938,7 @@ CALL_CHUNKS = [{"refusal": "I won't."}, call_delta("", "f", index=0, id="1", typ
             "401 invalid_api_key: no (--api-key or"),
     "404": (refusal_reply("404 No", message="a\nb"), "chat Hi", 1, "",
             "404: a b (are --base-url and --model given and right?)\n"),
-    "a page": (PAGE, "chat Hi", 1, "", "text/html"),
+    "a page": (PAGE, "chat Hi -H accept:text/html", 1, "", "text/html"),
     "half a reply": (streamed(HI_EVENT), "chat Hi", 1, "Hi\n", "before the reply was complete"),
     "a reply that is cut": (streamed(HI_EVENT)[:-5], "chat Hi", 1, "Hi\n", "cut"),
     "no reply": (b"", "chat Hi --retries 0", 1, "", "cannot reach")}))
@@ -4949,7 +4973,8 @@ def test_curl_of_the_models_sends_no_key_where_none_is_given():
 
 
 @pytest.mark.parametrize("words", [
-    "chat", "chat -", "complete", "nonsense", "models --json --raw",
+    "chat", "chat -", "complete", "nonsense", "models --json --raw", "models Hi",
+    "complete Hi --system Be.",
     *(f"chat Hi {more}" for more in (
         "-", "--json --raw", "--raw --curl", "-p x", "-p x=@/no/such", "--config /no/such",
         "--base-url nowhere", "--base-url http://me:pw@h/v1", "--timeout 0", "--timeout nan",
@@ -4958,6 +4983,7 @@ def test_curl_of_the_models_sends_no_key_where_none_is_given():
 def test_what_makes_no_sense_is_status_2(words):
     done = run(*shlex.split(words))
     assert (done.returncode, done.stdout) == (2, b"") and done.stderr
+    assert b"header :" not in done.stderr       # where the header has no name
 
 
 def deep(count, before, after, around=b"%b"):
@@ -5200,6 +5226,7 @@ def test_the_body_of_an_error_has_a_limit_of_time_and_of_bytes(block, pause, sec
     (b"HTTP/1.1 502 \r\n\r\n<html>", client.APIError, "502: Bad Gateway"),
     (b"HTTP/1.1 400 No" + streamed(*[b"word"] * 300)[15:], client.APIError, "word" * 300),
     (b"nonsense\r\n\r\n", ConnectionFailed, "/v1: nonsense"),
+    (reply({"error": "busy"}), client.APIError, "error: busy"),
     (reply({"error": {"message": "busy", "code": 429}}), client.APIError, "429: busy"),
     (reply({"error": {"message": "no", "code": 429}}, "400 No"), client.APIError, "400 429: no")])
 def test_streamed_or_not_an_error_says_what_the_server_did(answer, error, told, stream):
@@ -5219,6 +5246,7 @@ def test_an_error_event_needs_no_message_and_its_code_may_be_a_status(said, stat
 
 @pytest.mark.parametrize("query, key, echoed, shown", [
     ("", "EMPTY", "EMPTY must not be empty", "*** must not be empty"),
+    ("", "a+b/c", "a%2Bb%2Fc a%2bb%2fc \\u0061+b/c A+b/c", "*** *** *** A+b/c"),
     ("?key=abcd+efgh", "", "abcd+efgh abcd efgh", "*** ***"),
     ("?SECRETKEY", "", "SECRETKEY", "***"), ("?k=%ff%feabcdef", "", "%ff%feabcdef", "***"),
     ("?k=c2VjcmV0cw==", "", "c2VjcmV0cw==", "***")])
@@ -5253,8 +5281,9 @@ def test_messages_escape_what_moves_the_cursor_and_show_keeps_no_chunk_that_is_s
     plain = "a\xa0b\u3000c\U0001f469\u200d\U0001f680"
     assert str(ClientError(plain + "\x9b\u2066\ud83d")) == plain + "\\x9b\\u2066\\ud83d"
     kept, delta = [], {"role": "assistant", "content": "x", "refusal": None, "tool_calls": []}
-    said = [chunk(delta)] * 5 + [chunk({"reasoning": "x"})] * 5 + [chunk({}, "stop")]
-    list(client._shown(said, kept))
+    said = [chunk(delta), chunk({"reasoning": "x"}), chunk("x", None, {"index": 1})] * 5
+    said.append(chunk({}, "stop"))
+    list(client._shown(said, kept, set()))
     assert len(kept) == 1
 
 
