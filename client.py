@@ -637,12 +637,12 @@ def _complete_call(call):
 
 
 def _complete(choice):
-    """A choice as it stands in a completion, from what has grown of it."""
+    """A choice as it stands in a completion, from its fields and merged increments."""
     text, delta = choice.pop("text", None), choice.pop("delta", None)
     if isinstance(text, str) and delta is None:
         return {"text": text, **choice}
     said = {name: value for name, value in _object(delta).items()
-            if value or name not in ("role", "tool_calls")}  # these two not if empty
+            if value or name not in ("role", "tool_calls")}  # left out where empty
     message = {"role": "assistant", "content": None, "refusal": None, **said}
     return {"index": choice.pop("index"), "message": message, **choice}
 
@@ -1022,7 +1022,7 @@ class Client:
             folded = _STREAM.match(start) and fold(chunks(events(lines([start]))))
         except StreamTruncated as error:  # nothing of it was handed on: ask again
             raise ConnectionFailed(error.message) from error
-        except (APIError, BadReply):  # which only a body that is complete can be
+        except (APIError, BadReply):  # in a body that was not cut
             self.watch(body)
             raise
         self.watch(body)  # only now: a reply that was cut is asked for again
@@ -1088,15 +1088,16 @@ def show(chunks, said):
 
 
 def _shown(chunks, rest, indexes):
-    """Yield the text and the refusal of the first choice. Add what _show_rest needs to
-    `rest` and `indexes`: keeping all chunks would need memory without bound."""
+    """Yield the text and the refusal of the first choice. What else it holds is added
+    to `rest`, and the indexes of all choices to `indexes`: keeping all chunks would
+    need memory without bound."""
     dim, normal = ("", "") if os.name == "nt" else ("\x1b[2m", "\x1b[0m")
     on_terminal, line_end = sys.stderr.isatty(), ""  # "\n" while a line is begun there
     try:
         for chunk in chunks:
             indexes.update(map(_index, _choices(chunk)))
-            rest += filter(_is_shown_at_the_end, _choices(chunk))
             choice = _first(chunk)
+            rest += filter(_is_shown_at_the_end, [choice])
             delta, reasoning = _object(choice.get("delta")), _reasoning(choice)
             piece = _text(choice) or delta.get("refusal")
             if on_terminal and reasoning:
@@ -1116,9 +1117,8 @@ def _is_shown_at_the_end(choice):
 
 
 def _show_rest(completion, choices):
-    """Print the tool calls of the first choice; tell what else was not shown. `choices`
-    is the number of choices in the reply; the completion may hold only some of them.
-    """
+    """Print the tool calls of the first choice, which is all that the completion holds;
+    tell what else was not shown. `choices` is the number of choices in the reply."""
     first = _first(completion)
     message = first.get("message", {})
     for call in (*message.get("tool_calls", ()), message.get("function_call")):
