@@ -498,7 +498,7 @@ def fold(chunks):
         _update_fields(completion, chunk, but={"choices", "obfuscation"})
         for choice in _choices(chunk):
             known = {"index": _index(choice), "logprobs": None, "finish_reason": None}
-            fields, found = choices.setdefault(_index(choice), (known, []))
+            fields, found = choices.setdefault(known["index"], (known, []))
             _update_fields(fields, choice, but=apart)
             found.append({name: choice[name] for name in _INCREMENTS & choice.keys()})
     try:
