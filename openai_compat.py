@@ -101,7 +101,6 @@ import io
 import itertools
 import json
 import logging
-import marshal
 import math
 import operator
 import os
@@ -1101,10 +1100,14 @@ def in_turn(generators):
         >>> list(in_turn([iter("ace"), iter("bd")]))
         ['a', 'b', 'c', 'd', 'e']
     """
-    for running in range(len(generators), 0, -1):
-        generators = itertools.cycle(itertools.islice(generators, running))
-        # This ends with the first generator that ends.  The others are next in turn.
-        yield from map(next, generators)
+    running = collections.deque(generators)
+    while len(running) > 1:
+        items = running.popleft()
+        for item in itertools.islice(items, 1):
+            yield item
+            running.append(items)
+    for items in running:               # the one that is left, or the only one
+        yield from items
 
 
 # Log probabilities are made up, since there is no model: the token that was said comes
@@ -1368,7 +1371,7 @@ def fold(chunks):
 # Events.  A streamed response is a series of server-sent events (WHATWG HTML, 9.2).
 
 DONE = b"data: [DONE]\n\n"
-JSON = {"content-type": "application/json"}
+JSON_HEADERS = {"content-type": "application/json"}
 EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8",
                 "cache-control": "no-cache, no-transform",
                 "x-accel-buffering": "no"}      # otherwise nginx collects a full buffer
@@ -1407,7 +1410,7 @@ class Response(collections.namedtuple("Response", "status headers body ready",
 
 
 def json_response(value, headers={}, status=200):
-    return Response(status, {**JSON, **headers}, to_json(value))
+    return Response(status, {**JSON_HEADERS, **headers}, to_json(value))
 
 
 def error_response(error):
@@ -2588,7 +2591,7 @@ class Relay(PassingOn):
         passed = () if ours or incoming.has_our_key else KEY_HEADERS
         theirs = {name: value for name, value in incoming.headers.items()
                   if name.startswith(REQUEST_HEADERS + passed)}
-        return {**JSON, **theirs, "accept-encoding": "identity", **ours}
+        return {**JSON_HEADERS, **theirs, "accept-encoding": "identity", **ours}
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
@@ -3547,7 +3550,10 @@ def copied(value):
         >>> copied(given) == given, copied(given)["a"] is given["a"]
         (True, False)
     """
-    return marshal.loads(marshal.dumps(value))          # quicker than copy.deepcopy
+    if isinstance(value, dict):
+        return {name: copied(each) if isinstance(each, (dict, list)) else each
+                for name, each in value.items()}
+    return [copied(each) for each in value] if isinstance(value, list) else value
 
 
 class Server(ThreadingHTTPServer):
@@ -3889,7 +3895,7 @@ class Server(ThreadingHTTPServer):
             if quirk in UNSTREAMED_QUIRKS:   # the others are about events
                 incoming.quirk = quirk
                 body = QUIRKS[quirk]([body], 0)
-            return Response(200, {**JSON, **headers}, body)
+            return Response(200, {**JSON_HEADERS, **headers}, body)
         ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
         writes = incoming.noted(events(chunks))
         if quirk:
