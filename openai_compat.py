@@ -1399,14 +1399,17 @@ def events(chunks):
     yield DONE
 
 
-class Response(collections.namedtuple("Response", "status headers body ready",
-                                      defaults=(b"", False))):
+class Response:
     """What goes out in reply to one request.
 
     status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
     writes, which are bytes that go out in one send each, as soon as they come.  ready:
     all writes are there already; the handler may then put several into one send.
     """
+
+    def __init__(self, status, headers, body=b"", ready=False):
+        self.status, self.headers, self.body = status, headers, body
+        self.ready = ready
 
 
 def json_response(value, headers={}, status=200):
@@ -1460,8 +1463,11 @@ class Connection:
     """The socket of one client, the bytes that came from it, and whether it has left.
     A client that half-closes has left, too.
 
+    Reads and writes block: a timeout of Python's would cost a system call for each.  A
+    thread calls `end_if_late` twice a second; it ends those that take too long.
+
     seconds: how long a request may take to arrive, and a client to read 64 KiB.
-    deadline: when the request must have arrived, on the clock time.monotonic.  trace:
+    deadline: of the read or write that goes on, on the clock time.monotonic.  trace:
     None, or a function of "<" or ">" and the bytes that went or came.
     """
 
@@ -1480,9 +1486,6 @@ class Connection:
             block = self.sock.recv(65536)
         except NOT_NOW:                 # only a part of a TLS record: see `wait`
             return
-        except socket.timeout:
-            raise ClientLeft if self.idle else APIError(
-                408, "The request took too long to arrive.") from None
         except OSError:
             block = b""
         self.ended |= not block
@@ -1490,10 +1493,17 @@ class Connection:
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
-        self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
         self.receive()
+        if self.ended and not self.idle and time.monotonic() > self.deadline:
+            raise APIError(408, "The request took too long to arrive.")
         if self.ended:
             raise ClientLeft
+
+    def end_if_late(self):
+        """End the read or write of this connection's thread if it takes too long."""
+        late = time.monotonic() - self.deadline
+        if late > 0:    # in the first second only reading: a 408 can still be sent
+            self.shut(socket.SHUT_RD if late < 1 else socket.SHUT_RDWR)
 
     def is_full(self):
         return len(self.buffer) > MOST_READ_AHEAD
@@ -1515,6 +1525,7 @@ class Connection:
             if self.sock in found:
                 self.sock.setblocking(False)    # or a partial TLS record would block
                 self.receive()
+                self.sock.setblocking(True)
             elif found or not left:
                 return
         if self.stopping:
@@ -1528,11 +1539,12 @@ class Connection:
             self.trace("<", block)
         view = memoryview(block)
         try:
-            self.sock.settimeout(self.seconds)
             for start in range(0, len(block), 65536):
+                self.deadline = time.monotonic() + self.seconds
                 self.sock.sendall(view[start:start + 65536])
         except OSError:
             raise ClientLeft from None
+        self.deadline = math.inf
 
     def shut(self, how):
         """Shut a direction of TCP, from any thread.  An SSLSocket's own method would
@@ -2940,7 +2952,9 @@ class RequestReader(Connection):
         if get("content-encoding", "identity").lower() != "identity":
             raise APIError(400, "The body has a Content-Encoding; send it without.")
         if expect and incoming.version >= (1, 1) and not self.buffer:
+            deadline = self.deadline
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.deadline = deadline            # sending has one of its own
         content = (self.take_transfer_chunks(most) if coding
                    else self.take(int(length)))
         self.unread = False
@@ -3176,6 +3190,7 @@ class Handler(BaseHTTPRequestHandler):
                 reader.sock.setblocking(False)  # do not wait for the client's
                 reader.sock.unwrap()
         with suppress(OSError, ClientLeft, APIError):
+            reader.sock.setblocking(True)
             reader.shut(socket.SHUT_WR)
             reader.deadline = time.monotonic() + 1
             while reader.unread:        # if bytes remain unread, the close is a reset
@@ -3274,6 +3289,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.reader.unread:
                 incoming.content = self.reader.read_content(incoming,
                                                             self.server.max_body)
+            self.reader.deadline = math.inf
         finally:
             incoming.exchange.content = incoming.content
             self.server.journal.append(incoming.exchange)
@@ -3286,8 +3302,7 @@ class Handler(BaseHTTPRequestHandler):
             response = self.server.respond(incoming)
             if not isinstance(response.body, bytes):
                 writes = iter(response.body)
-                response = response._replace(
-                    body=itertools.chain([next(writes, b"")], writes))
+                response.body = itertools.chain([next(writes, b"")], writes)
             return response
         except Instead as instead:
             return instead.args[0]
@@ -3509,6 +3524,8 @@ def tls_context(tls):
         return tls
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # When `end_if_late` ends a read, this lets a 408 be sent (OpenSSL 3).
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         context.load_cert_chain(*tls)
     except (OSError, TypeError) as error:       # it does not name the files
@@ -3607,7 +3624,7 @@ class Server(ThreadingHTTPServer):
             self.add_route(route, function)
         self.random, self.failure = random.Random(), None
         self.connections = {}           # {thread: its reader}
-        self.closed, self.thread = threading.Event(), None
+        self.closed, self.threads = threading.Event(), []
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3658,18 +3675,31 @@ class Server(ThreadingHTTPServer):
         return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
 
     def start(self):
-        """Serve in a thread of its own; returns the server."""
+        """Serve in threads of its own; returns the server."""
         if self.closed.is_set():
             raise RuntimeError("this server is closed; make another one")
-        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
-        self.thread.start()
+        self.threads = [threading.Thread(target=target, daemon=True)
+                        for target in (self.watch, self.accept_connections)]
+        for thread in self.threads:
+            thread.start()
         return self
 
     def serve_forever(self, poll_interval=None):
-        """Accept connections until another thread closes the server."""
+        """Serve until another thread closes the server."""
+        self.start()
+        self.closed.wait()
+
+    def accept_connections(self):
         stay_on_core(self.core)
         while not self.closed.is_set():
             self._handle_request_noblock()      # which blocks until there is one
+
+    def watch(self):
+        """End reads and writes that take too long: they block."""
+        stay_on_core(self.core)
+        while not self.closed.wait(0.5):
+            for reader in list(self.connections.values()):
+                reader.end_if_late()
 
     def get_request(self):
         try:
@@ -3721,8 +3751,8 @@ class Server(ThreadingHTTPServer):
         with suppress(OSError):         # a connection wakes accept() where that did not
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
-        if self.thread:
-            self.thread.join(1)
+        for thread in self.threads:
+            thread.join(1)
         self.server_close()
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)
         self.cut_connections()
