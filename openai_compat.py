@@ -1066,7 +1066,8 @@ class Usage:
         counted = sum(len(tokens) for prompt in self.prompts
                       for tokens in prompt_tokens(prompt, self.tokenize))
         usage = {"prompt_tokens": counted, "completion_tokens": self.completion_tokens,
-                 "total_tokens": 0, **details, **self.corrections}
+                 "total_tokens": 0,         # its place; the sum follows
+                 **details, **self.corrections}
         total = usage["prompt_tokens"] + usage["completion_tokens"]
         usage["total_tokens"] = self.corrections.get("total_tokens", total)
         return usage
@@ -1082,7 +1083,7 @@ def chunks_of(request, choices, usage):
               "system_fingerprint": "fp_openai_compat"}
     if is_chat:
         common["service_tier"] = SERVED_TIERS[request["service_tier"]]
-    common["choices"] = []
+    common["choices"] = []          # stands before usage, as the API has it
     if not request["stream"] or (request["stream_options"] or {}).get("include_usage"):
         common["usage"] = None      # as the API says in every chunk but the last
     for choice in choices:
@@ -1112,7 +1113,7 @@ def in_turn(generators):
 
 # Log probabilities are made up, since there is no model: the token that was said comes
 # first, and each other candidate is half as likely as the one before it.
-OTHER_TOKENS = tokenize(" the, a. of and to in is it for as on was be at by we if or so")
+OTHER_TOKENS = tokenize(" the, a. of and to in is it for as on was be at by we if or I")
 
 
 def candidates(token, count):
@@ -1284,7 +1285,7 @@ def completion_chunks(request, sequences, usage):
     """
     best_of, n, running = request["best_of"], request["n"], []
     for i, segments in enumerate(sequences):
-        place, rank = divmod(i, best_of)        # of the prompt; of its sequence
+        place, rank = divmod(i, best_of)    # of the prompt, and of the sequence in it
         index = place * n + rank if rank < n else None      # None: counted, not shown
         running.append(text_choices(request, index, usage.prompts[place], segments,
                                     usage))
@@ -1572,8 +1573,8 @@ def pause(seconds, *sources):
 
 
 # ----------------------------------------------------------------------------------
-# Quirks.  Deliberate faults, for tests of a client.  A quirk is a function of the writes
-# of a response and of k -> the writes to send instead; each one is one send.  k: how
+# Quirks.  Deliberate faults, for tests of a client.  A quirk is a function of the
+# writes of a response and of k -> the writes to send instead, one send each.  k: how
 # many events pass first.  `stall@3` lets three pass and is then silent; a quirk that is
 # everywhere ignores k.
 
@@ -1658,7 +1659,8 @@ QUIRKS = {
     "no_space": lambda writes, k: (
         write.replace(b"data: ", b"data:", 1) for write in writes),
     # A byte order mark at the start.
-    "bom": lambda writes, k: itertools.chain([codecs.BOM_UTF8], writes),
+    "bom": lambda writes, k: (
+        write if i else codecs.BOM_UTF8 + write for i, write in enumerate(writes)),
     # An id in each event, then comment blocks: old SDKs parse those as events.
     "id_field": lambda writes, k: (
         b"id: %d\n%b: comment\n\n" % (i, write) for i, write in enumerate(writes)),
@@ -2962,8 +2964,9 @@ class RequestReader(Connection):
 
 
 def normal_path(path):
-    """A path -> (its route, the model in it or None): single slashes, no /v1.  Tutorials
-    of streaming ask for a chat at /sse.
+    """A path -> (its route, the model in it or None): single slashes, no /v1.
+
+    Tutorials of streaming ask for a chat at /sse.
 
     Example:
         >>> normal_path("//v1/models/org%2Fm/"), normal_path("/engines/m/completions")
@@ -3293,6 +3296,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             incoming.exchange.content = incoming.content
             self.server.journal.append(incoming.exchange)
+            # One statement, because threads share the list.  None stands for a size of
+            # 0, since [:-0] is no item at all.
             del self.server.journal[:-self.server.journal_size or None]
 
     def find_response(self, incoming):
@@ -3724,7 +3729,7 @@ class Server(ThreadingHTTPServer):
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
                 with suppress(OSError, ValueError):     # it may be closed by now
-                    # What can be read before we shut it is the end: the client left.
+                    # If it can be read before we shut it, the client has left.
                     left = not reader.is_full() and ready_files([reader.sock], 0)
                     reader.stopping |= not left
                 reader.shut(how)

@@ -2683,6 +2683,11 @@ def test_every_quirk_works_on_a_text_completion(quirk):
     assert chunks or how == "reset"
 
 
+@pytest.mark.parametrize("quirk", sorted({*QUIRKS} - {"html_502"}))
+def test_what_fails_before_its_first_piece_has_its_status_whatever_the_quirk(quirk):
+    assert ask(Reply(error=TEAPOT, quirk=quirk), stream=True).status == 418
+
+
 @pytest.mark.parametrize("reply, server, header, allowed, events", [
     (1, 2, 3, True, 1), (None, 2, 3, True, 2), (None, None, 3, True, 3), (1, None, 3, True, 1),
     (1, 2, None, True, 1), (None, None, None, True, 5), (None, None, 3, False, 5)])
@@ -6578,15 +6583,12 @@ def test_only_tls_1_2_and_newer_are_spoken(tls_files):
         assert [refusal("TLSv1"), refusal("TLSv1_1")] == ["TLSV1_ALERT_PROTOCOL_VERSION"] * 2
 
 
-def test_a_silent_client_over_tls_is_closed_in_time(tls_files):
-    with Server(tls=tls_files, request_timeout=0.1) as server, dial(server) as client:
-        assert len(read_to_end(client)) < 10            # at most an alert of TLS
-
-
-def test_a_request_that_does_not_arrive_in_time_is_a_408_under_tls_too(tls_files):
-    with Server(tls=tls_files, request_timeout=0.5) as server, secured(server, tls_files) as client:
-        client.sendall(request_bytes()[:-5])
-        assert got_on(client).status == 408
+def test_late_clients_over_tls_are_closed_a_half_sent_request_with_a_408(tls_files):
+    with Server(tls=tls_files, request_timeout=0.5) as server, dial(server) as silent:
+        assert len(read_to_end(silent)) < 10            # at most an alert of TLS
+        with secured(server, tls_files) as client:
+            client.sendall(request_bytes()[:-5])
+            assert got_on(client).status == 408
 
 
 def test_a_handshake_that_fails_leaves_nothing_behind(tls_files):
