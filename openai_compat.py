@@ -3729,7 +3729,8 @@ class Server(ThreadingHTTPServer):
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
                 with suppress(OSError, ValueError):     # it may be closed by now
-                    # If it can be read before we shut it, the client has left.
+                    # What a client sends is read as it comes.  If there is something
+                    # to read before we shut the socket, it is the end: it has left.
                     left = not reader.is_full() and ready_files([reader.sock], 0)
                     reader.stopping |= not left
                 reader.shut(how)
@@ -3927,7 +3928,7 @@ class Server(ThreadingHTTPServer):
         chunks = make_chunks(request, sequences, usage)
         if not request["stream"]:
             body = to_json(fold(chunks))
-            if quirk in UNSTREAMED_QUIRKS:   # the others are about events
+            if quirk in UNSTREAMED_QUIRKS:  # the others are about events
                 incoming.quirk = quirk
                 body = QUIRKS[quirk]([body], 0)
             return Response(200, {**JSON_HEADERS, **headers}, body)
