@@ -736,14 +736,14 @@ def parse_prompts(prompt):
 def parse_completion(body, strict=True):
     """Check the body of POST /v1/completions -> the request.
 
-    `prompts` is a list, whichever form "prompt" has, and `best_of` is a number.  For
+    `prompt` is as it was sent (see `parse_prompts`), and `best_of` is a number.  For
     each call of the backend the server adds `id`, `index`, and as `prompt` and `text`
     the text of one prompt.  There is no conversation for `strict` to check.
 
     Example:
         >>> request = parse_completion({"model": "m", "prompt": "Once", "n": 2})
-        >>> request["prompts"], request["best_of"], request["endpoint"]
-        (['Once'], 2, 'completion')
+        >>> request["prompt"], request["best_of"], request["endpoint"]
+        ('Once', 2, 'completion')
     """
     request = checked(body, COMPLETION_FIELDS)
     n = request["n"]
@@ -757,7 +757,7 @@ def parse_completion(body, strict=True):
         raise invalid("Cannot stream results with best_of > n.", "best_of")
     prompts = parse_prompts(request["prompt"])
     check("prompt", prompts, Bounded(list, 1, 128 // best_of))  # 128 choices in all
-    request.update(endpoint="completion", best_of=best_of, prompts=prompts)
+    request.update(endpoint="completion", best_of=best_of)
     return request
 
 
@@ -900,7 +900,7 @@ def prompts_of(request, tokenize):
         return [text_of(message.get("content")) for message in request["messages"]]
     decode = getattr(tokenize, "decode", "<|{}|>".format)
     return [prompt if type(prompt) is str else [decode(id) for id in prompt]
-            for prompt in request["prompts"]]
+            for prompt in parse_prompts(request["prompt"])]
 
 
 def prompt_tokens(prompt, tokenize):
@@ -1358,12 +1358,9 @@ def fold(chunks):
     All but the choices is as in the last chunk, which has the usage.  Raises ValueError
     without any chunk.
     """
-    chunk, choices = None, []
-    for chunk in chunks:
-        choices += chunk["choices"]
-    if chunk is None:
-        raise ValueError("a completion needs at least one chunk")
-    return {**chunk, "object": chunk["object"].replace(".chunk", ""),
+    *others, last = chunks
+    choices = [choice for chunk in [*others, last] for choice in chunk["choices"]]
+    return {**last, "object": last["object"].replace(".chunk", ""),
             "choices": [with_message(choice) if "delta" in choice else choice
                         for choice in merged_by_index(choices)]}
 
@@ -1400,17 +1397,12 @@ def events(chunks):
     yield DONE
 
 
-class Response:
-    """What goes out in reply to one request.
-
-    status: an int.  headers: {lower-case name: str}.  body: bytes, or an iterable of
-    writes, which are bytes that go out in one send each, as soon as they come.  ready:
-    all writes are there already; the handler may then put several into one send.
-    """
-
-    def __init__(self, status, headers, body=b"", ready=False):
-        self.status, self.headers, self.body = status, headers, body
-        self.ready = ready
+# What goes out in reply to one request.  status: an int.  headers: {lower-case name:
+# str}.  body: bytes, or an iterable of writes, which are bytes that go out in one send
+# each, as soon as they come.  ready: all writes are there already; the handler may then
+# put several into one send.
+Response = collections.namedtuple("Response", "status headers body ready",
+                                  defaults=(b"", False))
 
 
 def json_response(value, headers={}, status=200):
@@ -3307,7 +3299,8 @@ class Handler(BaseHTTPRequestHandler):
             response = self.server.respond(incoming)
             if not isinstance(response.body, bytes):
                 writes = iter(response.body)
-                response.body = itertools.chain([next(writes, b"")], writes)
+                first = next(writes, b"")
+                return response._replace(body=itertools.chain([first], writes))
             return response
         except Instead as instead:
             return instead.args[0]
@@ -3629,7 +3622,8 @@ class Server(ThreadingHTTPServer):
             self.add_route(route, function)
         self.random, self.failure = random.Random(), None
         self.connections = {}           # {thread: its reader}
-        self.closed, self.threads = threading.Event(), []
+        self.closed, self.thread = threading.Event(), threading.Thread(
+            target=self.serve_forever, daemon=True)
         self.numbers = itertools.count(1)           # of the connections, for the trace
         self.started = int(time.time())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3680,31 +3674,27 @@ class Server(ThreadingHTTPServer):
         return f"http{'s' if self.tls else ''}://{host}:{self.server_port}/v1"
 
     def start(self):
-        """Serve in threads of its own; returns the server."""
+        """Serve in a thread of its own; returns the server."""
         if self.closed.is_set():
             raise RuntimeError("this server is closed; make another one")
-        self.threads = [threading.Thread(target=target, daemon=True)
-                        for target in (self.watch, self.accept_connections)]
-        for thread in self.threads:
-            thread.start()
+        self.thread.start()
         return self
 
-    def serve_forever(self, poll_interval=None):
-        """Serve until another thread closes the server."""
-        self.start()
-        self.closed.wait()
+    def serve_forever(self, poll_interval=0.5):
+        """Serve until another thread closes the server.
 
-    def accept_connections(self):
+        Reads and writes of the connections block; every `poll_interval` seconds this
+        ends those that take too long.
+        """
         stay_on_core(self.core)
+        self.timeout, next_look = poll_interval, 0
         while not self.closed.is_set():
-            self._handle_request_noblock()      # which blocks until there is one
-
-    def watch(self):
-        """End reads and writes that take too long: they block."""
-        stay_on_core(self.core)
-        while not self.closed.wait(0.5):
-            for reader in list(self.connections.values()):
-                reader.end_if_late()
+            with suppress(ValueError):      # the socket may be closed by now
+                self.handle_request()       # waits no longer than `timeout`
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + poll_interval
+                for reader in list(self.connections.values()):
+                    reader.end_if_late()
 
     def get_request(self):
         try:
@@ -3757,8 +3747,8 @@ class Server(ThreadingHTTPServer):
         with suppress(OSError):         # a connection wakes accept() where that did not
             host = urlsplit(self.base_url).hostname
             socket.create_connection((host, self.server_port), timeout=1).close()
-        for thread in self.threads:
-            thread.join(1)
+        if self.thread.is_alive():
+            self.thread.join(1)
         self.server_close()
         self.end_connections(socket.SHUT_RD, grace, only_idle=True)
         self.cut_connections()
@@ -3883,15 +3873,18 @@ class Server(ThreadingHTTPServer):
     def replies(self, request, prompts, incoming):
         """Call the backend once per choice, each time with a copy of the request."""
         backend, is_chat = self.backend, request["endpoint"] == "chat"
+        body = request["body"]
         # The other fields have their defaults, none of which can be changed in place.
-        names = request.keys() & {"body", "stop", "prompts", *request["body"]}
-        mutable = {name: request[name] for name in names}
+        as_sent = [name for name, value in body.items() if request[name] is value]
         texts = ([request["text"]] * request["n"] if is_chat else
                  ["".join(prompt) for prompt in prompts
                   for _ in range(request["best_of"])])
         for index, text in enumerate(texts):
-            reply = as_reply(backend({**request, **copied(mutable), "index": index,
-                                      "prompt": text, "text": text}))
+            copy = copied(body)
+            reply = as_reply(backend({
+                **request, **{name: copy[name] for name in as_sent}, "body": copy,
+                "stop": [*request["stop"]], "index": index, "prompt": text,
+                "text": text}))
             if callable(getattr(reply.text, "close", None)):
                 incoming.closers.append(reply.text.close)
             yield reply
