@@ -331,11 +331,6 @@ def invalid(message, param, code=None):
     return APIError(400, message, param, code)
 
 
-def missing(param):
-    return invalid(f"Missing required parameter: '{param}'.", param,
-                   "missing_required_parameter")
-
-
 def mistyped(where, value, expected):
     return invalid(f"Invalid type for '{where}': expected {expected}, but got "
                    f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
@@ -386,7 +381,8 @@ class Object:
         path = f"{where}." if where else ""
         for name, mark in self.required.items():
             if value.get(name) is None and (mark == "!" or name not in value):
-                raise missing(f"{path}{name}")
+                raise invalid(f"Missing required parameter: '{path}{name}'.",
+                              f"{path}{name}", "missing_required_parameter")
         for name, item in value.items():
             spec = self.fields.get(name)
             if not (item is None or spec is None or type(item) is spec):
