@@ -296,14 +296,12 @@ def to_json(value):
         >>> to_json({"text": "你好", "n": [1, None]}).decode()
         '{"text":"你好","n":[1,null]}'
 
-    Raises ValueError or TypeError for what JSON cannot hold.
+    Raises ValueError or TypeError for what JSON cannot hold, and RecursionError for
+    what is nested too deeply, or holds itself.
     """
-    try:
-        text = encode_json(value)
-        if not text.isascii() and MUST_BE_ESCAPED.search(text):
-            text = json.dumps(value, separators=(",", ":"))     # ASCII, with escapes
-    except RecursionError:
-        raise ValueError("the value is nested too deeply, or holds itself") from None
+    text = encode_json(value)
+    if not text.isascii() and MUST_BE_ESCAPED.search(text):
+        text = json.dumps(value, separators=(",", ":"))         # ASCII, with escapes
     return text.encode()
 
 
