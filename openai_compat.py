@@ -317,7 +317,7 @@ def to_json(value):
 #     {str: spec, list: spec}     a value of one of these types, which fits its spec
 #     Object({"a": spec, ...})    an object: "a" is optional, "a!" is required, "a?" is
 #                                 required but may be null
-#     Tagged("role", {"user": spec, ...})   an object whose "role" chooses its spec
+#     tagged("role", user=Object(...), ...) an object whose "role" chooses its shape
 #     Bounded(spec, least, most)  a number, or a length, within bounds
 #     Map(spec, longest_key, most_pairs)    an object with any keys
 #     any callable(path, value)   raises the 400, or returns; the four above are such
@@ -386,16 +386,14 @@ class Object:
                 check(f"{path}{name}", item, spec)
 
 
-class Tagged(Object):
+def tagged(tag, **shapes):
     """An object of several shapes: the value of the field `tag` says which it has."""
+    has_tag = Object({f"{tag}!": tuple(shapes)})
 
-    def __init__(self, tag, shapes):
-        super().__init__({f"{tag}!": tuple(shapes)})
-        self.tag, self.shapes = tag, shapes
-
-    def __call__(self, where, value):
-        super().__call__(where, value)
-        check(where, value, self.shapes[value[self.tag]])
+    def check_shape(where, value):
+        has_tag(where, value)
+        shapes[value[tag]](where, value)
+    return check_shape
 
 
 def typed(**specs):
@@ -404,8 +402,8 @@ def typed(**specs):
     Example:
         >>> typed(text=str)("part", {"type": "text", "text": "Hello"})
     """
-    return Tagged("type", {kind: Object({f"{kind}!": spec})
-                           for kind, spec in specs.items()})
+    return tagged("type", **{kind: Object({f"{kind}!": spec})
+                             for kind, spec in specs.items()})
 
 
 OUT_OF_BOUNDS = {  # (is it a number, is it too small): what the API says, and its code
@@ -469,25 +467,25 @@ TOOL_CHOICE = {str: ("none", "auto", "required"),
 FUNCTION_CALL = {str: ("none", "auto"), dict: NAME}
 # {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 CALLED_NAME = Object({"name!": str})
-TOOL_CALL = Tagged("type", {"function": Object({"id!": str, "function!": CALLED_NAME}),
-                            "custom": Object({"id!": str, "custom!": CALLED_NAME})})
+TOOL_CALL = tagged("type", function=Object({"id!": str, "function!": CALLED_NAME}),
+                           custom=Object({"id!": str, "custom!": CALLED_NAME}))
 # "Hello", or [{"type": "text", "text": "Hello"}, {"type": "image_url", ...}]
 AUDIO = Object({"data!": str, "format!": ("wav", "mp3")})
 CONTENT = {str: str, list: [typed(text=str, refusal=str, file=dict, input_audio=AUDIO,
                                   image_url=Object({"url!": str}))]}
 # {"role": "user", "content": "Hello"}
 PLAIN_MESSAGE = Object({"content?": CONTENT, "name": str})
-MESSAGE = Tagged("role", {
-    "system": PLAIN_MESSAGE, "developer": PLAIN_MESSAGE, "user": PLAIN_MESSAGE,
-    "assistant": Object({"content": CONTENT, "name": str, "refusal": str,
-                         "tool_calls": [TOOL_CALL], "function_call": CALLED_NAME}),
-    "tool": Object({"content?": CONTENT, "tool_call_id!": str}),
-    "function": Object({"content?": str, "name!": str})})
+MESSAGE = tagged(
+    "role", system=PLAIN_MESSAGE, developer=PLAIN_MESSAGE, user=PLAIN_MESSAGE,
+    assistant=Object({"content": CONTENT, "name": str, "refusal": str,
+                      "tool_calls": [TOOL_CALL], "function_call": CALLED_NAME}),
+    tool=Object({"content?": CONTENT, "tool_call_id!": str}),
+    function=Object({"content?": str, "name!": str}))
 # {"type": "json_schema", "json_schema": {"name": "city", "schema": {...}}}
 JSON_SCHEMA = Object({"name!": check_name, "description": str, "schema": dict,
                       "strict": bool})
-RESPONSE_FORMAT = Tagged("type", {"text": dict, "json_object": dict,
-                                  "json_schema": Object({"json_schema!": JSON_SCHEMA})})
+RESPONSE_FORMAT = tagged("type", text=Object({}), json_object=Object({}),
+                         json_schema=Object({"json_schema!": JSON_SCHEMA}))
 STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
 STOP = Bounded(str, 0, 1000)
 BIASES = Map(Bounded(float, -100, 100), math.inf, math.inf)
