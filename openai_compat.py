@@ -319,7 +319,7 @@ def to_json(value):
 #                                 required but may be null
 #     tagged("role", user=Object(...), ...) an object whose "role" chooses its shape
 #     Bounded(spec, least, most)  a number, or a length, within bounds
-#     Map(spec, longest_key, most_pairs)    an object with any keys
+#     Map(spec, most_pairs)       an object with any keys, of at most 64 characters
 #     any callable(path, value)   raises the 400, or returns; the four above are such
 #     None, in an object          anything
 # The messages are the API's own, word for word.
@@ -433,14 +433,14 @@ class Bounded(collections.namedtuple("Bounded", "spec least most")):
             raise invalid(f"Invalid '{where}': {fault} instead.", where, code)
 
 
-class Map(collections.namedtuple("Map", "spec longest_key most_pairs")):
+class Map(collections.namedtuple("Map", "spec most_pairs", defaults=[math.inf])):
     """An object with any keys, whose values fit the spec."""
 
     def __call__(self, where, value):
         check(where, value, Bounded(dict, 0, self.most_pairs))
         for name, item in value.items():
-            check(where, name, Bounded(str, 0, self.longest_key))
-            check(f"{where}.{name[:64]}", item, self.spec)
+            check(where, name, Bounded(str, 0, 64))
+            check(f"{where}.{name}", item, self.spec)
 
 
 def check_name(where, value):
@@ -488,8 +488,6 @@ RESPONSE_FORMAT = tagged("type", text=Object({}), json_object=Object({}),
                          json_schema=Object({"json_schema!": JSON_SCHEMA}))
 STREAM_OPTIONS = Object({"include_usage": bool, "include_obfuscation": bool})
 STOP = Bounded(str, 0, 1000)
-BIASES = Map(Bounded(float, -100, 100), math.inf, math.inf)
-METADATA = Map(Bounded(str, 0, 512), 64, 16)
 # {the tier that a request asks for: the tier that its response names}
 SERVED_TIERS = {"auto": "default", "default": "default", "flex": "flex",
                 "scale": "scale", "priority": "priority", "fast": "priority"}
@@ -513,7 +511,7 @@ SHARED_FIELDS = (
     ("top_p",                  Bounded(float, 0, 1),            1),
     ("presence_penalty",       Bounded(float, -2, 2),           0),
     ("frequency_penalty",      Bounded(float, -2, 2),           0),
-    ("logit_bias",             BIASES,                          None),
+    ("logit_bias",             Map(Bounded(float, -100, 100)),  None),
     ("stop",                   {str: STOP, list: [STOP]},       None),
     ("user",                   str,                             None),
     ("seed",                   Bounded(int, -2**63, 2**63 - 1), None),
@@ -543,7 +541,7 @@ CHAT_FIELDS = Fields(
     ("reasoning_effort",       EFFORTS,                         None),
     ("verbosity",              ("low", "medium", "high"),       None),
     ("store",                  bool,                            False),
-    ("metadata",               METADATA,                        None),
+    ("metadata",               Map(Bounded(str, 0, 512), 16),   None),
     ("web_search_options",     dict,                            None),
     ("moderation",             dict,                            None),
 )

@@ -1181,7 +1181,7 @@ HUGE = "v" * 20000
     ("reasoning_effort", {"reasoning_effort": HUGE}), ("service_tier", {"service_tier": HUGE}),
     ("messages[0].role", from_role(HUGE)), ("n", {"n": 10**4000}),
     ("messages.[1].role", {"messages": [USER, tool_message(HUGE)]}),
-    ("logit_bias." + HUGE[:64], {"logit_bias": {HUGE: 200}})])
+    ("logit_bias", {"logit_bias": {HUGE: 200}})])
 def test_no_refusal_repeats_a_long_value_whole(param, fields):
     with Server(models=["m"]) as server:
         got = post(server, CHAT_PATH, {**HI, **fields})
