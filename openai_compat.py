@@ -464,7 +464,6 @@ ALLOWED = Object({"mode!": ("auto", "required"),
                   "tools!": [typed(function=NAME, custom=NAME)]})
 TOOL_CHOICE = {str: ("none", "auto", "required"),
                dict: typed(function=NAME, custom=NAME, allowed_tools=ALLOWED)}
-FUNCTION_CALL = {str: ("none", "auto"), dict: NAME}
 # {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 CALLED_NAME = Object({"name!": str})
 TOOL_CALL = tagged("type", function=Object({"id!": str, "function!": CALLED_NAME}),
@@ -523,7 +522,7 @@ CHAT_FIELDS = Fields(
     ("functions",              Bounded([FUNCTION], 1, 128),     ()),
     ("tools",                  Bounded([TOOL], 0, 128),         ()),
     ("tool_choice",            TOOL_CHOICE,                     None),
-    ("function_call",          FUNCTION_CALL,                   None),
+    ("function_call",          {str: ("none", "auto"), dict: NAME}, None),
     ("parallel_tool_calls",    bool,                            True),
     ("response_format",        RESPONSE_FORMAT,                 None),
     ("max_completion_tokens",  Bounded(int, 1, math.inf),       None),
