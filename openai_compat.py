@@ -590,8 +590,8 @@ def check_conversation(messages):
     """Refuse a tool call without its input or its answer, and an answer without its
     call.  The messages are the API's own, with "preceeding" and "messages.[0]".
     """
-    # Ids of the last assistant message's calls; of those, which have no answer yet.
-    called, unanswered = {}, {}
+    # {id of a call of the last assistant message: has it an answer?}
+    called = {}
     for i, message in enumerate([*messages, {"role": "end"}]):  # checks the last turn
         role, call_id = message["role"], message.get("tool_call_id")
         if role == "tool" and not called:
@@ -603,18 +603,17 @@ def check_conversation(messages):
                           "found in 'tool_calls' of previous message.",
                           f"messages.[{i}].tool_call_id")
         elif role == "tool":
-            unanswered.pop(call_id, None)
-        elif unanswered:
+            called[call_id] = True
+        elif not all(called.values()):
             raise invalid(
                 "An assistant message with 'tool_calls' must be followed by tool "
                 "messages responding to each 'tool_call_id'. The following "
                 "tool_call_ids did not have response messages: "
-                f"{', '.join(unanswered)[:1000]}",
+                f"{', '.join(id for id in called if not called[id])[:1000]}",
                 f"messages.[{min(i, len(messages) - 1)}].role")
         elif role == "assistant":
             check(f"messages[{i}]", message, CALL_INPUTS)
-            called = {call["id"]: call for call in message.get("tool_calls") or ()}
-            unanswered = dict(called)
+            called = {call["id"]: False for call in message.get("tool_calls") or ()}
         else:
             called = {}
 
