@@ -711,13 +711,12 @@ def parse_prompts(prompt):
         >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
         ([[17, 18]], [[17], [18]])
     """
-    is_one = type(prompt) is not list or is_token_ids(prompt)
-    prompts = [prompt] if is_one else prompt
-    if not (all(type(each) is str for each in prompts)
-            or all(map(is_token_ids, prompts))):
-        raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
-                                         "integers, or array of integer arrays")
-    return prompts
+    for prompts in ([prompt], prompt):
+        if type(prompts) is list and (all(type(each) is str for each in prompts)
+                                      or all(map(is_token_ids, prompts))):
+            return prompts
+    raise mistyped("prompt", prompt, "one of a string, array of strings, array of "
+                                     "integers, or array of integer arrays")
 
 
 def parse_completion(body, strict=True):
