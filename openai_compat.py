@@ -3789,9 +3789,8 @@ class Server(ThreadingHTTPServer):
     # ------ who may use it
 
     def check_key(self, incoming):
-        scheme, _, key = incoming.headers.get("authorization", "").partition(" ")
-        is_bearer = scheme.lower() == "bearer"
-        key = key.strip() if is_bearer else incoming.headers.get("api-key", "")
+        bearer = re.match("(?i)bearer (.*)", incoming.headers.get("authorization", ""))
+        key = bearer[1].strip() if bearer else incoming.headers.get("api-key", "")
         if not key:
             raise APIError(401, "You didn't provide an API key. You need to provide "
                            "your API key in an Authorization header using Bearer auth "
@@ -3799,9 +3798,8 @@ class Server(ThreadingHTTPServer):
         from hmac import compare_digest         # not needed by those without keys
         # Clients disagree on the encoding.  All are compared, in constant time, so that
         # the time tells nothing.
-        spellings = key.encode("latin-1"), key.encode()
-        if not any([compare_digest(spelling, known.encode())
-                    for known in self.api_keys for spelling in spellings]):
+        if not any([compare_digest(key.encode(encoding), known.encode())
+                    for known in self.api_keys for encoding in ("latin-1", "utf-8")]):
             shown = f"{key[:3]}***{key[-2:]}" if len(key) >= 16 else "***"
             raise APIError(401, f"Incorrect API key provided: {shown}.",
                            code="invalid_api_key", headers=BEARER)
