@@ -3485,13 +3485,7 @@ def host_of(authority):
         >>> host_of("http://Box.local:8000"), host_of("[::1]:8000")
         ('box.local', '[::1]')
     """
-    return re.sub(r"^\w+://|:\d*$", "", authority).lower()
-
-
-def is_local(host):
-    """Can this Host header only mean a machine near by?"""
-    host = host_of(host)
-    return bool(LOCAL_HOST.fullmatch(host)) or host == socket.gethostname().lower()
+    return re.sub(r"^.*?://|:\d*$", "", authority).lower()
 
 
 def as_names(value):
@@ -3806,21 +3800,20 @@ class Server(ThreadingHTTPServer):
 
     def allows(self, origin, fields):
         """May a web page of that origin read what we answer?"""
-        _, _, authority = origin.partition("://")
         return bool(self.api_keys           # no page has a key, unless it was given one
                     or self.cors & {"*", origin.lower()}
-                    or authority == fields.get("host")
-                    or LOOPBACK.fullmatch(host_of(authority)))
+                    or origin.partition("://")[2] == fields.get("host")
+                    or LOOPBACK.fullmatch(host_of(origin)))
 
     def check_browser(self, fields):
         """Refuse web pages of strangers that somebody's browser shows: their requests
         (CSRF), and pages whose host's name was pointed at this machine (DNS rebinding).
         """
-        host = fields.get("host", "")
-        if not (is_local(host) or host_of(host) in map(host_of, self.cors)):
+        host, origin = host_of(fields.get("host", "")), fields.get("origin")
+        if not (LOCAL_HOST.fullmatch(host)
+                or host in (socket.gethostname().lower(), *map(host_of, self.cors))):
             raise APIError(403, f"The Host {host[:99]!r} is not this machine; name its "
                            "origin with --cors.", code="foreign_host")
-        origin = fields.get("origin")
         if origin is not None and not self.allows(origin, fields):
             raise APIError(403, f"The Origin {origin[:99]!r} is not allowed; name it "
                            "with --cors.", code="foreign_origin")
@@ -4294,7 +4287,7 @@ if FAST:
     WRITES_PER_SEND = 256       # twice the events/s of a reply that is at hand
     http_date = functools.lru_cache(maxsize=4)(http_date)
     normal_path = functools.lru_cache(maxsize=256)(normal_path)
-    is_local = functools.lru_cache(maxsize=64)(is_local)
+    host_of = functools.lru_cache(maxsize=64)(host_of)
     if hasattr(os, "sched_setaffinity"):
         stay_on_core = fast_stay_on_core
 
