@@ -324,13 +324,9 @@ def to_json(value):
 #     None, in an object          anything
 # The messages are the API's own, word for word.
 
-def invalid(message, param, code=None):
-    return APIError(400, message, param, code)
-
-
 def mistyped(where, value, expected):
-    return invalid(f"Invalid type for '{where}': expected {expected}, but got "
-                   f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
+    return APIError(400, f"Invalid type for '{where}': expected {expected}, but got "
+                         f"{JSON_NAMES[type(value)]} instead.", where, "invalid_type")
 
 
 def check(where, value, spec):
@@ -360,8 +356,8 @@ def check(where, value, spec):
         if value not in spec:
             check(where, value, str)
             *others, last = map(repr, spec)
-            raise invalid(f"Invalid value: {value[:80]!r}. Supported values are: "
-                          f"{', '.join(others)}, and {last}.", where, "invalid_value")
+            raise APIError(400, f"Invalid value: {value[:80]!r}. Supported values are: "
+                           f"{', '.join(others)}, and {last}.", where, "invalid_value")
     else:
         spec(where, value)
 
@@ -378,8 +374,8 @@ class Object:
         path = f"{where}." if where else ""
         for name, mark in self.required.items():
             if value.get(name) is None and (mark == "!" or name not in value):
-                raise invalid(f"Missing required parameter: '{path}{name}'.",
-                              f"{path}{name}", "missing_required_parameter")
+                raise APIError(400, f"Missing required parameter: '{path}{name}'.",
+                               f"{path}{name}", "missing_required_parameter")
         for name, item in value.items():
             spec = self.fields.get(name)
             if not (item is None or spec is None or type(item) is spec):
@@ -430,7 +426,7 @@ class Bounded(collections.namedtuple("Bounded", "spec least most")):
             fault, code = (text.format(kind=a_kind.split()[1], a_kind=a_kind, size=size,
                                        least=self.least, most=self.most)
                            for text in OUT_OF_BOUNDS[is_number, size < self.least])
-            raise invalid(f"Invalid '{where}': {fault} instead.", where, code)
+            raise APIError(400, f"Invalid '{where}': {fault} instead.", where, code)
 
 
 class Map(collections.namedtuple("Map", "spec most_pairs", defaults=[math.inf])):
@@ -447,9 +443,9 @@ def check_name(where, value):
     """The spec of the name of a function, a tool or a schema."""
     check(where, value, Bounded(str, 0, 64))
     if not re.fullmatch("[a-zA-Z0-9_-]+", value):
-        raise invalid(f"Invalid '{where}': string does not match pattern. Expected a "
-                      "string that matches the pattern '^[a-zA-Z0-9_-]+$'.", where,
-                      "invalid_value")
+        raise APIError(400, f"Invalid '{where}': string does not match pattern. "
+                       "Expected a string that matches the pattern "
+                       "'^[a-zA-Z0-9_-]+$'.", where, "invalid_value")
 
 
 # {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
@@ -564,7 +560,7 @@ NEEDS = (  # a field, another that must be there and true, and what the API says
 def checked(body, fields):
     """The body with every field of the table in it: checked, or its default."""
     if body.get("model") in (None, ""):     # the API has other words for this one
-        raise invalid("you must provide a model parameter", None)
+        raise APIError(400, "you must provide a model parameter")
     fields("", body)
     # null is absence, except in an unknown field, which stays as it is.
     given = {name: value for name, value in body.items()
@@ -572,7 +568,7 @@ def checked(body, fields):
     # In a completion, the fields of a chat are unknown, and pass unchecked.
     for name, other, message in NEEDS:
         if name in given and name in fields.fields and not given.get(other):
-            raise invalid(message.format(name, other), name)
+            raise APIError(400, message.format(name, other), name)
     stop = given.get("stop", [])        # a str or a list: always a list from here on
     given["stop"] = list(filter(None, [stop] if type(stop) is str else stop))
     return {**fields.defaults, **given, "body": body}
@@ -595,22 +591,22 @@ def check_conversation(messages):
     for i, message in enumerate([*messages, {"role": "end"}]):  # checks the last turn
         role, call_id = message["role"], message.get("tool_call_id")
         if role == "tool" and not called:
-            raise invalid("Invalid parameter: messages with role 'tool' must be a "
-                          "response to a preceeding message with 'tool_calls'.",
-                          f"messages.[{i}].role")
+            raise APIError(400, "Invalid parameter: messages with role 'tool' must be "
+                           "a response to a preceeding message with 'tool_calls'.",
+                           f"messages.[{i}].role")
         elif role == "tool" and call_id not in called:
-            raise invalid(f"Invalid parameter: 'tool_call_id' of '{call_id[:200]}' not "
-                          "found in 'tool_calls' of previous message.",
-                          f"messages.[{i}].tool_call_id")
+            raise APIError(400, "Invalid parameter: 'tool_call_id' of "
+                           f"'{call_id[:200]}' not found in 'tool_calls' of previous "
+                           "message.", f"messages.[{i}].tool_call_id")
         elif role == "tool":
             called[call_id] = True
         elif not all(called.values()):
-            raise invalid(
-                "An assistant message with 'tool_calls' must be followed by tool "
-                "messages responding to each 'tool_call_id'. The following "
-                "tool_call_ids did not have response messages: "
-                f"{', '.join(id for id in called if not called[id])[:1000]}",
-                f"messages.[{min(i, len(messages) - 1)}].role")
+            unanswered = ", ".join(id for id in called if not called[id])
+            raise APIError(400, "An assistant message with 'tool_calls' must be "
+                           "followed by tool messages responding to each "
+                           "'tool_call_id'. The following tool_call_ids did not have "
+                           f"response messages: {unanswered[:1000]}",
+                           f"messages.[{min(i, len(messages) - 1)}].role")
         elif role == "assistant":
             check(f"messages[{i}]", message, CALL_INPUTS)
             called = {call["id"]: False for call in message.get("tool_calls") or ()}
@@ -643,14 +639,14 @@ def check_chosen(request):
     """A tool or function that is chosen by name must be in the request."""
     for key in map(tool_key, chosen_tools(request["tool_choice"])):
         if key not in map(tool_key, request["tools"]):
-            raise invalid(f"Tool choice '{key[1]}' not found in 'tools' parameter.",
-                          "tool_choice")
+            raise APIError(400, f"Tool choice '{key[1]}' not found in 'tools' "
+                           "parameter.", "tool_choice")
     call = request["function_call"]
     if type(call) is dict and call["name"] not in [
             function["name"] for function in request["functions"]]:
-        raise invalid("Invalid value for 'function_call': no function named "
-                      f"'{call['name']}' was specified in the 'functions' parameter.",
-                      "function_call")
+        raise APIError(400, "Invalid value for 'function_call': no function named "
+                       f"'{call['name']}' was specified in the 'functions' parameter.",
+                       "function_call")
 
 
 def text_of(content):
@@ -688,8 +684,8 @@ def parse_chat(body, strict=True):
         check_conversation(request["messages"])
     check_chosen(request)
     if "audio" in request["modalities"]:
-        raise invalid("Unsupported value: 'modalities' does not support 'audio' with "
-                      "this model.", "modalities", "unsupported_value")
+        raise APIError(400, "Unsupported value: 'modalities' does not support 'audio' "
+                       "with this model.", "modalities", "unsupported_value")
     # The last user message; without one, the last message of all.
     users = [each for each in request["messages"] if each["role"] == "user"]
     text = text_of((users or request["messages"])[-1].get("content"))
@@ -735,12 +731,12 @@ def parse_completion(body, strict=True):
     n = request["n"]
     best_of = n if request["best_of"] is None else request["best_of"]
     if best_of < n:
-        raise invalid("You requested that the server return more choices than it will "
-                      f"generate (HINT: you must set 'n' (currently {n}) to be at most "
-                      f"'best_of' (currently {best_of}), or omit either parameter if "
-                      "you do not specifically want to use them.)", "best_of")
+        raise APIError(400, "You requested that the server return more choices than it "
+                       f"will generate (HINT: you must set 'n' (currently {n}) to be at "
+                       f"most 'best_of' (currently {best_of}), or omit either parameter "
+                       "if you do not specifically want to use them.)", "best_of")
     if request["stream"] and best_of > n:
-        raise invalid("Cannot stream results with best_of > n.", "best_of")
+        raise APIError(400, "Cannot stream results with best_of > n.", "best_of")
     prompts = parse_prompts(request["prompt"])
     check("prompt", prompts, Bounded(list, 1, 128 // best_of))  # 128 choices in all
     request.update(endpoint="completion", best_of=best_of)
@@ -2350,8 +2346,8 @@ def start_program(program, request, files):
     except (OSError, ValueError) as error:
         if (isinstance(error, ValueError) or error.errno == errno.E2BIG
                 or getattr(error, "winerror", None) == 206):
-            raise invalid("The prompt cannot be an argument of a program: it is too "
-                          "long, or has a NUL or a lone surrogate.", None) from None
+            raise APIError(400, "The prompt cannot be an argument of a program: it is "
+                           "too long, or has a NUL or a lone surrogate.") from None
         raise BackendFault(f"{program[0]} cannot be run ({error.strerror})") from None
 
 
