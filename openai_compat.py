@@ -3619,9 +3619,9 @@ class Server(ThreadingHTTPServer):
     def add_route(self, route, function):
         """Add a row of `routes`, such as "GET /files" or "/embeddings"."""
         method, _, path = route.rpartition(" ")
-        method, (path, model) = method.upper() or "POST", normal_path(path)
-        if (path in self.ROUTES or model is not None or "/" not in route
-                or not method.isalpha() or method in ("HEAD", "OPTIONS")):
+        method, path = method.upper() or "POST", normal_path(path)[0]
+        if (path in self.ROUTES or "/" not in route or not method.isalpha()
+                or method in ("HEAD", "OPTIONS")):
             raise ValueError(f"{route!r} is not a path, or that of a built-in endpoint "
                              "or method")
         if not callable(function):
