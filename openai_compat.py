@@ -4035,10 +4035,9 @@ def parse_arguments(argv):
                "After -- may stand a command.  It runs with OPENAI_BASE_URL set to a "
                "server on a free port, and its exit status is the exit status.")
     for flag, kind, metavar, about in FLAGS:
-        how = {bool: {"action": "store_true"},
-               list: {"action": "append", "metavar": metavar}}
-        parser.add_argument(flag, help=about, **how.get(
-            kind, {"type": kind, "metavar": metavar}))
+        how = {bool: {"action": "store_const", "const": True}, list: {"action": "append"}}
+        parser.add_argument(flag, metavar=metavar, help=about,
+                            **how.get(kind, {"type": kind}))
     parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)
     given = vars(parser.parse_args(argv[:end]))
