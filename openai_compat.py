@@ -4064,14 +4064,11 @@ def named(text):
 def backend_of(given):
     """What replies; the flags that say so are taken out of those that are given."""
     take = given.pop
-    if "say" in given:
-        return say(*tokenize(take("say")))
-    if "script" in given:
-        return Script.from_file(take("script"))
-    if "command" in given:
-        return command(take("command"), take("at_once", 1))
-    if "backend" in given:
-        return named(take("backend"))
+    makers = {"say": str, "script": Script.from_file, "backend": named,
+              "command": lambda line: command(line, take("at_once", 1))}
+    for flag, make in makers.items():
+        if flag in given:
+            return make(take(flag))
     relay, tape = None, take("replay", None)
     if "upstream" in given:
         # Beside --replay it records on that tape, and --record has no effect.
