@@ -4079,11 +4079,12 @@ def backend_of(given):
     return relay or echo
 
 
-def server_of(given, port):
+def server_of(given):
     """The server that the flags ask for.
 
-    Each flag is taken out of those that are given when it has its effect.  One that is
-    left at the end has none beside the others, and is refused.
+    Flags that have the name of an argument of the server stay in `given`.  Each other
+    one is taken out when it has its effect, or becomes an argument.  One that is left
+    at the end has no effect beside the others, and is refused.
     """
     runs_code_of_others = given.keys() & {"command", "backend", "route"}
     backend = backend_of(given)
@@ -4095,22 +4096,18 @@ def server_of(given, port):
     # Not `get`: programs that the server runs must not inherit its keys.
     keys = re.findall(r"[^,\s]+", os.environ.pop("OPENAI_COMPAT_API_KEYS", ""))
     routes = [route.rpartition("=") for route in take("route", ())]
-    # These have the names of the server's arguments.
-    same = ("host", "cors", "max_body", "max_connections", "request_timeout")
-    settings = {name: take(name) for name in same if name in given}
-    settings.update(
+    given.update(
         models=take("model", None), api_keys=[*take("api_key", ()), *keys],
         tokenize=named(changes.pop("tokenizer", f"{__name__}:tokenize")),
         strict=not changes.pop("lenient", False),
-        quirk=changes.pop("quirk", None),
-        quirk_header=changes.pop("quirk_header", False),
         journal=1000 if take("journal", False) else 0,
         tls=(take("tls_cert"), take("tls_key", None)) if "tls_cert" in given else None,
         routes={path: named(place) for path, _, place in routes})
-    if given:
-        flag = min(given).replace("_", "-")
+    unused = given.keys() - Server.__init__.__kwdefaults__.keys()
+    if unused:
+        flag = min(unused).replace("_", "-")
         sys.exit(complain(f"--{flag} has no effect beside the other flags", 2))
-    server = Server(backend, port=port, **settings)
+    server = Server(backend, **given)
     server.delay = delay
     if not runs_code_of_others:     # which may compute, and so needs every core
         server.core = server.server_port        # neighbouring ports get different ones
@@ -4224,7 +4221,7 @@ def main(argv=None):
         format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=printer,
         level=logging.WARNING if given.pop("quiet", program) else logging.INFO)
     try:
-        server = server_of(given, given.pop("port", 0 if program else 8000))
+        server = server_of({"port": 0 if program else 8000, **given})
         heard = hear_signals()
         running = start_beside(server, program) if program else None
     except (OSError, OverflowError, ValueError, TypeError) as error:

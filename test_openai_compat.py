@@ -6192,7 +6192,7 @@ NOT_STARTED = {  # flags, and what the message says
          "--replay tape"], 2)), NO_EFFECT), "--sya x": "--sya", "--": "no command",
     **{flag: f"{flag.split()[0]} {NO_EFFECT}" for flag in (
         "--at-once 2", "--pass /x", "--record tape", "--upstream-key k", "--tls-key no.key")},
-    **{f"{first} {flag}": f"{flag.split()[0]} {NO_EFFECT}"
+    **{f"{first} {flag}": "bend" if "quirk" in flag else f"{flag.split()[0]} {NO_EFFECT}"
        for first in ("--upstream http://h/v1", "--replay tape")
        for flag in ("--delay 1", "--quirk bom", "--quirk-header", "--lenient", "--tokenizer a:b")},
     "--upstream http://h/v1 --replay tape --record tape": f"--record {NO_EFFECT}",
