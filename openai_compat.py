@@ -4109,8 +4109,8 @@ def server_of(given):
         sys.exit(complain(f"--{flag} has no effect beside the other flags", 2))
     server = Server(backend, **given)
     server.delay = delay
-    if not runs_code_of_others:     # which may compute, and so needs every core
-        server.core = server.server_port        # neighbouring ports get different ones
+    # Neighbouring ports get different cores; code of others may compute and needs all.
+    server.core = None if runs_code_of_others else server.server_port
     return server
 
 
