@@ -4146,8 +4146,7 @@ def hear_signals():
     """A list that gets the numbers of the signals that ask us to end.  One that was
     ignored at the start, as by nohup, still is."""
     heard = []
-    for name in {"SIGTERM", "SIGINT", "SIGHUP"}.intersection(dir(signal)):
-        number = getattr(signal, name)
+    for number in {1, 2, 15} & signal.valid_signals():      # SIGHUP, SIGINT and SIGTERM
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: heard.append(number))
     return heard
