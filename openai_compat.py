@@ -4130,8 +4130,7 @@ class Printer:
         with self.lock, suppress(OSError):
             for start in range(0, len(lines), size):
                 if os.name != "nt":                 # Windows selects only sockets
-                    _, ready, _ = select.select([], [2], [], self.patience)
-                    self.patience = len(ready)
+                    self.patience = len(select.select([], [2], [], self.patience)[1])
                 if self.patience:
                     os.write(2, lines[start:start + size])
 
