@@ -3358,14 +3358,13 @@ response, and each event with its seconds; open a line to see all of it. Try it 
 const $ = id => document.getElementById(id);
 const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["city"]};
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
-const add = (parent, name, textContent = "", className = "") =>     // as text: HTML is seen, not obeyed
-  parent.appendChild(Object.assign(document.createElement(name), {textContent, className}));
+const add = (parent, name, textContent = "", fields = {}) =>        // as text: HTML is seen, not obeyed
+  parent.appendChild(Object.assign(document.createElement(name), {textContent, ...fields}));
 const lines = headers =>
   [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
 const tell = error => { $("note").textContent = error.message; };
 function show(exchange, open, news, whole) {        // a line of the wire: news, and beside it, dim, the whole
-  const line = add(exchange, "details"), summary = add(line, "summary");
-  line.open = open;
+  const line = add(exchange, "details", "", {open}), summary = add(line, "summary");
   add(summary, "span", ((performance.now() - exchange.started) / 1000).toFixed(3));
   for (const [name, value] of Object.entries(news).filter(([, value]) => value))
     add(summary, "b", ` ${name} `).after(typeof value === "string" ? value : JSON.stringify(value));
@@ -3389,11 +3388,11 @@ function parse(event) {                   // an event -> its object; one without
   catch { return {error: {message: `An event is not JSON: ${data}`}}; }
 }
 async function call(path, body, signal) {               // one exchange
-  const exchange = add($("wire"), "section"), method = body ? "POST" : "GET";
+  const exchange = add($("wire"), "section", "", {started: performance.now()});
+  const method = body ? "POST" : "GET";
   const headers = new Headers(body && {"content-type": "application/json"});
   if (body && $("quirk").value) headers.set("x-quirk", $("quirk").value);
   if ($("key").value) headers.set("authorization", `Bearer ${$("key").value}`);
-  exchange.started = performance.now();
   show(exchange, body, {request: `${method} ${path}`}, `${lines(headers)}\n\n${body || ""}`);
   $("note").textContent = "";
   const response = await fetch(path, {method, headers, body, signal});
@@ -3412,7 +3411,7 @@ async function call(path, body, signal) {               // one exchange
 }
 function grow(who, text = null) {         // add to the last line, or start one
   const last = $("talk").lastChild;
-  if (text !== null) (last?.className === who ? last : add($("talk"), "p", "", who)).append(text);
+  if (text !== null) (last?.className === who ? last : add($("talk"), "p", "", {className: who})).append(text);
 }
 function fold({content, refusal, tool_calls}) {         // show what a delta or a message adds
   grow("assistant", content);
@@ -3424,7 +3423,7 @@ async function ask(event) {               // the lines of the conversation go ou
   event.preventDefault();                 // no line break
   const content = $("text").value, control = new AbortController();
   if ($("main").ariaBusy === "true" || !content.trim()) return;
-  add($("talk"), "p", content, "user");
+  add($("talk"), "p", content, {className: "user"});
   const said = $("talk").querySelectorAll("p:not(.tool-call)");
   const messages = [...said].map(line => ({role: line.classList[0], content: line.textContent}));
   const body = {model: $("model").value, messages};
