@@ -3419,7 +3419,8 @@ function fold({content, refusal, tool_calls}) {         // show what a delta or 
   for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
     grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
 }
-async function ask(event) {               // the lines of the conversation go out
+async function ask(event) {               // at a click, or at a key: the lines of the conversation go out
+  if (event.key && (event.key !== "Enter" || event.shiftKey || event.isComposing)) return;
   event.preventDefault();                 // no line break
   const content = $("text").value, control = new AbortController();
   if ($("main").ariaBusy === "true" || !content.trim()) return;
@@ -3436,11 +3437,8 @@ async function ask(event) {               // the lines of the conversation go ou
   control.abort();                        // a broken stream is not read to its end
   $("main").ariaBusy = false;
 }
-$("text").onkeydown = event => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
-};
 $("new").onclick = () => { $("talk").textContent = $("wire").textContent = ""; };
-$("send").onclick = ask;
+$("text").onkeydown = $("send").onclick = ask;
 ($("key").onchange = () => call("/v1/models").catch(tell))();
 </script>
 """
