@@ -3383,8 +3383,7 @@ async function* events(response) {        // bytes -> events; a body that is no 
 }
 function parse(event) {                   // an event -> its object; one without data has nothing in it
   const data = (event.match(/^data:.*|^{[^]*/gm) || []).join("\n").replace(/^data: ?/gm, "");
-  if (!data || data === "[DONE]") return {done: data};
-  try { return Object(JSON.parse(data)); }
+  try { return data === "[DONE]" ? {done: data} : Object(JSON.parse(data || "{}")); }
   catch { return {error: {message: `An event is not JSON: ${data}`}}; }
 }
 async function call(path, body, signal) {               // one exchange
