@@ -3408,15 +3408,13 @@ async function call(path, body, signal) {               // one exchange
   }
   if (!ended) throw Error("The reply broke off: neither finish_reason nor [DONE] came.");
 }
-function grow(who, text = null) {         // add to the last line, or start one
-  const last = $("talk").lastChild;
-  if (text !== null) (last?.className === who ? last : add($("talk"), "p", "", {className: who})).append(text);
-}
-function fold({content, refusal, tool_calls}) {         // show what a delta or a message adds
-  grow("assistant", content);
-  grow("assistant refusal", refusal);
-  for (const {id, function: {name, arguments: part} = {}} of tool_calls || [])
-    grow(id ? `tool-call ${name} ${id}` : $("talk").lastChild.className, part);
+function fold({content, refusal, tool_calls}) {         // what a delta or a message adds to the conversation
+  const calls = (tool_calls || []).map(({id, function: {name, arguments: part} = {}}) =>
+    [id && `tool-call ${name} ${id}`, part]);           // without an id, it goes on with the last line
+  for (const [who, text] of [["assistant", content], ["assistant refusal", refusal], ...calls]) {
+    const last = $("talk").lastChild, goesOn = !who || who === last?.className;
+    if (text != null) (goesOn ? last : add($("talk"), "p", "", {className: who})).append(text);
+  }
 }
 async function ask(event) {               // at a click, or at a key: the lines of the conversation go out
   if (event.key && (event.key !== "Enter" || event.shiftKey || event.isComposing)) return;
