@@ -3360,8 +3360,7 @@ const CITY = {type: "object", properties: {city: {type: "string"}}, required: ["
 const WEATHER = {type: "function", function: {name: "get_weather", parameters: CITY}};
 const add = (parent, name, textContent = "", fields = {}) =>        // as text: HTML is seen, not obeyed
   parent.appendChild(Object.assign(document.createElement(name), {textContent, ...fields}));
-const lines = headers =>
-  [...headers].map(pair => pair.join(": ")).join("\n").replace(/Bearer .*/, "Bearer ***");
+const lines = pairs => [...pairs].map(pair => pair.join(": ")).join("\n").replace(/(?<=Bearer ).*/, "***");
 const tell = error => { $("note").textContent = error.message; };
 function show(exchange, open, news, whole) {        // a line of the wire: news, and beside it, dim, the whole
   const line = add(exchange, "details", "", {open}), summary = add(line, "summary");
