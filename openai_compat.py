@@ -3440,16 +3440,16 @@ $("text").onkeydown = $("send").onclick = ask;
 """
 
 
-def page_response(quirks):
+def page_response(server, incoming):
     """The page, which may run its own script and style and talk to this server alone.
 
-    quirks: those that a request may choose; they go into the menu, which is HTML.
+    Its menu has the quirks, if a request may choose one.
     """
     nonce = os.urandom(16).hex()
     policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src "
               f"'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; "
               "form-action 'none'; frame-ancestors 'none'")
-    options = "".join(f"<option>{name}</option>" for name in quirks)
+    options = "<option>".join(["", *QUIRKS] if server.quirk_header else [])
     page = PAGE.replace("NONCE", nonce).replace("<!-- quirks -->", options)
     return Response(200, {
         "content-type": "text/html; charset=utf-8", "content-security-policy": policy,
@@ -3950,8 +3950,7 @@ class Server(ThreadingHTTPServer):
         "/models/":          {"GET": show_models},      # and an id after it
         "/health":           {"GET": lambda *_: json_response({"status": "ok"})},
         "/journal":          {"GET": show_journal},
-        "/":                 {"GET": lambda server, _: page_response(
-            QUIRKS if server.quirk_header else ())},
+        "/":                 {"GET": page_response},
     }
 
     def respond(self, incoming):
