@@ -3348,9 +3348,8 @@ aside b { color: light-dark(#0550ae, #9ecbff) } output { color: light-dark(#b326
 <label>Quirk <select id="quirk"><option value="">none</option><!-- quirks --></select></label></header>
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
-<p id="hints">Write a message; Enter sends it, Shift+Enter starts a line. The wire shows the request, the
-response, and each event with its seconds; open a line to see all of it. Try it without <b>Stream</b>.
-<b>Tool</b> asks for a call of get_weather, <b>Quirk</b> (with --quirk-header) for a fault.</p></main>
+<p id="hints">Enter sends a message, Shift+Enter starts a line. Open a line of the wire to see all of it.
+Try no <b>Stream</b>, a <b>Tool</b> to call, and, with --quirk-header, a fault: a <b>Quirk</b>.</p></main>
 <footer><output id="note"></output><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
 <button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
