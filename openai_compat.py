@@ -3349,7 +3349,7 @@ aside b { color: light-dark(#0550ae, #9ecbff) } output { color: light-dark(#b326
 <main id="main" tabindex="0" aria-label="Conversation" aria-busy="false">
 <div id="talk" role="log" aria-live="polite"></div>
 <p id="hints">Enter sends a message, Shift+Enter starts a line. Open a line of the wire to see all of it.
-Try no <b>Stream</b>, a <b>Tool</b> to call, and, with --quirk-header, a fault: a <b>Quirk</b>.</p></main>
+Try it without <b>Stream</b>, with a <b>Tool</b> to call, or a <b>Quirk</b> (--quirk-header).</p></main>
 <footer><output id="note"></output><textarea id="text" rows="3" autofocus aria-label="Message"></textarea>
 <button id="send">Send</button><button id="stop">Stop</button><button id="new">New</button></footer>
 <aside tabindex="0" aria-label="Wire"><div id="wire"></div></aside>
