@@ -1610,12 +1610,10 @@ def duplicate_tool_id(chunks):
         yield chunk
 
 
-def cut_after(how):
-    """A quirk that lets k events pass (None: all) and then ends the connection."""
-    def quirk(writes, k):
-        yield from itertools.islice(writes, k)
-        raise Cut(how)
-    return quirk
+def cut_after(how, writes, k):
+    """Let k events pass (None: all), then end the connection."""
+    yield from itertools.islice(writes, k)
+    raise Cut(how)
 
 
 def html_502(writes, k):
@@ -1652,7 +1650,7 @@ QUIRKS = {
     "no_finish": lambda writes, k: no_done(each_choice(
         lambda choice: choice.update(finish_reason=None))(writes, k), k),
     # Closed without the last transfer chunk.
-    "no_terminator": lambda writes, k: cut_after("fin")(writes, None),
+    "no_terminator": lambda writes, k: cut_after("fin", writes, None),
     # One event that is cut short inside its JSON.
     "bad_json": lambda writes, k: (
         write[:len(write) // 2] + b"\n\n" if i == k else write
@@ -1663,9 +1661,9 @@ QUIRKS = {
     # Closed cleanly after k events, as if complete.
     "truncate": itertools.islice,
     # Silence until the client leaves.
-    "stall": cut_after("stall"),
+    "stall": functools.partial(cut_after, "stall"),
     # A TCP reset.
-    "reset": cut_after("reset"),
+    "reset": functools.partial(cut_after, "reset"),
     "html_502": html_502,
     # The first delta does not say who speaks.
     "no_role": each_choice(lambda choice: choice.get("delta", {}).pop("role", None)),
