@@ -2076,10 +2076,8 @@ def while_connected(pieces):
 def pieces_of(reply):
     """All that a reply says: its refusal, its text, its tool calls."""
     refusal = [Refusal(reply.refusal)] if reply.refusal else ()
-    text = reply.text
-    if isinstance(text, str):
-        text = slices(text)
-    elif not isinstance(text, (list, tuple)):
+    text = slices(reply.text) if isinstance(reply.text, str) else reply.text
+    if not reply.is_ready():
         text = while_connected(text)
     return itertools.chain(refusal, text, reply.tool_calls or ())
 
