@@ -2107,10 +2107,8 @@ def sample_input(request, name):
     """Arguments that fit the schema of the tool of that name; text for a custom one."""
     functions = [*request["functions"], *(tool["function"] for tool in request["tools"]
                                           if tool["type"] == "function")]
-    for function in functions:
-        if function["name"] == name:
-            return sample(function.get("parameters") or {"type": "object"})
-    return request["text"]
+    schemas = {each["name"]: each.get("parameters") or {} for each in functions}
+    return sample(schemas[name]) if name in schemas else request["text"]
 
 
 def echo(request):
