@@ -2028,20 +2028,18 @@ class Reply:
                  expect=None):
         if isinstance(tool_calls, ToolCall):
             tool_calls = [tool_calls]
-        self.text = () if text is None else text
-        self.tool_calls, self.refusal = tool_calls, refusal
-        self.finish_reason, self.usage, self.delay = finish_reason, usage, delay
-        self.quirk, self.headers, self.error = quirk, headers, error
-        self.expect = expect
+        text = () if text is None else text
+        given = locals()
         for name, types in REPLY_TYPES.items():
-            value = getattr(self, name)
+            value = given[name]
             items = value if isinstance(value, (list, tuple)) else ()
             if not (isinstance(value, types) or value is None) or not all(
                     isinstance(item, ITEM_TYPES[name]) for item in items):
                 raise TypeError(f"the {name} of a Reply cannot be {value!r}")
+            setattr(self, name, value)
         delay_pair(delay)
         parse_quirk(quirk)
-        self.headers = header_fields(headers)
+        self.delay, self.headers = delay, header_fields(headers)
 
     def __repr__(self):
         given = (f"{name}={value!r}" for name, value in vars(self).items() if value)
