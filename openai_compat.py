@@ -2141,10 +2141,9 @@ def as_backend(value):
     is_async = getattr(getattr(value, "__code__", None), "co_flags", 0) & COROUTINE
     if callable(value) and not is_async:
         return value
-    what = "a coroutine function" if is_async else repr(value)[:200]
-    raise TypeError("a backend must be a function of the request, a str, a Reply, a "
-                    f"ToolCall or an APIError, not {what}; say(...) says pieces, "
-                    "Script(...) takes a step per request")
+    raise TypeError("a backend must be a function of the request (not async), a str, a "
+                    f"Reply, a ToolCall or an APIError, not {value!r:.200}; say(...) "
+                    "says pieces, Script(...) takes a step per request")
 
 
 def say(*pieces):
