@@ -1704,16 +1704,16 @@ def parse_quirk(text):
 #
 # Several schemas can apply to one value: its own, the target of its $ref, each of its
 # allOf, one branch of each anyOf.  They are kept as a list, `here`, and are not merged.
-# `make` tries candidates until one passes the check, `broken`.  `candidates` picks a
+# `make` tries candidates until one passes the check, `obeys`.  `candidates` picks a
 # branch of each anyOf and collects the schemas that apply; `values` has what they list,
 # or what a `make_...` builds for their type.
 # A full validator knows every keyword and runs patterns; this one refuses what it
 # cannot judge.
 
-SAMPLE_WORK = 200_000       # characters and steps that one sample may cost
+SAMPLE_WORK = 250_000       # characters and steps that one sample may cost
 NEAR = sorted(range(100, -100, -1), key=abs)    # 0, 1, -1, 2, -2, ...
-JSON_TYPES = {dict: ["object"], list: ["array"], str: ["string"], bool: ["boolean"],
-              type(None): ["null"], int: ["integer", "number"], float: ["number"]}
+JSON_TYPES = {dict: {"object"}, list: {"array"}, str: {"string"}, bool: {"boolean"},
+              type(None): {"null"}, int: {"integer", "number"}, float: {"number"}}
 CONSTANTS = {"boolean": [False, True], "null": [None]}
 FORMATS = {  # None: any string
     "date": "2024-01-01", "time": "00:00:00Z", "date-time": "2024-01-01T00:00:00Z",
@@ -1725,10 +1725,6 @@ FORMATS = {  # None: any string
 }
 
 
-def whole(number):                          # 2.0 is the integer 2
-    return int(number) if number % 1 == 0 else number
-
-
 def plain_json(value):
     """A copy with none but JSON's own types, where 2.0 is the integer that it means.
 
@@ -1736,7 +1732,8 @@ def plain_json(value):
         >>> plain_json({"a": (2.0, 2.5)})
         {'a': [2, 2.5]}
     """
-    return json.loads(to_json(value), parse_float=lambda text: whole(float(text)))
+    return json.loads(to_json(value), parse_float=lambda text: (
+        int(float(text)) if float(text) % 1 == 0 else float(text)))
 
 
 def canonical(value):
@@ -1749,15 +1746,6 @@ def canonical(value):
     return json.dumps(plain_json(value), sort_keys=True)
 
 
-def unsatisfiable(keyword, why="it cannot be satisfied"):
-    return APIError(400, f"No instance of this schema can be made, for its keyword "
-                         f"'{keyword}': {why}.", code="invalid_json_schema")
-
-
-def as_list(value):
-    return value if isinstance(value, list) else [value]
-
-
 def is_one(value, values):
     return any(value == each and canonical(value) == canonical(each) for each in values)
 
@@ -1765,8 +1753,8 @@ def is_one(value, values):
 RULES = {keyword: (kind, rule) for places, rule in (
     # A type of values and a keyword that is about it, and whether a value obeys: a
     # function of the value and the keyword's argument.  None: that is not known here.
-    ("any type", lambda value, kinds: (
-        not set(JSON_TYPES[type(value)]).isdisjoint(as_list(kinds)))),
+    # `it` is the value, or the argument: for "type" a word, or a list of words.
+    ("any type", lambda value, it: any(kind in it for kind in JSON_TYPES[type(value)])),
     ("any enum", is_one), ("any const", lambda value, it: is_one(value, [it])),
     ("number minimum", operator.ge), ("number exclusiveMinimum", operator.gt),
     ("number maximum", operator.le), ("number exclusiveMaximum", operator.lt),
@@ -1800,95 +1788,88 @@ def property_schema(schema, name):
 
 def item_schemas(schema):
     """The schemas of the items in turn.  A list of items is an older prefixItems."""
-    items = schema.get("items", True)
-    if isinstance(items, list):
-        return itertools.chain(items, itertools.repeat(True))
-    return itertools.chain(schema.get("prefixItems", ()), itertools.repeat(items))
+    first, rest = schema.get("prefixItems", ()), schema.get("items", True)
+    older = isinstance(rest, list)
+    return itertools.chain(rest if older else first, itertools.repeat(older or rest))
 
 
 class Sampler:
-    """One sample in the making: the root of its schema, and the work that is left."""
+    """One sample in the making.
 
-    def __init__(self, root):
-        self.root, self.left = root, SAMPLE_WORK
+    root: its schema.  left: the work that is left.  fault: the keyword that was looked
+    at last.  When nothing can be made, that is the one to blame.
+    """
 
-    def spend(self, work):
-        self.left -= work
+    left, fault = SAMPLE_WORK, "type"
+
+    def spend(self, *sized):
+        self.left -= 1 + sum(map(len, sized))
         if self.left < 0:
-            raise unsatisfiable("type", "the instance or the work would be too large")
-
-    def target(self, ref):
-        """What a $ref points to: "#", or a pointer (RFC 6901) such as "#/$defs/a"."""
-        place = {"#": self.root}
-        for step in unquote(ref).split("/"):
-            name = step.replace("~1", "/").replace("~0", "~")
-            place = place[int(name) if isinstance(place, list) else name]
-        return place
+            raise OverflowError("the instance or the work would be too large")
 
     def also(self, schema):
-        """What holds wherever a schema does: its allOf, and the target of its $ref."""
+        """What holds wherever a schema does: its allOf, and what its $ref points to.
+
+        A $ref is "#", or a pointer (RFC 6901) such as "#/$defs/a".
+        """
         yield from schema.get("allOf", ())
-        yield from map(self.target, stated([schema], "$ref"))
+        for ref in stated([schema], "$ref"):
+            self.spend(ref)
+            self.fault, place = "$ref", {"#": self.root}
+            for step in unquote(ref).split("/"):
+                name = step.replace("~1", "/").replace("~0", "~")
+                place = place[int(name) if isinstance(place, list) else name]
+            yield place
 
     # ------ the check
 
-    def broken(self, value, schema, keyword="allOf", trusting=False):
-        """The first keyword that a value does not obey, or None.
+    def obeys(self, value, schema, trusting=False, keyword="allOf"):
+        """Whether a value obeys a schema.  A ValueError says that this is not known.
 
         schema: a JSON Schema, or what a rule said: True, False, or None for unknown.
-        keyword: the one to blame for False and None.  trusting: the value is a default
-        or an example, or is in one, so its strings are trusted to match their patterns
-        and formats.
+        trusting: the value is a default or an example, or is in one, so its strings are
+        trusted to match their patterns and formats.  keyword: the one to blame.
         """
+        self.fault = keyword
         if schema is None:
-            raise unsatisfiable(keyword, "it is not known here")
+            raise ValueError("it is not known here")
         if isinstance(schema, bool):
-            return None if schema else keyword
-        lists = stated([schema], "enum", "anyOf", "oneOf", "$ref")
-        self.spend(len(schema) + sum(map(len, lists)))
-        known = stated([schema], "default") + schema.get("examples", [])
-        parts = self.parts(value, schema, trusting or value in known)
-        return next(filter(None, itertools.starmap(self.broken, parts)), None)
+            return schema
+        self.spend(schema, *(each for each in schema.values() if type(each) is list))
+        trusting |= value in stated([schema], "default") + schema.get("examples", [])
+        return all(itertools.starmap(self.obeys, self.parts(value, schema, trusting)))
 
     def parts(self, value, schema, trusting):
-        """What `broken` looks at: (a value, its schema or a verdict, keyword, ...)."""
-        for keyword in filter(RULES.__contains__, schema):
-            kind, rule = RULES[keyword]
-            if kind in ("any", *JSON_TYPES[type(value)]):
+        """What `obeys` looks at, each as the arguments for it."""
+        for keyword, (kind, rule) in RULES.items():
+            if keyword in schema and kind in {"any", *JSON_TYPES[type(value)]}:
                 is_trusted = trusting and keyword in ("pattern", "format")
-                yield value, is_trusted or rule(value, schema[keyword]), keyword
-        for each in self.also(schema):
-            yield value, each, "allOf", trusting
+                yield value, is_trusted or rule(value, schema[keyword]), True, keyword
+        yield from ((value, each, trusting) for each in self.also(schema))
         for keyword in {"anyOf", "oneOf"} & schema.keys():
-            fits = (not self.broken(value, each, keyword, trusting)
-                    for each in schema[keyword])
-            count = sum(1 for _ in itertools.islice(filter(None, fits), 2))
-            yield value, count == 1 or count > 1 and keyword == "anyOf", keyword
-        for name in value if isinstance(value, dict) else ():
-            inner = property_schema(schema, name)
-            yield value[name], inner, "additionalProperties", trusting
-            yield name, schema.get("propertyNames", True), "propertyNames", trusting
-        items = value if isinstance(value, list) else ()
-        for each, inner in zip(items, item_schemas(schema)):
-            yield each, inner, "items", trusting
+            fits = (self.obeys(value, each, trusting) for each in schema[keyword])
+            is_met = any(fits) and (keyword == "anyOf" or not any(fits))
+            yield value, is_met, True, keyword
+        for name, each in value.items() if type(value) is dict else ():
+            yield each, property_schema(schema, name), trusting, "additionalProperties"
+            yield name, schema.get("propertyNames", True), trusting, "propertyNames"
+        items = zip(value, item_schemas(schema)) if type(value) is list else ()
+        yield from ((each, inner, trusting, "items") for each, inner in items)
 
     # ------ the making
 
     def make(self, schemas, name, above=frozenset(), others=()):
         """A value that obeys all the schemas and is none of the others."""
-        schemas = [each for each in schemas if each is not False]  # see `broken`
-        fault = unsatisfiable("$ref", "it contains itself without an end")
-        for values in self.candidates(schemas, name, above):
-            try:
-                for value in values:
-                    self.spend(len(to_json(value)))
-                    keyword = self.broken(value, {"allOf": schemas})
-                    if not keyword and not is_one(value, others):
+        # A False is left to the check of what this value will be in: it has a keyword.
+        joined = {"allOf": [each for each in schemas if each is not False]}
+        for values in self.candidates([joined], name, above):
+            with suppress(ValueError):
+                for value in map(plain_json, values):
+                    self.spend(to_json(value))
+                    if self.obeys(value, joined) and self.obeys(
+                            value, not is_one(value, others), True, "uniqueItems"):
                         return value
-                    fault = unsatisfiable(keyword or "uniqueItems")
-            except APIError as error:
-                fault = error
-        raise fault
+        raise ValueError("it cannot be satisfied, or is not known here")
 
     def candidates(self, todo, name, above, here=()):
         """Iterables of values to try, reading the schemas `todo` in turn.
@@ -1897,31 +1878,30 @@ class Sampler:
         itself has no candidate, so a linked list ends with its other branch, null.
         """
         todo = [each for each in todo if not isinstance(each, bool)]
-        self.spend(1 + len(todo))
+        self.spend(todo)
         if not todo:
             yield from self.values(here, name, above.union(map(id, here)))
         elif id(todo[0]) not in above:
             schema, *rest = todo
-            rest += self.also(schema)
             choices = filter(None, stated([schema], "anyOf", "oneOf"))
             for branches in itertools.product(*choices):
-                both = [*rest, *branches]
-                yield from self.candidates(both, name, above, (*here, schema))
+                more = [*rest, *self.also(schema), *branches]
+                yield from self.candidates(more, name, above, (*here, schema))
 
-    def values(self, here, name, inside):
+    def values(self, here, *place):
         """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in stated(here, "examples") if each]
         listed = stated(here, "const") + sum(stated(here, "enum"), [])
-        yield from ([each] for each in stated(here, "default") + examples + listed)
-        kinds = sum(map(as_list, stated(here, "type")), [])
+        yield from zip(stated(here, "default") + examples + listed)     # one by one
+        kinds = sum(([each] if isinstance(each, str) else each
+                     for each in stated(here, "type")), [])
         for kind in [] if listed else kinds or ["object"]:
-            yield CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(
-                here, name, inside)
+            yield CONSTANTS.get(kind) or getattr(self, f"make_{kind}")(here, *place)
 
     def make_object(self, here, name, inside):
         """The required properties and enough others; then all of the properties."""
         least = max(stated(here, "minProperties"), default=0)
-        required = [*dict.fromkeys(map(str, sum(stated(here, "required"), [])))]
+        required = [*dict.fromkeys(sum(stated(here, "required"), []))]
         names = [*dict.fromkeys(itertools.chain(required, *stated(here, "properties")))]
         key = [{"type": "string"}, *stated(here, "propertyNames")]
         while len(names) < least:
@@ -1947,12 +1927,11 @@ class Sampler:
 
     def make_number(self, here, name, inside):
         """The number nearest to 0, one between the bounds, and multiples near them.
-        They only have to be likely: `broken` decides."""
+        They only have to be likely: `obeys` decides."""
         low = max(stated(here, "minimum", "exclusiveMinimum"), default=-1)
         high = min(stated(here, "maximum", "exclusiveMaximum"), default=abs(low) + 1)
         start, step = min(max(0, low), high), max(stated(here, "multipleOf"), default=1)
-        multiples = ((start // step + n) * step for n in NEAR)
-        return map(whole, (start, (low + high) / 2, *multiples))
+        return (start, (low + high) / 2, *((start // step + n) * step for n in NEAR))
 
     make_integer = make_number
 
@@ -1968,15 +1947,15 @@ def sample(schema):
         ...     "city": {"type": "string"}, "days": {"type": "integer", "minimum": 3}}})
         {'city': 'city', 'days': 3}
     """
+    sampler = Sampler()
     try:
-        schema = plain_json(schema)
-        if isinstance(schema, dict):
-            schema.pop("$id", None)                 # it says nothing at the root
-        return Sampler(schema).make([{"allOf": [schema]}], "text")
-    except (LookupError, RecursionError) as why:
-        raise unsatisfiable("$ref", f"it leads nowhere, or too deep ({why})") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as why:
-        raise unsatisfiable("type", f"this is not a JSON Schema ({why})") from None
+        root = sampler.root = plain_json(schema)
+        if isinstance(root, dict):
+            root.pop("$id", None)                   # it says nothing at the root
+        return sampler.make([{"allOf": [root]}], "text")
+    except Exception as why:        # what is no JSON Schema may fail anywhere
+        why = f"No instance can be made, for the keyword '{sampler.fault}': {why}."
+        raise APIError(400, why, code="invalid_json_schema") from None
 
 
 # ----------------------------------------------------------------------------------
