@@ -1883,8 +1883,7 @@ class Sampler:
             yield from self.values(here, name, above.union(map(id, here)))
         elif id(todo[0]) not in above:
             schema, *rest = todo
-            choices = filter(None, stated([schema], "anyOf", "oneOf"))
-            for branches in itertools.product(*choices):
+            for branches in itertools.product(*stated([schema], "anyOf", "oneOf")):
                 more = [*rest, *self.also(schema), *branches]
                 yield from self.candidates(more, name, above, (*here, schema))
 

@@ -1442,11 +1442,11 @@ def no_collection():
     ({"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}}, r"\$ref"), ({"$ref": "#"}, r"\$ref"),
     ({**ref("a"), "$defs": {"a": ref("a")}}, r"\$ref"),
     (object_of(required=["a"], properties={"a": {"$ref": "#"}}), r"\$ref"),
-    ({"anyOf": []}, "anyOf"), ({"oneOf": [{"not": {}}]}, "not|oneOf"),
-    ({"enum": [1, 5], "minimum": 9}, "minimum"), ({"type": "bogus"}, "type"),
+    ({"oneOf": [{"not": {}}]}, "not|oneOf"), ({"type": "bogus"}, "type"),
+    ({"enum": [1, 5], "minimum": 9}, "minimum"),
     # Not a schema:
     *((schema, ".+") for schema in (
-        None, 1, 1.5, "x", [], {"type": 1}, {"properties": 1}, object_of(required=1),
+        None, 1, 1.5, "x", [], {"type": 1}, {"properties": 1}, object_of(required=1), {"anyOf": []},
         object_of(required=[1]), array(minItems="x"), {"enum": 1}, {"anyOf": 1}, {"$ref": 1},
         number(multipleOf=0), {"type": ["x"]}, integer(minimum="x"), {"type": []}, {"type": {}},
         {"$ref": "#/$defs/0/x"}, an_object(a=1), object_of(required=["a"], properties=[]),
