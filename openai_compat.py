@@ -1459,12 +1459,10 @@ class Connection:
         """Wait for bytes, or for their end, and keep them."""
         try:
             block = self.sock.recv(65536)
-        except NOT_NOW:                 # only a part of a TLS record: see `wait`
-            return
-        except OSError:
-            block = b""
-        self.ended |= not block
-        self.buffer += block
+            self.buffer += block
+            self.ended = not block
+        except OSError as error:        # maybe only a part of a TLS record: see `wait`
+            self.ended = not isinstance(error, NOT_NOW)
 
     def read_more(self):
         """Wait for more bytes of a request, until its deadline."""
