@@ -1490,11 +1490,9 @@ class Connection:
         """
         end = time.monotonic() + seconds
         while not (self.ended or self.stopping):
-            left = max(min(end - time.monotonic(), LONGEST_WAIT), 0)
-            if self.is_full():
-                found = ready_files(sources, min(left, 1))
-            else:
-                found = ready_files([self.sock, *sources], left)
+            full = self.is_full()       # then it asks each second if the server stops
+            left = max(min(end - time.monotonic(), 1 if full else LONGEST_WAIT), 0)
+            found = ready_files(sources if full else [self.sock, *sources], left)
             if self.sock in found:
                 self.sock.setblocking(False)    # or a partial TLS record would block
                 self.receive()
