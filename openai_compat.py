@@ -1508,11 +1508,10 @@ class Connection:
         """Send all of it; ClientLeft if the client closes or does not read in time."""
         if self.trace:
             self.trace("<", block)
-        view = memoryview(block)
         try:
             for start in range(0, len(block), 65536):
                 self.deadline = time.monotonic() + self.seconds
-                self.sock.sendall(view[start:start + 65536])
+                self.sock.sendall(block[start:start + 65536])
         except OSError:
             raise ClientLeft from None
         self.deadline = math.inf
