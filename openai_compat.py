@@ -3065,13 +3065,11 @@ def trace_lines(block):
         ['[transfer chunk] 9\\\\r\\\\n', '[event] data: {}']
     """
     for line in block.split(b"\r\n"):
-        text = line.decode("utf-8", "replace")
-        if SIZE_LINE.fullmatch(line):
-            yield f"[transfer chunk] {printable(text)}\\r\\n"
-            continue
-        *events, rest = text.split("\n\n")
+        *events, rest = line.decode("utf-8", "replace").split("\n\n")
         yield from (f"[event] {printable(each)}" for each in events)
-        if rest:
+        if SIZE_LINE.fullmatch(line):
+            yield f"[transfer chunk] {printable(rest)}\\r\\n"
+        elif rest:
             yield printable(masked(rest))
 
 
