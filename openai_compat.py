@@ -2926,7 +2926,8 @@ def normal_path(path):
 
 SECRET_FIELDS = {"authorization", "proxy-authorization", "api-key", "x-api-key",
                  "x-goog-api-key", "cookie"}
-SECRET_QUERY = re.compile(r"([?&](?:api[-_]?key|key|token|access_token)=)[^&\s]*", re.I)
+SECRET = re.compile(rf"(?is)(\A\s*(?:{'|'.join(SECRET_FIELDS)})\s*: ?).*"
+                    r"|([?&](?:api[-_]?key|key|token|access_token)=)[^&\s]*")
 
 
 def masked(line):
@@ -2936,10 +2937,7 @@ def masked(line):
         >>> masked("Authorization: Bearer sk-1"), masked("GET /?api-key=sk-1 HTTP/1.1")
         ('Authorization: ***', 'GET /?api-key=*** HTTP/1.1')
     """
-    name, colon, _ = line.partition(":")
-    if colon and name.strip().lower() in SECRET_FIELDS:
-        return f"{name}: ***"
-    return SECRET_QUERY.sub(r"\1***", line)
+    return SECRET.sub(r"\1\2***", line)
 
 
 def printable(text):
@@ -2966,12 +2964,10 @@ class Exchange:
     FIELDS = "method path headers body status events outcome started seconds".split()
 
     def __init__(self, head):
-        self.method, self.path, _, self.headers = head
-        if "?" in self.path:
-            self.path = SECRET_QUERY.sub(r"\1***", self.path)
-        secrets = SECRET_FIELDS.intersection(self.headers)
-        if secrets:
-            self.headers = {**self.headers, **dict.fromkeys(secrets, "***")}
+        self.method, target, _, headers = head
+        self.path = masked(target) if "?" in target else target
+        secrets = SECRET_FIELDS.intersection(headers)
+        self.headers = {**headers, **dict.fromkeys(secrets, "***")}
         self.content = b""              # the body as it came; see `body`
         self.status = self.outcome = self.seconds = None
         self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
