@@ -2987,7 +2987,8 @@ class Exchange:
         return {name: getattr(self, name) for name in self.FIELDS}
 
     def __repr__(self):
-        return f"<{self.method} {printable(self.path)} {self.status} {self.outcome}>"
+        return (f'"{self.method} {self.path}" {self.status or "-"} {self.outcome}, '
+                f"{self.events} events, {self.seconds or 0:.3f} s")
 
 
 class Incoming:
@@ -3266,17 +3267,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def clean_up(self, incoming):
         """Close what a response was made from, and log the exchange."""
-        exchange = incoming.exchange
         for close in reversed(incoming.closers):
             with suppress(EndReply):
                 try:
                     close()
                 except BaseException as error:
                     self.server.api_error(error, incoming)
-        if log.isEnabledFor(logging.INFO):
-            log.info('%s "%s %s" %s %s, %d events, %.3f s', self.client_address[0],
-                     exchange.method, printable(exchange.path), exchange.status or "-",
-                     exchange.outcome, exchange.events, exchange.seconds)
+        log.info("%s %r", self.client_address[0], incoming.exchange)
 
 
 # ----------------------------------------------------------------------------------
