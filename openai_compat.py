@@ -3107,7 +3107,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reader.trace = functools.partial(server.trace, next(server.numbers))
         self.open, self.pending = True, []  # may a request follow; what to send next
         server.connections[threading.current_thread()] = self.reader
-        self.is_one_too_many = len(server.connections) > server.max_connections
+        self.has_place = len(server.connections) <= server.max_connections
 
     def handle(self):
         with suppress(EndReply, OSError):
@@ -3159,6 +3159,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, incoming, response):
         """Send a response.  The journal knows its end before the last byte goes out."""
+        self.open = self.has_place and not self.reader.unread and incoming.keeps_alive()
         body, status, writes, encode = response.body, response.status, (), bytes
         if isinstance(body, bytes):
             framing, end = {"content-length": len(body)}, body
@@ -3169,7 +3170,6 @@ class Handler(BaseHTTPRequestHandler):
             framing, end, writes, self.open = {}, b"", body, False
         if incoming.method == "HEAD" or status in (204, 304):
             writes, end = (), b""
-        self.open = self.open and not self.reader.unread
         incoming.exchange.status = status
         framing = {} if status == 204 else framing
         self.pending = [self.response_head(incoming, response, framing)]
@@ -3199,7 +3199,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def cut(self, incoming, how):
         """End a reply as a quirk wants it, or as an upstream that was cut."""
-        self.open = False
         if how == "stall":
             self.flush(incoming)
             with suppress(APIError):                # the server is shutting down
@@ -3216,9 +3215,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def receive(self, incoming):
         """Check who sends a request, read its body, and enter it into the journal."""
-        self.open = incoming.keeps_alive() and not self.is_one_too_many
         try:
-            if self.is_one_too_many:
+            if not self.has_place:
                 raise APIError(503, "The engine is currently overloaded, please try "
                                "again later", headers={"retry-after": "1"})
             self.server.admit(incoming)
@@ -3250,16 +3248,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         """One request and its response; the client may leave at any time."""
-        # The connection closes after this request unless its head can be read.
-        self.open, response = False, None
         try:
-            incoming = Incoming(self.reader.read_head())
+            incoming, response = Incoming(self.reader.read_head()), None
         except APIError as error:
             incoming, response = Incoming(NO_HEAD), error_response(error)
         try:
             self.send(incoming, response or self.find_response(incoming))
         except Cut as cut:
             self.cut(incoming, *cut.args)
+            raise                       # no request can follow
         finally:
             if not incoming.delivered:
                 incoming.exchange.end("client left")
