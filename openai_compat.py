@@ -2962,15 +2962,15 @@ class Exchange:
     """
 
     FIELDS = "method path headers body status events outcome started seconds".split()
+    status = outcome = seconds = None
+    content, events = b"", 0            # content: the body as it came; see `body`
 
     def __init__(self, head):
         self.method, target, _, headers = head
         self.path = masked(target) if "?" in target else target
         secrets = SECRET_FIELDS.intersection(headers)
         self.headers = {**headers, **dict.fromkeys(secrets, "***")}
-        self.content = b""              # the body as it came; see `body`
-        self.status = self.outcome = self.seconds = None
-        self.events, self.started, self.clock = 0, time.time(), time.perf_counter()
+        self.started, self.clock = time.time(), time.perf_counter()
 
     @property
     def body(self):
@@ -2995,19 +2995,18 @@ class Incoming:
     """A request as HTTP delivered it, while it is being answered.
 
     route, model: what its path means, see `normal_path`.  headers: secrets and all.
-    content: its body.  quirk: the one that bends its response.  failed: something went
-    wrong after the status had gone out.  delivered: what was sent last held the end, so
-    that a client that leaves now has all of it.  has_our_key: its key is one of the
-    server's, and is not passed on.  closers: functions that are called at its end.
+    content: its body.  quirk: the one that bends its response.  delivered: what was
+    sent last held the end, so that a client that leaves now has all of it.
+    has_our_key: its key is one of the server's, and is not passed on.  closers:
+    functions that are called at its end.
     """
 
+    content, quirk, has_our_key, delivered = b"", None, False, False
+
     def __init__(self, head):
-        self.exchange = Exchange(head)
+        self.exchange, self.closers = Exchange(head), []
         self.method, self.target, self.version, self.headers = head
         self.route, self.model = normal_path(head.target.partition("?")[0])
-        self.content, self.quirk = b"", None
-        self.has_our_key = self.failed = self.delivered = False
-        self.closers = []
 
     def keeps_alive(self):
         options = self.headers.get("connection", "").lower()
@@ -3023,11 +3022,10 @@ class Incoming:
         model = self.model if self.route == "/models/" else ""
         return {"method": self.method, "path": self.route + model, "body": body}
 
-    def end(self):
+    def end(self, outcome="complete"):
         """Set the outcome in the journal.  It must be there before the last byte goes
         out."""
-        failed = self.failed or (self.exchange.status or 0) >= 400
-        self.exchange.end("quirk" if self.quirk else "error" if failed else "complete")
+        self.exchange.end("quirk" if self.quirk else outcome)
 
     def noted(self, events, is_done=DONE.__eq__):
         """Events, counted.  [DONE] is the last one and the end of the exchange: a quirk
@@ -3173,14 +3171,14 @@ class Handler(BaseHTTPRequestHandler):
         incoming.exchange.status = status
         framing = {} if status == 204 else framing
         self.pending = [self.response_head(incoming, response, framing)]
-        self.send_writes(incoming, response, writes, encode)
+        outcome = self.send_writes(incoming, response, writes, encode)
         self.pending.append(end)
-        incoming.end()
+        incoming.end(outcome)
         self.flush(incoming)
 
     def send_writes(self, incoming, response, writes, encode):
-        """A body that comes piece by piece.  What fails in an event stream becomes an
-        error event; another body is cut.
+        """A body that comes piece by piece -> the outcome.  What fails in an event
+        stream becomes an error event; another body is cut.
 
         [DONE] waits for the last transfer chunk, which goes out in the same send.
         """
@@ -3188,14 +3186,15 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for write in filter(None, writes):      # an empty one would spell the end
                 self.pending.append(encode(write))
-                if len(self.pending) >= batch and not write.endswith(DONE):
+                if len(self.pending) >= batch and write.rstrip()[-6:] != b"[DONE]":
                     self.flush(incoming)
+            return "complete" if response.status < 400 else "error"
         except BaseException as error:
             api_error = self.server.api_error(error, incoming)
-            incoming.failed = True
             if not is_event_stream(response.headers):
                 raise Cut("fin") from None
             self.pending.append(encode(event(api_error.body())))
+            return "error"
 
     def cut(self, incoming, how):
         """End a reply as a quirk wants it, or as an upstream that was cut."""
@@ -3203,8 +3202,7 @@ class Handler(BaseHTTPRequestHandler):
             self.flush(incoming)
             with suppress(APIError):                # the server is shutting down
                 pause(math.inf)
-        incoming.failed = True
-        incoming.end()
+        incoming.end("error")
         self.flush(incoming)
         if how == "reset":
             linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
