@@ -3015,10 +3015,9 @@ class Incoming:
 
     def asked(self):
         """What tells one request from another on a tape."""
-        try:
-            body = parse_json(self.content) if self.content else None
-        except APIError:
-            body = as_text(self.content)
+        body = as_text(self.content) or None
+        with suppress(APIError):
+            body = parse_json(self.content)
         model = self.model if self.route == "/models/" else ""
         return {"method": self.method, "path": self.route + model, "body": body}
 
