@@ -3218,11 +3218,10 @@ class Handler(BaseHTTPRequestHandler):
                                "again later", headers={"retry-after": "1"})
             self.server.admit(incoming)
             if self.reader.unread:
-                incoming.content = self.reader.read_content(incoming,
-                                                            self.server.max_body)
+                content = self.reader.read_content(incoming, self.server.max_body)
+                incoming.content = incoming.exchange.content = content
             self.reader.deadline = math.inf
         finally:
-            incoming.exchange.content = incoming.content
             self.server.journal.append(incoming.exchange)
             # One statement, because threads share the list.  None stands for a size of
             # 0, since [:-0] is no item at all.
