@@ -2540,7 +2540,7 @@ class Relay(PassingOn):
     def headers(self, incoming):
         """The client's headers for the upstream, which gets one key, and never ours."""
         ours = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        passed = () if ours or incoming.has_our_key else KEY_HEADERS
+        passed = () if ours else KEY_HEADERS
         theirs = {name: value for name, value in incoming.headers.items()
                   if name.startswith(REQUEST_HEADERS + passed)}
         return {**JSON_HEADERS, **theirs, "accept-encoding": "identity", **ours}
@@ -2996,12 +2996,11 @@ class Incoming:
 
     route, model: what its path means, see `normal_path`.  headers: secrets and all.
     content: its body.  quirk: the one that bends its response.  delivered: what was
-    sent last held the end, so that a client that leaves now has all of it.
-    has_our_key: its key is one of the server's, and is not passed on.  closers:
+    sent last held the end, so that a client that leaves now has all of it.  closers:
     functions that are called at its end.
     """
 
-    content, quirk, has_our_key, delivered = b"", None, False, False
+    content, quirk, delivered = b"", None, False
 
     def __init__(self, head):
         self.exchange, self.closers = Exchange(head), []
@@ -3719,8 +3718,10 @@ class Server(ThreadingHTTPServer):
     # ------ who may use it
 
     def check_key(self, incoming):
-        bearer = re.match("(?i)bearer (.*)", incoming.headers.get("authorization", ""))
-        key = bearer[1].strip() if bearer else incoming.headers.get("api-key", "")
+        # Taken out of the headers, so that no relay passes it on.
+        bearer = re.match("(?i)bearer (.*)", incoming.headers.pop("authorization", ""))
+        other = incoming.headers.pop("api-key", "")
+        key = bearer[1].strip() if bearer else other
         if not key:
             raise APIError(401, "You didn't provide an API key. You need to provide "
                            "your API key in an Authorization header using Bearer auth "
@@ -3761,7 +3762,6 @@ class Server(ThreadingHTTPServer):
         if self.api_keys:
             if incoming.route not in ("/", "/health"):
                 self.check_key(incoming)
-                incoming.has_our_key = True
         elif self.on_loopback:
             self.check_browser(incoming.headers)
 
