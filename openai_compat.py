@@ -3148,10 +3148,9 @@ class Handler(BaseHTTPRequestHandler):
                   **self.server.cors_headers(incoming), **response.headers, **framing}
         if not self.open or incoming.version < (1, 1):
             fields["connection"] = "keep-alive" if self.open else "close"
-        reason, _ = self.responses.get(response.status, ("", ""))
+        status = f"{response.status} {http.client.responses.get(response.status, '')}"
         lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        head = f"HTTP/1.1 {response.status} {reason}\r\n{lines}\r\n"
-        return head.encode("latin-1", "replace")
+        return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
 
     def send(self, incoming, response):
         """Send a response.  The journal knows its end before the last byte goes out."""
