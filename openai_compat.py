@@ -3044,8 +3044,7 @@ class Incoming:
         writes, plain = itertools.tee(writes)
         bent, sent = itertools.tee(QUIRKS[quirk](writes, k))
         yield from bent
-        sent = [*sent]
-        if DONE in sent and sent == [*plain]:
+        if self.exchange.outcome and [*sent] == [*plain]:   # all of them were there
             self.quirk = None
 
 
