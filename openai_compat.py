@@ -2968,8 +2968,7 @@ class Exchange:
     def __init__(self, head):
         self.method, target, _, headers = head
         self.path = masked(target) if "?" in target else target
-        secrets = SECRET_FIELDS.intersection(headers)
-        self.headers = {**headers, **dict.fromkeys(secrets, "***")}
+        self.headers = {**headers, **dict.fromkeys(SECRET_FIELDS & {*headers}, "***")}
         self.started, self.clock = time.time(), time.perf_counter()
 
     @property
