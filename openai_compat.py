@@ -2947,8 +2947,7 @@ def printable(text):
         >>> printable("a\\nb")
         'a\\\\nb'
     """
-    return "".join(each if each.isprintable() else repr(each)[1:-1]
-                   for each in str(text))
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 class Exchange:
