@@ -3031,8 +3031,7 @@ class Incoming:
             self.exchange.events += 1
             if is_done(each):
                 self.end()
-                yield each
-                return
+                events.close()          # what an upstream says after it is not read
             yield each
 
     def bent(self, writes, quirk, k):
