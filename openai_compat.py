@@ -2957,11 +2957,11 @@ class Exchange:
     secrets masked.  body: a dict or None; each access gives a new one.  status.
     events: how many there were, before a quirk saw them.  outcome: "complete",
     "client left", "error", "quirk", or None while it runs.  started: seconds since
-    1970.  seconds: how long it took.
+    1970.  seconds: how long it took.  quirk: the one that bends its response, or None.
     """
 
     FIELDS = "method path headers body status events outcome started seconds".split()
-    status = outcome = seconds = None
+    status = outcome = seconds = quirk = None
     content, events = b"", 0            # content: the body as it came; see `body`
 
     def __init__(self, head):
@@ -2978,8 +2978,10 @@ class Exchange:
     def elapsed(self):
         return time.perf_counter() - self.clock
 
-    def end(self, outcome):
-        self.outcome, self.seconds = outcome, self.elapsed()
+    def end(self, outcome="complete"):
+        """Set the outcome.  It must be there before the last byte goes out."""
+        self.outcome = "quirk" if self.quirk and outcome != "client left" else outcome
+        self.seconds = self.elapsed()
 
     def as_dict(self):
         return {name: getattr(self, name) for name in self.FIELDS}
@@ -2993,12 +2995,11 @@ class Incoming:
     """A request as HTTP delivered it, while it is being answered.
 
     route, model: what its path means, see `normal_path`.  headers: secrets and all.
-    content: its body.  quirk: the one that bends its response.  delivered: what was
-    sent last held the end, so that a client that leaves now has all of it.  closers:
-    functions that are called at its end.
+    content: its body.  delivered: what was sent last held the end, so that a client
+    that leaves now has all of it.  closers: functions that are called at its end.
     """
 
-    content, quirk, delivered = b"", None, False
+    content, delivered = b"", False
 
     def __init__(self, head):
         self.exchange, self.closers = Exchange(head), []
@@ -3018,11 +3019,6 @@ class Incoming:
         model = self.model if self.route == "/models/" else ""
         return {"method": self.method, "path": self.route + model, "body": body}
 
-    def end(self, outcome="complete"):
-        """Set the outcome in the journal.  It must be there before the last byte goes
-        out."""
-        self.exchange.end("quirk" if self.quirk else outcome)
-
     def noted(self, events, is_done=DONE.__eq__):
         """Events, counted.  [DONE] is the last one and the end of the exchange: a quirk
         that follows may split it, or send more after it.  is_done: is an event [DONE]?
@@ -3030,19 +3026,19 @@ class Incoming:
         for each in events:
             self.exchange.events += 1
             if is_done(each):
-                self.end()
+                self.exchange.end()
                 events.close()          # what an upstream says after it is not read
             yield each
 
     def bent(self, writes, quirk, k):
         """The writes with a quirk.  It is forgotten at the end if the writes with it
         are those without, as with a k beyond the last event."""
-        self.quirk = quirk
+        self.exchange.quirk = quirk
         writes, plain = itertools.tee(writes)
         bent, sent = itertools.tee(QUIRKS[quirk](writes, k))
         yield from bent
         if self.exchange.outcome and [*sent] == [*plain]:   # all of them were there
-            self.quirk = None
+            self.exchange.quirk = None
 
 
 def trace_lines(block):
@@ -3166,7 +3162,7 @@ class Handler(BaseHTTPRequestHandler):
         self.pending = [self.response_head(incoming, response, framing)]
         outcome = self.send_writes(incoming, response, writes, encode)
         self.pending.append(end)
-        incoming.end(outcome)
+        incoming.exchange.end(outcome)
         self.flush(incoming)
 
     def send_writes(self, incoming, response, writes, encode):
@@ -3195,7 +3191,7 @@ class Handler(BaseHTTPRequestHandler):
             self.flush(incoming)
             with suppress(APIError):                # the server is shutting down
                 pause(math.inf)
-        incoming.end("error")
+        incoming.exchange.end("error")
         self.flush(incoming)
         if how == "reset":
             linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
@@ -3830,7 +3826,7 @@ class Server(ThreadingHTTPServer):
         if not request["stream"]:
             body = to_json(fold(chunks))
             if quirk in UNSTREAMED_QUIRKS:  # the others are about events
-                incoming.quirk = quirk
+                incoming.exchange.quirk = quirk
                 body = QUIRKS[quirk]([body], 0)
             return Response(200, {**JSON_HEADERS, **headers}, body)
         ready = all(map(Reply.is_ready, replies)) and not (quirk or self.delay)
