@@ -2446,38 +2446,35 @@ MOST_HELD = 2**16               # bytes of an event that has not ended
 CLIMBING_ID = re.compile(r"(?:^|[/\\;])\.{1,2}(?:[/\\;]|$)|[%\\\x00-\x1f\x7f]|^/|//|/$")
 
 
-class Upstream(io.RawIOBase):
-    """A socket for http.client to read from; a read ends when our client leaves."""
+class Upstream(socket.SocketIO):
+    """A nonblocking socket for http.client to read from.
 
-    def __init__(self, sock):
-        self.sock, self.ended = sock, False
-        sock.setblocking(False)
+    A read ends when our client leaves.  The end of the connection is an exception:
+    http.client would take half a head for a whole one.
+    """
 
     def makefile(self, mode):
         return io.BufferedReader(self)
 
-    def readable(self):
-        return True
-
     def readinto(self, buffer):
         while True:
             pause(0)
-            try:
-                count = self.sock.recv_into(buffer)
-                self.ended = count == 0
-                return count
-            except NOT_NOW:
-                pause(math.inf, self.sock)
+            with suppress(*NOT_NOW):
+                count = self._sock.recv_into(buffer)
+                if count:
+                    return count
+                raise http.client.HTTPException("the connection was cut")
+            pause(math.inf, self)
 
 
 def blocks_of(response):
     """The body of an upstream's response as it arrives; Cut if the upstream is cut."""
     try:
         yield from iter(functools.partial(response.read1, 65536), b"")
-        if response.length:             # that many bytes were promised
-            raise http.client.IncompleteRead(b"")
-    except (OSError, http.client.HTTPException):
-        raise Cut("fin") from None
+    except (OSError, http.client.HTTPException) as error:
+        # A body of unknown length ends where the connection ends.
+        if response.chunked or response.length or isinstance(error, OSError):
+            raise Cut("fin") from None
 
 
 def whole_events(blocks):
@@ -2569,11 +2566,10 @@ class Relay(PassingOn):
             connection.sock.settimeout(600)
             connection.request(incoming.method, target, incoming.content or None,
                                headers)
-            upstream = Upstream(connection.sock)
-            response = http.client.HTTPResponse(upstream, method=incoming.method)
+            connection.sock.setblocking(False)
+            response = http.client.HTTPResponse(Upstream(connection.sock, "r"),
+                                                method=incoming.method)
             response.begin()
-            if upstream.ended:          # http.client takes half a head for a whole one
-                raise OSError("the connection was cut")
             return response
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise APIError(502, f"The upstream at {self.base_url} cannot be reached: "
