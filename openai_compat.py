@@ -2547,11 +2547,10 @@ class Relay(PassingOn):
 
         Example: /v1/models/org%2Fm?limit=1 -> /v1/models/org%2Fm?limit=1
         """
-        path = incoming.route
-        if path == "/models/":
-            if CLIMBING_ID.search(incoming.model):
-                raise model_not_found(incoming.model)
-            path += quote(incoming.model, safe="")
+        model = incoming.model if incoming.route == "/models/" else ""
+        if CLIMBING_ID.search(model):
+            raise model_not_found(model)
+        path = incoming.route + quote(model, safe="")
         _, mark, query = incoming.target.partition("?")
         return f"{self.upstream.path}{path}{mark}{query}"
 
