@@ -2497,10 +2497,9 @@ def whole_events(blocks):
 
 def as_text(write):
     """Bytes for a tape: a str where they are UTF-8, else {"base64": ...}."""
-    try:
+    with suppress(UnicodeDecodeError):
         return write.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(write).decode()}
+    return {"base64": base64.b64encode(write).decode()}
 
 
 def as_bytes(text):
