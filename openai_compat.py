@@ -2423,16 +2423,6 @@ def is_event_stream(headers):
             and "content-encoding" not in headers)
 
 
-class PassingOn:
-    """The base of Relay and Replay: `respond(incoming)` returns a Response.
-
-    `incoming` is the request as HTTP delivered it (the class stands in part 3): its
-    method, target, headers and content, and the route and the model that the target
-    means.  `incoming.asked()` is what a tape knows it by, `incoming.noted` counts its
-    events and ends it at [DONE], `incoming.closers` are called when it ends.
-    """
-
-
 # What the names of the headers begin with that are passed on, up and down.
 KEY_HEADERS = ("authorization", "api-key")
 REQUEST_HEADERS = ("accept", "content-type", "user-agent", "idempotency-key", "openai-",
@@ -2504,6 +2494,23 @@ def as_text(write):
 
 def as_bytes(text):
     return text.encode() if isinstance(text, str) else base64.b64decode(text["base64"])
+
+
+class PassingOn:
+    """The base of Relay and Replay: `respond(incoming)` returns a Response.
+
+    `incoming` is the request as HTTP delivered it (the class stands in part 3): its
+    method, target, headers and content, and the route and the model that the target
+    means.  `incoming.asked()` is what a tape knows it by, `incoming.noted` counts its
+    events and ends it at [DONE], `incoming.closers` are called when it ends.
+    """
+
+    def response(self, incoming, status, headers, writes):
+        """The Response with these writes; those of a stream are its whole events."""
+        if is_event_stream(headers):
+            headers = {**EVENT_STREAM, **headers}
+            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
+        return Response(status, headers, writes)
 
 
 class Relay(PassingOn):
@@ -2579,16 +2586,13 @@ class Relay(PassingOn):
         headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
                    if name.lower().startswith(RESPONSE_HEADERS)}
-        writes = blocks_of(response)
-        if is_event_stream(headers):
-            headers = {**EVENT_STREAM, **headers}
-            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
+        passed = self.response(incoming, response.status, headers, blocks_of(response))
         if self.tape:
-            recording = {"request": incoming.asked(), "status": response.status,
-                         "headers": headers, "writes": []}
-            writes = self.recorded(writes, recording, incoming.exchange)
-            incoming.closers.append(writes.close)
-        return Response(response.status, headers, writes)
+            recording = {"request": incoming.asked(), "status": passed.status,
+                         "headers": passed.headers, "writes": []}
+            passed.body = self.recorded(passed.body, recording, incoming.exchange)
+            incoming.closers.append(passed.body.close)
+        return passed
 
     def recorded(self, writes, recording, exchange):
         """The same writes.  The exchange is on the tape before the last one goes out
@@ -2697,10 +2701,7 @@ class Replay(PassingOn):
             return self.relay.respond(incoming)
         with self.lock:
             status, headers, recorded = queue.pop(0) if len(queue) > 1 else queue[0]
-        writes = self.writes(recorded)
-        if is_event_stream(headers):
-            writes = incoming.noted(whole_events(writes), DONE_EVENT.search)
-        return Response(status, headers, writes)
+        return self.response(incoming, status, headers, self.writes(recorded))
 
     def check(self, error=None):
         """Raise AssertionError if a request was not on the tape."""
