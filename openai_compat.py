@@ -2580,27 +2580,27 @@ class Relay(PassingOn):
             raise APIError(502, f"The upstream at {self.base_url} cannot be reached: "
                                 f"{error}.", code="upstream_unreachable") from None
 
-    def respond(self, incoming):
-        with self.misses_logged():
-            response = self.ask(incoming)
+    def passed_on(self, incoming):
+        response = self.ask(incoming)
         headers = {name.lower(): " ".join(value.split())    # joins folded lines
                    for name, value in response.getheaders()
                    if name.lower().startswith(RESPONSE_HEADERS)}
-        passed = self.response(incoming, response.status, headers, blocks_of(response))
-        if self.tape:
-            recording = {"request": incoming.asked(), "status": passed.status,
-                         "headers": passed.headers, "writes": []}
-            passed.body = self.recorded(passed.body, recording, incoming.exchange)
-            incoming.closers.append(passed.body.close)
-        return passed
+        return self.response(incoming, response.status, headers, blocks_of(response))
 
-    def recorded(self, writes, recording, exchange):
-        """The same writes.  The exchange is on the tape before the last one goes out
-        ([DONE], or the empty one that ends a body), so that whoever has read all of it
-        can replay it."""
-        with self.misses_logged():
-            last = 0                    # when the request came, then when a write went
-            for write in filter(None, writes):
+    def recorded(self, incoming):
+        """The status and the headers of the response, then its writes.
+
+        The exchange is on the tape before the last one goes out ([DONE], or the empty
+        one that ends a body), so that whoever has read all of it can replay it.  If the
+        tape cannot be written, the client still gets its reply.
+        """
+        exchange, last = incoming.exchange, 0   # since the request came, or a write went
+        try:
+            response = self.passed_on(incoming)
+            recording = {"request": incoming.asked(), "status": response.status,
+                         "headers": response.headers, "writes": []}
+            yield response.status, response.headers
+            for write in filter(None, response.body):
                 seconds = round(exchange.elapsed() - last, 4)
                 recording["writes"].append([seconds, as_text(write)])
                 if exchange.outcome is None:        # [DONE] waits for the tape
@@ -2609,22 +2609,20 @@ class Relay(PassingOn):
             with self.lock, open(self.tape, "ab") as file:
                 file.write(to_json(recording) + b"\n")
                 self.on_record(recording)
-        if exchange.outcome is not None:
-            yield write
-
-    @contextlib.contextmanager
-    def misses_logged(self):
-        """Log why an exchange does not come onto the tape.  If the tape cannot be
-        written, the client still gets its reply."""
-        try:
-            yield
-        except (EndReply, APIError, GeneratorExit, OSError) as error:
+        except BaseException as error:
             why = {Cut: "the upstream was cut", ClientLeft: "the client left",
                    GeneratorExit: "the client left"}.get(type(error), error)
-            if self.tape:
-                log.warning("An exchange was not recorded on %s: %s", self.tape, why)
+            log.warning("An exchange was not recorded on %s: %s", self.tape, why)
             if not isinstance(error, OSError):
                 raise
+        yield write if exchange.outcome else b""
+
+    def respond(self, incoming):
+        if not self.tape:
+            return self.passed_on(incoming)
+        recorded = self.recorded(incoming)
+        incoming.closers.append(recorded.close)
+        return Response(*next(recorded), recorded)
 
 
 def likeness(a, b):
