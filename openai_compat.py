@@ -2625,12 +2625,6 @@ class Relay(PassingOn):
         return Response(*next(recorded), recorded)
 
 
-def likeness(a, b):
-    """How much two requests have in common: the path, then pieces of the JSON text."""
-    pieces = set(canonical(a).split(", ")) & set(canonical(b).split(", "))
-    return a["path"] == b["path"], len(pieces)
-
-
 class Replay(PassingOn):
     """Answers from a tape that a Relay recorded: same path and body, same bytes.
 
@@ -2648,7 +2642,6 @@ class Replay(PassingOn):
         if not is_number(speed) or not isinstance(relay, (Relay, type(None))):
             raise TypeError("the speed of a Replay must be a number, its relay a Relay")
         self.tape, self.speed, self.relay, self.faults = tape, speed, relay, []
-        self.requests = []                      # of each line of the tape
         self.lock, self.recordings = threading.Lock(), collections.defaultdict(list)
         self.paths = set(relay.paths if relay else ())  # and what is on the tape
         if relay is not None:
@@ -2657,29 +2650,31 @@ class Replay(PassingOn):
         with open(tape, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    self.add(json.loads(line))
+                    self.add(json.loads(line), number)
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {tape} is not a whole "
                                      "recording") from None
 
-    def add(self, recording):
+    def add(self, recording, line=None):
         """Get a recording ready to be sent; an error if it is not a whole one."""
         request, writes = recording["request"], recording["writes"]
         self.recordings[canonical(request)].append((
-            int(recording["status"]), header_fields(recording["headers"]),
+            line, int(recording["status"]), header_fields(recording["headers"]),
             [(float(wait), as_bytes(text)) for wait, text in writes]))
-        self.requests.append(request)
         self.paths.add(request["path"])
 
     def unknown(self, asked):
         """A 404 that tells how the nearest recording differs."""
         message = "The tape is empty."
-        if self.requests:
-            nearest = max(self.requests, key=lambda each: likeness(each, asked))
+        if self.recordings:
+            # The one with which it has the most pieces of the JSON text in common.
+            pieces = set(canonical(asked).split(", "))
+            key = max(self.recordings,
+                      key=lambda each: len(pieces.intersection(each.split(", "))))
+            nearest, (line, *_) = json.loads(key), self.recordings[key][0]
             # `canonical` tells null from absent and true from 1; `difference` does not.
             fault = difference(nearest, asked) or "on the tape " + (
                 difference(asked, nearest) or "a null or a boolean differs")
-            line = self.requests.index(nearest) + 1
             message = ("There is no recording of this request.  The nearest is line "
                        f"{line} of {self.tape}: {fault}.")
         self.faults.append(f"{asked['method']} {asked['path']}: {message}")
@@ -2698,7 +2693,7 @@ class Replay(PassingOn):
         if not queue:
             return self.relay.respond(incoming)
         with self.lock:
-            status, headers, recorded = queue.pop(0) if len(queue) > 1 else queue[0]
+            _, status, headers, recorded = queue.pop(0) if len(queue) > 1 else queue[0]
         return self.response(incoming, status, headers, self.writes(recorded))
 
     def check(self, error=None):
