@@ -2751,19 +2751,6 @@ def parse_headers(lines):
     return headers
 
 
-def origin_form(method, target, version, headers):
-    """The head with its target as a path, whatever form it had (RFC 9112, 3.2)."""
-    has_host = "host" in headers or version < (1, 1)
-    if not (has_host and HOST.fullmatch(headers.get("host", ""))):
-        raise APIError(400, "An HTTP/1.1 request must have one valid Host header.")
-    absolute = not target.startswith("/") and ABSOLUTE.fullmatch(target)
-    if absolute and HOST.fullmatch(absolute[1]):        # a form meant for proxies
-        headers["host"], target = absolute[1], "/" + absolute[2]
-    if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
-        raise APIError(400, "The target of the request is malformed.")
-    return Head(method, target, version, headers)
-
-
 def parse_head(head):
     """The lines of a request before its blank line (RFC 9112, 2 to 5).
 
@@ -2780,8 +2767,17 @@ def parse_head(head):
         raise APIError(414, "The target of the request is too long.")
     if version[0] != "1":
         raise APIError(505, "This server speaks only HTTP/1.0 and HTTP/1.1.")
-    headers = parse_headers(text[match.end():])
-    return origin_form(method, target, (1, int(version[1])), headers)
+    version, headers = (1, int(version[1])), parse_headers(text[match.end():])
+    has_host = "host" in headers or version < (1, 1)
+    if not (has_host and HOST.fullmatch(headers.get("host", ""))):
+        raise APIError(400, "An HTTP/1.1 request must have one valid Host header.")
+    # The target as a path, whatever form it had (RFC 9112, 3.2).
+    absolute = not target.startswith("/") and ABSOLUTE.fullmatch(target)
+    if absolute and HOST.fullmatch(absolute[1]):        # a form meant for proxies
+        headers["host"], target = absolute[1], "/" + absolute[2]
+    if not (target.startswith("/") or target == "*" and method == "OPTIONS"):
+        raise APIError(400, "The target of the request is malformed.")
+    return Head(method, target, version, headers)
 
 
 def too_large(most):
