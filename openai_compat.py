@@ -2594,7 +2594,7 @@ class Relay(PassingOn):
         one that ends a body), so that whoever has read all of it can replay it.  If the
         tape cannot be written, the client still gets its reply.
         """
-        exchange, last = incoming.exchange, 0   # since the request came, or a write went
+        exchange, last = incoming.exchange, 0       # last: seconds, when a write went
         try:
             response = self.passed_on(incoming)
             recording = {"request": incoming.asked(), "status": response.status,
@@ -2862,8 +2862,7 @@ class RequestReader(Connection):
         get = incoming.headers.get
         coding, length = get("transfer-encoding"), get("content-length", "0")
         expect = get("expect", "").lower()
-        if coding and ("content-length" in incoming.headers
-                       or incoming.version < (1, 1)):
+        if coding and (get("content-length") or incoming.version < (1, 1)):
             raise APIError(400, "Transfer-Encoding with Content-Length or HTTP/1.0.")
         if coding is not None and coding.lower() != "chunked":
             raise APIError(501, "The only Transfer-Encoding that is read is chunked.")
@@ -2879,8 +2878,7 @@ class RequestReader(Connection):
             deadline = self.deadline
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.deadline = deadline            # sending has one of its own
-        content = (self.take_transfer_chunks(most) if coding
-                   else self.take(int(length)))
+        content = self.take_transfer_chunks(most) if coding else self.take(int(length))
         self.unread = False
         return content
 
