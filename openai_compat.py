@@ -2574,6 +2574,7 @@ class Relay(PassingOn):
             connection.sock.setblocking(False)
             response = http.client.HTTPResponse(Upstream(connection.sock, "r"),
                                                 method=incoming.method)
+            incoming.closers.append(response.close)
             response.begin()
             return response
         except (OSError, ValueError, http.client.HTTPException) as error:
