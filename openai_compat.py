@@ -1294,9 +1294,10 @@ def merged(values):
     fields = {}
     for each in values:
         for name, value in each.items():
-            same = fields.setdefault(name, [])
-            if value is not None:
-                same.append(value)
+            if fields.get(name) is None:
+                fields[name] = None if value is None else [value]
+            elif value is not None:
+                fields[name].append(value)
     return {name: merged(same) if same else None for name, same in fields.items()}
 
 
