@@ -4100,7 +4100,10 @@ def start_beside(server, program):
     path = shutil.which(program[0]) or program[0]
     env = {**os.environ, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": keys[0],
            "OPENAI_API_BASE": server.base_url, "NO_PROXY": bypass, "no_proxy": bypass}
-    return subprocess.Popen([path, *program[1:]], env=env)
+    try:
+        return subprocess.Popen([path, *program[1:]], env=env)
+    except OSError as error:        # the exit statuses of a shell
+        sys.exit(complain(error, 127 if isinstance(error, FileNotFoundError) else 126))
 
 
 def serve_beside(server, running, heard):

@@ -6395,9 +6395,9 @@ BESIDE = {  # rule: (flags, command, its status, what it prints, what is said of
     "the status of a command is the status": ([], program("sys.exit(3)"), 3, "", ""),
     "a command has its own dashes": ([], program("print(sys.argv[1:])", "--", "--version"), 0,
                                      "['--', '--version']\n", ""),
-    "a command that is not there is a 1": ([], ["no-such-command"], 1, "",
-                                           ".*no-such-command.*"),
-    "nor at that place": ([], ["./no-such-command"], 1, "", r".*\./no-such-command.*"),
+    "a command that is not there is a 127": ([], ["no-such-command"], 127, "",
+                                             ".*no-such-command.*"),
+    "nor at that place": ([], ["./no-such-command"], 127, "", r".*\./no-such-command.*"),
     "a script that was followed is a 0": (SCRIPTED, ASKING, 0, "from the script\n", ""),
     "one that was not is a 1": (SCRIPTED, program(""), 1, "", ".*1 of 1 steps remain.*"),
     "unless the command has failed": (SCRIPTED, program("sys.exit(3)"), 3, "",
@@ -6411,7 +6411,7 @@ BESIDE = {  # rule: (flags, command, its status, what it prints, what is said of
     **({} if os.name == "nt" else {
         "a trace is printed to its end": (["--trace"], ASKING, 0, "Hello!\n",
                                           r"(?s).*data: \[DONE\]\n.* 0\\r\\n"),
-        "one that cannot be run is one": ([], ["./garbage"], 1, "", ".*garbage.*"),
+        "one that cannot be run is a 126": ([], ["./garbage"], 126, "", ".*garbage.*"),
         "a signal is 128 and its number": (
             [], program("os.kill(os.getpid(), signal.SIGTERM)"), 143, "", ""),
         "SIGKILL too": ([], program("os.kill(os.getpid(), signal.SIGKILL)"), 137, "", "")}),
