@@ -74,7 +74,7 @@ The stages, in the order of this file.  Each one takes what the one above gives:
         | quirk                               a deliberate fault, if a test wants one
     transfer chunks                           HTTP's unit
 
-All stages meet in `Server.complete`.  The file has three parts:
+All stages but the first two meet in `Server.complete`.  The file has three parts:
 
     PART 1  THE PROTOCOL: from the bytes of a body to the bytes of its events
     PART 2  BACKENDS: what answers, and deliberate faults
@@ -148,9 +148,9 @@ ERROR_KINDS = {  # status: (type, code); any other 4xx is as 400, any other 5xx 
     500: ("server_error", None),
     503: ("service_unavailable_error", None),
 }
-# The name and the value, on two lines, since neither may hold a line end.
-HEADER_FIELD = re.compile("(?!connection\n|content-length\n|transfer-encoding\n)"
-                          r"[!#$%&'*+.^_`|~0-9a-z-]+\n[\t -~\x80-\xff]*")
+FRAMING = {"connection", "content-length", "transfer-encoding"}
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+HEADER_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 
 
 def header_fields(headers):
@@ -167,7 +167,8 @@ def header_fields(headers):
     fields = {str(name).lower(): str(value)
               for name, value in dict(headers or {}).items()}
     for name, value in fields.items():
-        if not HEADER_FIELD.fullmatch(f"{name}\n{value}"):
+        if name in FRAMING or not (HEADER_NAME.fullmatch(name)
+                                   and HEADER_VALUE.fullmatch(value)):
             raise ValueError(f"{name!r}: {value!r} cannot be a header of a response")
     return fields
 
@@ -235,7 +236,7 @@ def finite(text):
     number = float(text)
     if math.isfinite(number):
         return number
-    raise ValueError(f"{text[:20]} is not a number in JSON, or too large")
+    raise ValueError(f"{text[:20]} cannot be a number in JSON")
 
 
 # The standard parser takes NaN and Infinity, which JSON does not have, and turns 1e999
@@ -253,8 +254,8 @@ def nesting(text):
         3
     """
     unescaped = text.replace("\\\\", "").replace('\\"', "")
-    outside = "".join(unescaped.split('"')[::2])        # of strings
-    steps = (1 if bracket in "[{" else -1 for bracket in re.findall("[][{}]", outside))
+    brackets = re.findall("[][{}]", "".join(unescaped.split('"')[::2]))  # not in strings
+    steps = (1 if bracket in "[{" else -1 for bracket in brackets)
     return max(itertools.accumulate(steps), default=0)
 
 
@@ -284,7 +285,7 @@ def parse_json(body):
 # Compact JSON text; NaN and infinity are a ValueError.
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False,
                                 check_circular=False, separators=(",", ":"))
-encode_json = JSON_ENCODER.encode
+encode_json = JSON_ENCODER.encode       # Speed, the last section, repeats its options
 # A lone surrogate has no UTF-8, and some old clients end a line at the other three.
 MUST_BE_ESCAPED = re.compile("[\ud800-\udfff\x85\u2028\u2029]")
 
@@ -320,7 +321,8 @@ def to_json(value):
 #     tagged("role", user=Object(...), ...) an object whose "role" chooses its shape
 #     Bounded(spec, least, most)  a number, or a length, within bounds
 #     Map(spec, most_pairs)       an object with any keys, of at most 64 characters
-#     any callable(path, value)   raises the 400, or returns; the four above are such
+#     any callable(where, value)  raises the 400, or returns; Object, tagged, Bounded
+#                                 and Map make such callables
 #     None, in an object          anything
 # The messages are the API's own, word for word.
 
@@ -340,7 +342,8 @@ def check(where, value, spec):
         openai_compat.APIError: Invalid type for 'messages[0].name': expected ...
     """
     kind = type(spec)
-    if kind is type:                    # exactly: True is an int in Python, not in JSON
+    # Types are compared exactly: in Python, though not in JSON, True is an int.
+    if kind is type:
         if type(value) is not spec and (type(value), spec) != (int, float):
             raise mistyped(where, value, JSON_NAMES[spec])
     elif kind is dict:
@@ -358,7 +361,7 @@ def check(where, value, spec):
             *others, last = map(repr, spec)
             raise APIError(400, f"Invalid value: {value[:80]!r}. Supported values are: "
                            f"{', '.join(others)}, and {last}.", where, "invalid_value")
-    else:
+    else:                               # Bounded and Map, too, which are namedtuples
         spec(where, value)
 
 
@@ -371,15 +374,15 @@ class Object:
 
     def __call__(self, where, value):
         check(where, value, dict)
-        path = f"{where}." if where else ""
+        prefix = f"{where}." if where else ""
         for name, mark in self.required.items():
             if value.get(name) is None and (mark == "!" or name not in value):
-                raise APIError(400, f"Missing required parameter: '{path}{name}'.",
-                               f"{path}{name}", "missing_required_parameter")
+                raise APIError(400, f"Missing required parameter: '{prefix}{name}'.",
+                               f"{prefix}{name}", "missing_required_parameter")
         for name, item in value.items():
             spec = self.fields.get(name)
             if not (item is None or spec is None or type(item) is spec):
-                check(f"{path}{name}", item, spec)
+                check(f"{prefix}{name}", item, spec)
 
 
 def tagged(tag, **shapes):
@@ -461,6 +464,7 @@ ALLOWED = Object({"mode!": ("auto", "required"),
 TOOL_CHOICE = {str: ("none", "auto", "required"),
                dict: typed(function=NAME, custom=NAME, allowed_tools=ALLOWED)}
 # {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+# (`check_conversation` checks the arguments.)
 CALLED_NAME = Object({"name!": str})
 TOOL_CALL = tagged("type", function=Object({"id!": str, "function!": CALLED_NAME}),
                            custom=Object({"id!": str, "custom!": CALLED_NAME}))
@@ -707,7 +711,7 @@ def parse_prompts(prompt):
         >>> parse_prompts([17, 18]), parse_prompts([[17], [18]])
         ([[17, 18]], [[17], [18]])
     """
-    for prompts in ([prompt], prompt):
+    for prompts in ([prompt], prompt):      # one prompt, or a list of them
         if type(prompts) is list and (all(type(each) is str for each in prompts)
                                       or all(map(is_token_ids, prompts))):
             return prompts
@@ -828,8 +832,8 @@ def slices(text):
     """Cut a long text into slices of at most 65,536 characters, if possible at words.
 
     A list of tokens takes about forty times the memory of its text, so the tokens of a
-    long text are counted slice by slice.  (At the edge of a slice, a word, white space
-    or characters that combine may be cut.)
+    long prompt or reply are counted slice by slice.  (At the edge of a slice, a word,
+    white space or characters that combine may be cut.)
     """
     return [text] if len(text) <= 65536 else SLICE.findall(text)
 
@@ -886,7 +890,8 @@ def prompts_of(request, tokenize):
 
 
 def prompt_tokens(prompt, tokenize):
-    """The tokens of one of `prompts_of`, in a list for each slice."""
+    """The tokens of one prompt, in lists: one for each slice of a text, or one in all
+    for token ids."""
     return [prompt] if type(prompt) is list else map(tokenize, slices(prompt))
 
 
@@ -902,22 +907,21 @@ def one_call(segments):
 
 
 def up_to(segments, limit):
-    """Cut the text after `limit` tokens.  A call counts, but goes out whole, also if it
-    exceeds the limit.
+    """Cut after `limit` tokens.  A call that begins within the limit goes out whole.
 
     Example:
         >>> list(up_to([("text", ["Hel", "lo"]), ("end", "stop")], 1))
         [('text', ['Hel']), ('end', 'length')]
     """
     for kind, value in segments:
-        if kind == "call":
+        if kind == "call" and limit > 0:
             limit -= len(value.tokens)
+        elif kind == "call" or kind != "end" and len(value) > limit:
+            if limit > 0:
+                yield kind, value[:limit]
+            yield "end", "length"
+            return
         elif kind != "end":
-            if len(value) > limit:
-                if limit > 0:
-                    yield kind, value[:limit]
-                yield "end", "length"
-                return
             limit -= len(value)
         yield kind, value
 
@@ -1004,15 +1008,16 @@ def sequence(segments, request):
         limits.add(request["max_completion_tokens"])
         if not request["parallel_tool_calls"] or is_legacy(request):
             segments = one_call(segments)
-    for limit in limits - {None}:       # None is no limit
-        segments = up_to(segments, limit)
+    limits.discard(None)                # None is no limit
+    if limits:
+        segments = up_to(segments, min(limits))
     if request["stop"]:
         segments = until_stop(segments, request["stop"])
     return segments
 
 
 # ----------------------------------------------------------------------------------
-# Chunks.  A chunk is one dict of the stream: what all chunks of a reply have in common,
+# Chunks.  A chunk is one dict of the stream: what all chunks of it have in common,
 # and one choice object with what is new.  A completion that is not streamed is `fold`
 # of the very same chunks, so the two forms cannot disagree.
 
@@ -1025,8 +1030,8 @@ USAGE_DETAILS = {
 
 
 class Usage:
-    """The tokens of a reply: each prompt once, and what all its choices say.  The
-    generators of the choices add to `completion_tokens` while they run.
+    """The tokens of a request and of what is said to it: each prompt once, and all
+    choices.  The generators of the choices add to `completion_tokens` while they run.
 
     It keeps the prompts (see `prompts_of`), so that `echo` can repeat them.
     `corrections` replace counted fields: a backend may know better.  None corrects
@@ -1098,11 +1103,11 @@ def in_turn(generators):
 OTHER_TOKENS = tokenize(" the, a. of and to in is it for as on was be at by we if or I")
 
 
-def candidates(token, count):
+def likely_tokens(token, count):
     """The token and the next likely ones, with their log probabilities.
 
     Example:
-        >>> candidates("Hi", 2)
+        >>> likely_tokens("Hi", 2)
         [('Hi', -0.693147), (' the', -1.386294)]
     """
     others = [other for other in OTHER_TOKENS if other != token]
@@ -1116,7 +1121,7 @@ def chat_logprobs(tokens, top, field="content"):
         return None
     likely = [[{"token": each, "logprob": logprob,
                 "bytes": list(each.encode("utf-8", "surrogatepass"))}
-               for each, logprob in candidates(token, top)] for token in tokens]
+               for each, logprob in likely_tokens(token, top)] for token in tokens]
     return {"content": [], "refusal": None,
             field: [{**entries[0], "top_logprobs": entries if top else []}
                     for entries in likely]}
@@ -1135,7 +1140,7 @@ def text_logprobs(tokens, top, offset, is_prompt=False):
     if top is None:
         return None
     tokens = list(tokens)
-    likely = [dict(candidates(token, top)) for token in tokens]
+    likely = [dict(likely_tokens(token, top)) for token in tokens]
     taken = [entry[token] for token, entry in zip(tokens, likely)]
     if is_prompt and tokens:
         taken[0] = likely[0] = None
@@ -1235,13 +1240,13 @@ def text_choices(request, index, prompt, segments, usage):
     asked, top = "".join(prompt), request["logprobs"]
     offset = len(asked)
     for position, (kind, value) in enumerate(segments):
+        if kind not in ("text", "end"):
+            raise BackendFault("a text completion cannot hold a tool call or a refusal")
         if position == 0 and request["echo"]:
             tokens = itertools.chain.from_iterable(
                 prompt_tokens(prompt, usage.tokenize))
             yield text_choice(index, asked,
                               text_logprobs(tokens, top, 0, is_prompt=True))
-        if kind not in ("text", "end"):
-            raise BackendFault("a text completion cannot hold a tool call or a refusal")
         tokens, reason = (value, None) if kind == "text" else ([], value)
         usage.completion_tokens += len(tokens)
         text = "".join(tokens)
@@ -1760,6 +1765,7 @@ RULES = {keyword: (kind, rule) for places, rule in (
      lambda value, least: len(value) >= least),
     ("string maxLength, array maxItems, object maxProperties",
      lambda value, most: len(value) <= most),
+    # Another text than ours, or another format (0), is not known to be right.
     ("string format", lambda it, form: FORMATS.get(form, 0) in (None, it) or None),
     ("array uniqueItems", lambda value, on: (
         not on or len(set(map(canonical, value))) == len(value))),
@@ -1822,7 +1828,7 @@ class Sampler:
     def obeys(self, value, schema, trusting=False, keyword="allOf"):
         """Whether a value obeys a schema.  A ValueError says that this is not known.
 
-        schema: a JSON Schema, or what a rule said: True, False, or None for unknown.
+        schema: a JSON Schema, or a verdict: True, False, or None for unknown.
         trusting: the value is a default or an example, or is in one, so its strings are
         trusted to match their patterns and formats.  keyword: the one to blame.
         """
@@ -1862,8 +1868,9 @@ class Sampler:
             with suppress(ValueError):
                 for value in map(plain_json, values):
                     self.spend(to_json(value))
-                    if self.obeys(value, joined) and self.obeys(
-                            value, not is_one(value, others), True, "uniqueItems"):
+                    if is_one(value, others):
+                        self.fault = "uniqueItems"
+                    elif self.obeys(value, joined):
                         return value
         raise ValueError("it cannot be satisfied, or is not known here")
 
@@ -1887,7 +1894,7 @@ class Sampler:
         """The candidates of one reading: what its schemas list, or a type makes."""
         examples = [each[0] for each in stated(here, "examples") if each]
         listed = stated(here, "const") + sum(stated(here, "enum"), [])
-        yield from zip(stated(here, "default") + examples + listed)     # one by one
+        yield from ([each] for each in stated(here, "default") + examples + listed)
         kinds = sum(([each] if isinstance(each, str) else each
                      for each in stated(here, "type")), [])
         for kind in [] if listed else kinds or ["object"]:
@@ -1947,6 +1954,7 @@ def sample(schema):
         root = sampler.root = plain_json(schema)
         if isinstance(root, dict):
             root.pop("$id", None)                   # it says nothing at the root
+        # In an allOf, because `make` leaves out a bare False.
         return sampler.make([{"allOf": [root]}], "text")
     except Exception as why:        # what is no JSON Schema may fail anywhere
         why = f"No instance can be made, for the keyword '{sampler.fault}': {why}."
@@ -2420,11 +2428,12 @@ def command(program, at_once=1):
 # exchange a line.  A replay answers from such a tape.
 
 def is_event_stream(headers):
-    return (headers.get("content-type", "").startswith("text/event-stream")
-            and "content-encoding" not in headers)
+    return (headers.get("content-type", "").lower().startswith("text/event-stream")
+            and headers.get("content-encoding", "identity") == "identity")
 
 
-# What the names of the headers begin with that are passed on, up and down.
+# How the names of the headers begin that are passed on: to the upstream the first two
+# (without a key where the relay has its own), to the client the last.
 KEY_HEADERS = ("authorization", "api-key")
 REQUEST_HEADERS = ("accept", "content-type", "user-agent", "idempotency-key", "openai-",
                    "x-stainless-")
@@ -2537,17 +2546,19 @@ class Relay(PassingOn):
                              "its URL must be like http://host:8000/v1")
         self.upstream.port              # a ValueError if that is not a number
         self.paths = [paths] if isinstance(paths, str) else list(paths)
+        # `on_record` tells a Replay of each exchange that is new on its tape.
         self.lock, self.on_record = threading.Lock(), lambda recording: None
         if record:
             open(record, "ab").close()          # if it cannot be written, say so now
 
     def headers(self, incoming):
-        """The client's headers for the upstream, which gets one key, and never ours."""
-        ours = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        passed = () if ours else KEY_HEADERS
+        """The client's headers for the upstream, with one key: the relay's own, else
+        the client's.  (A key for this server was taken out when it was checked.)"""
+        own = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        passed = () if own else KEY_HEADERS
         theirs = {name: value for name, value in incoming.headers.items()
                   if name.startswith(REQUEST_HEADERS + passed)}
-        return {**JSON_HEADERS, **theirs, "accept-encoding": "identity", **ours}
+        return {**JSON_HEADERS, **theirs, "accept-encoding": "identity", **own}
 
     def target(self, incoming):
         """The path for the upstream, with the client's query.
@@ -2557,7 +2568,7 @@ class Relay(PassingOn):
         model = incoming.model if incoming.route == "/models/" else ""
         if CLIMBING_ID.search(model):
             raise model_not_found(model)
-        path = incoming.route + quote(model, safe="")
+        path = quote(incoming.route) + quote(model, safe="")
         _, mark, query = incoming.target.partition("?")
         return f"{self.upstream.path}{path}{mark}{query}"
 
@@ -2601,7 +2612,7 @@ class Relay(PassingOn):
             response = self.passed_on(incoming)
             recording = {"request": incoming.asked(), "status": response.status,
                          "headers": response.headers, "writes": []}
-            yield response.status, response.headers
+            yield response.status, response.headers     # `respond` takes them
             for write in filter(None, response.body):
                 seconds = round(exchange.elapsed() - last, 4)
                 recording["writes"].append([seconds, as_text(write)])
@@ -2617,7 +2628,8 @@ class Relay(PassingOn):
             log.warning("An exchange was not recorded on %s: %s", self.tape, why)
             if not isinstance(error, OSError):
                 raise
-        yield write if exchange.outcome else b""
+        if exchange.outcome:            # [DONE], which has waited for the tape
+            yield write
 
     def respond(self, incoming):
         if not self.tape:
@@ -2652,7 +2664,7 @@ class Replay(PassingOn):
         with open(tape, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    self.add(json.loads(line), number)
+                    self.add(decode_json(line.decode()), number)
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(f"line {number} of {tape} is not a whole "
                                      "recording") from None
@@ -2911,7 +2923,7 @@ def normal_path(path):
 SECRET_FIELDS = {"authorization", "proxy-authorization", "api-key", "x-api-key",
                  "x-goog-api-key", "cookie"}
 SECRET = re.compile(rf"(?is)(\A\s*(?:{'|'.join(SECRET_FIELDS)})\s*: ?).*"
-                    r"|([?&](?:api[-_]?key|key|token|access_token)=)[^&\s]*")
+                    r"|([?&](?:[\w-]*key|token|access_token)=)[^&\s]*")
 
 
 def masked(line):
@@ -3129,23 +3141,27 @@ class Handler(BaseHTTPRequestHandler):
         return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
 
     def send(self, incoming, response):
-        """Send a response.  The journal knows its end before the last byte goes out."""
+        """Send a response.  The journal knows its end before the last byte goes out.
+
+        A body has one of three forms: a length and all of it, transfer chunks and a
+        last one that is empty, or in HTTP/1.0 what comes until the connection closes.
+        """
         self.open = self.has_place and not self.reader.unread and incoming.keeps_alive()
         body, status, writes, encode = response.body, response.status, (), bytes
         if isinstance(body, bytes):
-            framing, end = {"content-length": len(body)}, body
+            framing, last = {"content-length": len(body)}, body
         elif incoming.version >= (1, 1):
-            framing, end = {"transfer-encoding": "chunked"}, b"0\r\n\r\n"
+            framing, last = {"transfer-encoding": "chunked"}, b"0\r\n\r\n"
             writes, encode = body, transfer_chunk
-        else:                           # the body ends where the connection ends
-            framing, end, writes, self.open = {}, b"", body, False
+        else:
+            framing, last, writes, self.open = {}, b"", body, False
         if incoming.method == "HEAD" or status in (204, 304):
-            writes, end = (), b""
+            writes, last = (), b""
         incoming.exchange.status = status
-        framing = {} if status == 204 else framing
+        framing = {} if status in (204, 304) else framing
         self.pending = [self.response_head(incoming, response, framing)]
         outcome = self.send_writes(incoming, response, writes, encode)
-        self.pending.append(end)
+        self.pending.append(last)
         incoming.exchange.end(outcome)
         self.flush(incoming)
 
@@ -3159,7 +3175,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for write in filter(None, writes):      # an empty one would spell the end
                 self.pending.append(encode(write))
-                if len(self.pending) >= batch and write.rstrip()[-6:] != b"[DONE]":
+                is_done = incoming.exchange.outcome and b"[DONE]" in write
+                if len(self.pending) >= batch and not is_done:
                     self.flush(incoming)
             return "complete" if response.status < 400 else "error"
         except BaseException as error:
@@ -3177,7 +3194,7 @@ class Handler(BaseHTTPRequestHandler):
                 pause(math.inf)
         incoming.exchange.end("error")
         self.flush(incoming)
-        if how == "reset":
+        if how == "reset" or incoming.version < (1, 1):     # whose end is no fault
             linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
             self.reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.reader.sock.close()
@@ -3604,15 +3621,16 @@ class Server(ThreadingHTTPServer):
                 "A connection from %s failed", address[0], exc_info=True)
 
     def end_connections(self, how, seconds, only_idle=False):
-        """Shut this direction of the connections, and wait for their threads."""
+        """Shut this direction of all connections, or of the idle ones, and wait for
+        their threads."""
         end = time.monotonic() + seconds
         for reader in list(self.connections.values()):
             if reader.idle or not only_idle:
                 with suppress(OSError, ValueError):     # it may be closed by now
                     # What a client sends is read as it comes.  If there is something
                     # to read before we shut the socket, it is the end: it has left.
-                    left = not reader.is_full() and ready_files([reader.sock], 0)
-                    reader.stopping |= not left
+                    has_left = not reader.is_full() and ready_files([reader.sock], 0)
+                    reader.stopping |= not has_left
                 reader.shut(how)
         for thread in set(self.connections) - {threading.current_thread()}:
             thread.join(max(end - time.monotonic(), 0))
@@ -3647,7 +3665,7 @@ class Server(ThreadingHTTPServer):
             log.warning("%d threads in the backend are left behind", len(left))
         self.check(error)
 
-    shutdown = close            # what socketserver calls it
+    shutdown = close            # socketserver's name for it
 
     def check(self, error=None):
         """Raise what failed: a script or replay that was not followed, or the backend's
